@@ -1,0 +1,111 @@
+// What Python hands to a CPU kernel, and how a kernel spreads work over threads.
+//
+// Decides the binary interface: `Arguments` mirrors `sparsec.backends.cpu.Arguments` field by field (every field is eight
+// bytes wide; `sx_abi` lets Python check the size). Knows nothing of how attention is computed.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+
+namespace sx {
+
+struct Tensor {  // strides in elements; the last dimension is contiguous
+  void* data;
+  int64_t batch, head, row;
+};
+
+struct Arguments {
+  Tensor q, k, v, out;
+  float* lse;  // [batch, q_heads, q_len], or null
+  int64_t lse_batch, lse_head;
+  int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim, v_dim;
+  const int32_t* heads;  // the query heads of this launch
+  int64_t n_heads;
+  double scale;
+
+  // Tiles: block CSR; a pattern of -1 is a full tile. `patterns` is [n_patterns, block_kv]: the query bits of each key.
+  int64_t block_q, block_kv;
+  const int64_t* tile_indptr;
+  const int32_t* tile_columns;
+  const int32_t* tile_pattern;
+  const uint64_t* patterns;
+  // Gathered columns of each row block, with the query bits of each.
+  const int64_t* gathered_indptr;
+  const int32_t* gathered_columns;
+  const uint64_t* gathered_lanes;
+  // Rows: `row_form` 0 CSR (row_indptr, row_start = columns), 1 ranges (row_indptr, row_start, row_stop, row_step),
+  // 2 offsets (n_offsets progressions of kv - q in offset_start, offset_stop, offset_step).
+  int64_t row_form;
+  const int64_t* row_indptr;
+  const int32_t* row_start;
+  const int32_t* row_stop;
+  const int32_t* row_step;
+  int64_t n_offsets;
+  const int64_t* offset_start;
+  const int64_t* offset_stop;
+  const int64_t* offset_step;
+  // Position -> token, or null where the order is the tokens' own.
+  const int32_t* q_order;
+  const int32_t* kv_order;
+
+  // Work items, longest first: entries [start, stop) of a unit (a row of tiles, or a run of rows). A slot of -1 finishes
+  // the unit; otherwise its partial result goes to that slot and the unit's slots are merged afterwards, in order.
+  int64_t n_items;
+  const int32_t* item_unit;
+  const int64_t* item_start;
+  const int64_t* item_stop;
+  const int32_t* item_slot;
+  int64_t n_merges, n_slots;
+  const int32_t* merge_unit;
+  const int64_t* merge_indptr;
+  float* partial;  // [batch * n_heads, n_slots, v_dim + 2, block_q]
+
+  // Torch's own OpenMP runtime (GOMP_parallel), or null to stay on the calling thread.
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+  int64_t threads;
+  int64_t* dot_products;  // counted in builds with SX_COUNT_DOT_PRODUCTS
+};
+
+// Calls `work(index)` for every index below `count`; idle threads take the next index in order.
+template <class Work> void parallel_for(const Arguments& a, int64_t count, Work&& work) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t count;
+    Work* work;
+  } shared;
+  shared.count = count;
+  shared.work = &work;
+  auto body = [](void* data) {
+    auto* s = static_cast<Shared*>(data);
+    for (int64_t i; (i = s->next.fetch_add(1, std::memory_order_relaxed)) < s->count;) (*s->work)(i);
+  };
+  if (a.parallel && a.threads > 1 && count > 1) {
+    a.parallel(body, &shared, static_cast<unsigned>(a.threads < count ? a.threads : count), 0);
+  } else {
+    body(&shared);
+  }
+}
+
+// A buffer that a thread keeps between calls, 64-byte aligned and grown when needed.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  char* reserve(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = static_cast<char*>(std::aligned_alloc(64, size_));
+      if (!data_) std::abort();
+    }
+    return data_;
+  }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace sx
+
+extern "C" int64_t sx_abi() { return sizeof(sx::Arguments); }

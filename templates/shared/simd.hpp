@@ -1,0 +1,267 @@
+// Vectors of floats, as wide as the target has them.
+//
+// Decides how sparsec's CPU kernels spell arithmetic: GCC/Clang vector types for everything the language can express, and
+// one line of intrinsics where it cannot (maximum, 2^x, transposed loads, half-precision conversion, bf16 dot products).
+// Knows nothing of attention.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace sx {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define SX_AVX512 1
+constexpr int VL = 16;          // floats a vector
+constexpr int BLOCK_VECTORS = 4;  // vectors of queries a register block: 6 × 4 accumulators of 32 registers
+#elif defined(__AVX2__) && defined(__FMA__)
+#define SX_AVX2 1
+constexpr int VL = 8;
+constexpr int BLOCK_VECTORS = 2;
+#elif defined(__aarch64__)
+#define SX_NEON 1
+constexpr int VL = 4;
+constexpr int BLOCK_VECTORS = 4;
+#else
+constexpr int VL = 4;
+constexpr int BLOCK_VECTORS = 2;
+#endif
+
+#if defined(SX_AVX512) && defined(__AVX512BF16__)
+#define SX_BF16_DOT 1
+#endif
+
+#define SX_INLINE inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * VL)));
+typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef uint32_t vu __attribute__((vector_size(4 * VL)));
+typedef uint16_t vh __attribute__((vector_size(2 * VL)));
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+constexpr float NEG_INF = -__builtin_inff();
+// Start of every running maximum: finite, so that (-inf) - maximum never is NaN.
+constexpr float LOWEST = -3.0e38f;
+
+template <class V, class P> SX_INLINE V load_as(const P* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+SX_INLINE vf load(const float* p) { return load_as<vf>(p); }
+SX_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+SX_INLINE vf splat(float x) { return x - vf{}; }
+SX_INLINE vu splat_u(uint32_t x) { return x - vu{}; }
+
+SX_INLINE vi iota() {
+  vi v{};
+  for (int i = 0; i < VL; ++i) v[i] = i;
+  return v;
+}
+
+// The larger of each pair; the second operand where either is NaN.
+SX_INLINE vf maximum(vf a, vf b) {
+#if defined(SX_AVX512)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(SX_AVX2)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// `yes` where the lane's bit (lane i: bit i) is set, else `no`.
+SX_INLINE vf select_bits(uint32_t bits, vf yes, vf no) {
+#if defined(SX_AVX512)
+  return (vf)_mm512_mask_blend_ps((__mmask16)bits, (__m512)no, (__m512)yes);
+#else
+  vu lane = splat_u(1) << (vu)iota();
+  vi chosen = (splat_u(bits) & lane) != 0;
+  return chosen ? yes : no;
+#endif
+}
+
+SX_INLINE bool any_greater(vf a, vf b) {
+#if defined(SX_AVX512)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(SX_AVX2)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#else
+  vi greater = a > b;
+  int32_t any = 0;
+  for (int i = 0; i < VL; ++i) any |= greater[i];
+  return any != 0;
+#endif
+}
+
+// Coefficients of p(r) ≈ 2^r on [0, 1) with p(0) = 1, highest power first: weighted least squares driven to minimax.
+template <int DEGREE> struct Exp2Fit;
+template <> struct Exp2Fit<3> {  // relative error 8.6e-5
+  static constexpr float c[] = {0.0770669892f, 0.227645054f, 0.695116774f, 1.0f};
+};
+template <> struct Exp2Fit<4> {  // 3.0e-6
+  static constexpr float c[] = {0.0134267012f, 0.0522424470f, 0.241280217f, 0.693044843f, 1.0f};
+};
+template <> struct Exp2Fit<5> {  // 1.4e-7 in fp32 arithmetic
+  static constexpr float c[] = {0.00186713169f, 0.00901702690f, 0.0557999155f, 0.240164449f, 0.693151312f, 1.0f};
+};
+
+// 2^x for x in [-inf, 128): 0 below -126, exactly 1 at 0, NaN at NaN.
+template <int DEGREE> SX_INLINE vf exp2(vf x) {
+#if defined(SX_AVX512)
+  // r = x - floor(x), 0 at -inf; scalef multiplies by 2^floor(x), giving 0 at -inf.
+  vf r = (vf)_mm512_reduce_ps((__m512)x, 0x09);
+#else
+  vf clamped = maximum(splat(-127.0f), x);  // NaN passes: it is the second operand
+  vi whole = __builtin_convertvector(clamped, vi);
+  whole += __builtin_convertvector(whole, vf) > clamped;  // towards -inf: true is -1
+  vf r = clamped - __builtin_convertvector(whole, vf);
+#endif
+  vf p = splat(Exp2Fit<DEGREE>::c[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i <= DEGREE; ++i) p = p * r + Exp2Fit<DEGREE>::c[i];
+#if defined(SX_AVX512)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  vf result = p * (vf)((whole + 127) << 23);
+  return x < -126.0f ? vf{} : result;
+#endif
+}
+
+// VL consecutive numbers of any dtype as floats.
+SX_INLINE vf load_f32(const float* p) { return load(p); }
+SX_INLINE vf load_f32(const bf16* p) {
+  return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+}
+SX_INLINE float to_f32(float x) { return x; }
+SX_INLINE float to_f32(bf16 x) { uint32_t u = (uint32_t)x.bits << 16; float f; std::memcpy(&f, &u, 4); return f; }
+SX_INLINE float to_f32(fp16 x) { _Float16 h; std::memcpy(&h, &x, 2); return (float)h; }
+SX_INLINE vf load_f32(const fp16* p) {
+#if defined(SX_AVX512)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(SX_AVX2) && defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(SX_NEON)
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
+#else
+  vf v{};
+  for (int i = 0; i < VL; ++i) v[i] = to_f32(p[i]);
+  return v;
+#endif
+}
+
+// Rounded to nearest, ties to even.
+SX_INLINE void store_as(float* p, vf v) { store(p, v); }
+SX_INLINE vu bf16_bits(vf v) {
+  vu u = (vu)v;
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (vu)(v != v ? (vi)((u >> 16) | 0x40u) : (vi)rounded);
+}
+SX_INLINE void store_as(bf16* p, vf v) {
+  vh h = __builtin_convertvector(bf16_bits(v), vh);
+  std::memcpy(p, &h, sizeof h);
+}
+SX_INLINE void store_as(fp16* p, vf v) {
+#if defined(SX_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(SX_AVX2) && defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < VL; ++i) { _Float16 h = (_Float16)v[i]; std::memcpy(p + i, &h, 2); }
+#endif
+}
+template <class T> SX_INLINE T from_f32(float x) {
+  T parts[VL];
+  store_as(parts, splat(x));
+  return parts[0];
+}
+
+// The first `n` < VL numbers, zeros behind them.
+template <class T> SX_INLINE vf load_f32_partial(const T* p, int n) {
+  vf v{};
+  for (int i = 0; i < n; ++i) v[i] = to_f32(p[i]);
+  return v;
+}
+template <class T> SX_INLINE void store_partial(T* p, vf v, int n) {
+  T parts[VL];
+  store_as(parts, v);
+  for (int i = 0; i < n; ++i) p[i] = parts[i];
+}
+
+// Row i of `rows` becomes column i: a VL × VL transpose by log2(VL) rounds of interleaving.
+template <class V> SX_INLINE V interleave_low(V a, V b) {
+#if defined(SX_AVX512)
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(SX_AVX2)
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+template <class V> SX_INLINE V interleave_high(V a, V b) {
+#if defined(SX_AVX512)
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(SX_AVX2)
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+template <class V> SX_INLINE void transpose(V (&rows)[VL]) {
+  for (int width = 1; width < VL; width *= 2) {
+    V next[VL];
+    for (int i = 0; i < VL / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + VL / 2]);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + VL / 2]);
+    }
+    for (int i = 0; i < VL; ++i) rows[i] = next[i];
+  }
+}
+
+// Sums of VL vectors, one a lane.
+SX_INLINE vf horizontal_sums(vf (&rows)[VL]) {
+  transpose(rows);
+  vf total = rows[0];
+  for (int i = 1; i < VL; ++i) total += rows[i];
+  return total;
+}
+SX_INLINE float horizontal_sum(vf v) {
+#if defined(SX_AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float total = 0;
+  for (int i = 0; i < VL; ++i) total += v[i];
+  return total;
+#endif
+}
+SX_INLINE float horizontal_max(vf v) {
+#if defined(SX_AVX512)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float best = v[0];
+  for (int i = 1; i < VL; ++i) best = best > v[i] ? best : v[i];
+  return best;
+#endif
+}
+
+#if defined(SX_BF16_DOT)
+// acc + a.lo·b.lo + a.hi·b.hi for pairs of bf16 in 32-bit lanes.
+SX_INLINE vf dot_bf16(vf acc, vu a, vu b) {
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+// Two vectors as pairs of bf16: lane i holds `low[i]` and, above it, `high[i]`.
+SX_INLINE vu pair_bf16(vf low, vf high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vu)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+#endif
+
+}  // namespace sx

@@ -1,0 +1,127 @@
+// The forward pass over work items: tiles, then gathered columns, then row leftovers of each block of queries.
+//
+// Decides the order of a unit's entries and how split units are merged. A unit's entries are numbered from 0: its tiles,
+// then its gathered columns in runs of STRIP, then its leftover edges; an item is a range of these numbers.
+#pragma once
+
+#include "rows.hpp"
+#include "tiles.hpp"
+
+namespace sx {
+
+template <class T> class TileForward {
+ public:
+  explicit TileForward(const Arguments& a) : a_(a), group_(a.q_heads / a.kv_heads) {}
+
+  void run() {
+    const int64_t copies = a_.batch * a_.n_heads;
+    parallel_for(a_, copies * a_.n_items, [&](int64_t index) { item(index / a_.n_items, index % a_.n_items); });
+    if (a_.n_merges)
+      parallel_for(a_, copies * a_.n_merges, [&](int64_t index) { merge(index / a_.n_merges, index % a_.n_merges); });
+  }
+
+ private:
+  struct Head { const T *q, *k, *v; T* out; float* lse; };
+
+  Head head(int64_t copy) const {
+    const int64_t b = copy / a_.n_heads, h = a_.heads[copy % a_.n_heads], kv = h / group_;
+    auto at = [&](const Tensor& t, int64_t i) { return (T*)t.data + b * t.batch + i * t.head; };
+    return {at(a_.q, h), at(a_.k, kv), at(a_.v, kv), at(a_.out, h), a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr};
+  }
+  static Scratch& scratch() { thread_local Scratch s; return s; }
+  int64_t q_token(int64_t position) const { return a_.q_order ? a_.q_order[position] : position; }
+  int64_t kv_token(int64_t position) const { return a_.kv_order ? a_.kv_order[position] : position; }
+  float* slot(int64_t copy, int64_t index) const {
+    return a_.partial + (copy * a_.n_slots + index) * (a_.v_dim + 2) * a_.block_q;
+  }
+
+  void begin(TileEngine<T>& engine, const Head& h, int64_t unit) const {
+    const int64_t first = unit * a_.block_q, n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
+    engine.begin(n, [&](int64_t i) { return h.q + q_token(first + i) * a_.q.row; });
+  }
+  void finish(TileEngine<T>& engine, const Head& h, int64_t unit) const {
+    const int64_t first = unit * a_.block_q;
+    engine.finish([&](int64_t i) { return h.out + q_token(first + i) * a_.out.row; },
+                  [&](int64_t i) { return h.lse ? h.lse + q_token(first + i) : nullptr; });
+  }
+
+  void item(int64_t copy, int64_t index) const {
+    const Head h = head(copy);
+    const int64_t unit = a_.item_unit[index];
+    int64_t start = a_.item_start[index], stop = a_.item_stop[index];
+    TileEngine<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale);
+    begin(engine, h, unit);
+
+    const int64_t tile = a_.tile_indptr[unit], n_tiles = a_.tile_indptr[unit + 1] - tile;
+    for (int64_t t = start; t < stop && t < n_tiles; ++t) add_tile(engine, h, tile + t);
+    start = start > n_tiles ? start - n_tiles : 0, stop -= n_tiles;
+    if (a_.gathered_indptr && stop > 0) {
+      const int64_t column = a_.gathered_indptr[unit], n_columns = a_.gathered_indptr[unit + 1] - column;
+      const int64_t n_runs = (n_columns + STRIP - 1) / STRIP;
+      const int64_t last = stop < n_runs ? stop * STRIP : n_columns;
+      for (int64_t c = start * STRIP; c < last; ++c) {
+        const int64_t token = kv_token(a_.gathered_columns[column + c]);
+        engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, a_.gathered_lanes[column + c]);
+      }
+      start = start > n_runs ? start - n_runs : 0, stop -= n_runs;
+    }
+    if (a_.row_indptr && stop > 0) add_leftovers(engine, h, unit, start, stop);
+
+    if (a_.item_slot[index] < 0) finish(engine, h, unit);
+    else engine.save(slot(copy, a_.item_slot[index]));
+  }
+
+  void add_tile(TileEngine<T>& engine, const Head& h, int64_t tile) const {
+    const int64_t first = a_.tile_columns[tile] * a_.block_kv;
+    const int64_t n = a_.kv_len - first < a_.block_kv ? a_.kv_len - first : a_.block_kv;
+    const int32_t pattern = a_.tile_pattern[tile];
+    if (pattern < 0) {
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t token = kv_token(first + i);
+        engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row);
+      }
+      return;
+    }
+    const uint64_t* lanes = a_.patterns + pattern * a_.block_kv;
+    for (int64_t i = 0; i < n; ++i) {
+      if (!lanes[i]) continue;
+      const int64_t token = kv_token(first + i);
+      engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, lanes[i]);
+    }
+  }
+
+  // Edges [start, stop) of the unit's leftover rows, counted from the unit's first one.
+  void add_leftovers(TileEngine<T>& engine, const Head& h, int64_t unit, int64_t start, int64_t stop) const {
+    const int64_t first = unit * a_.block_q, n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
+    const int64_t base = a_.row_indptr[first];
+    RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale);
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t from = a_.row_indptr[first + i] - base, to = a_.row_indptr[first + i + 1] - base;
+      if (from < start) from = start;
+      if (to > stop) to = stop;
+      if (from >= to) continue;
+      engine.flush();
+      row.begin(h.q + q_token(first + i) * a_.q.row);
+      for (int64_t e = from; e < to; ++e) {
+        const int64_t token = kv_token(a_.row_start[base + e]);
+        row.add(h.k + token * a_.k.row, h.v + token * a_.v.row);
+      }
+      row.flush();
+      engine.join(i, row.maximum_score(), row.sum(), row.accumulator());
+    }
+  }
+
+  void merge(int64_t copy, int64_t index) const {
+    const Head h = head(copy);
+    const int64_t unit = a_.merge_unit[index];
+    TileEngine<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale);
+    begin(engine, h, unit);
+    for (int64_t s = a_.merge_indptr[index]; s < a_.merge_indptr[index + 1]; ++s) engine.join(slot(copy, s));
+    finish(engine, h, unit);
+  }
+
+  const Arguments& a_;
+  const int64_t group_;
+};
+
+}  // namespace sx
