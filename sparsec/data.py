@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ TUNE_VARIABLE: Final = "SPARSEC_TUNE"
 ISA_VARIABLE: Final = "SPARSEC_ISA"
 
 TUNE_MODES: Final = ("off", "cached", "auto", "quick", "full")
+
+_YAML_MAX_DEPTH = 64
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -118,20 +120,35 @@ def read_yaml(path: Path) -> Any:
 
     # The C loader is ten times as quick; it is missing where libyaml was.
     loader_type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    text = _read_text(path)
     try:
-        loader = loader_type(_read_text(path))
+        _check_yaml_depth(path, yaml.parse(text, Loader=loader_type))
+        loader = loader_type(text)
         node = loader.get_single_node()
         _check_yaml_node(path, node)
         return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise SparsecError(_at(path, mark.line + 1 if mark else None, f"{error.problem or error.context}")) from None
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise SparsecError(_at(path, mark.line + 1 if mark else None, what)) from None
     except yaml.YAMLError as error:
         raise SparsecError(_at(path, None, f"is no YAML: {error}")) from None
     except (ValueError, OverflowError) as error:
         raise SparsecError(_at(path, None, f"holds a value that YAML cannot mean: {error}")) from None
-    except RecursionError:
-        raise SparsecError(_at(path, None, "is nested too deeply to be read")) from None
+
+
+def _check_yaml_depth(path: Path, events: Iterable[Any]) -> None:
+    """Raise if collections are nested too deeply: the C loader recurses for each, and would overflow the stack."""
+    import yaml
+
+    depth = 0
+    for event in events:
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _YAML_MAX_DEPTH:
+            raise SparsecError(_at(path, event.start_mark.line + 1, f"is nested deeper than {_YAML_MAX_DEPTH} levels"))
 
 
 def _check_yaml_node(path: Path, root: Any) -> None:
