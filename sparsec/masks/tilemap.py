@@ -7,10 +7,13 @@ built from rows, in time and memory of ranges and tiles; it must not know what a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from sparsec.masks.ranges import IntArray, RowRanges, expand, row_of_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +59,290 @@ class TilePatterns:
 
     index: npt.NDArray[np.int32]
     bits: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The tiles of a shape. A tile's key is `tile_row * n_kv_tiles + tile_column`."""
+
+    shape: tuple[int, int]
+    block_q: int
+    block_kv: int
+
+    @property
+    def n_q_tiles(self) -> int:
+        return -(-self.shape[0] // self.block_q)
+
+    @property
+    def n_kv_tiles(self) -> int:
+        return -(-self.shape[1] // self.block_kv)
+
+    def heights(self, tile_rows: IntArray) -> IntArray:
+        """Queries in each of the tile rows."""
+        return np.minimum(self.block_q, self.shape[0] - tile_rows * self.block_q)
+
+    def widths(self, tile_columns: IntArray) -> IntArray:
+        """Keys in each of the tile columns."""
+        return np.minimum(self.block_kv, self.shape[1] - tile_columns * self.block_kv)
+
+    def areas(self, keys: IntArray) -> IntArray:
+        """Pairs inside the shape, tile by tile."""
+        return self.heights(keys // self.n_kv_tiles) * self.widths(keys % self.n_kv_tiles)
+
+    def keys(self, tile_rows: range) -> IntArray:
+        """Every tile of these tile rows."""
+        n = self.n_kv_tiles
+        return np.arange(tile_rows.start * n, max(tile_rows.start, tile_rows.stop) * n, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class TileBits:
+    """The contents of some tiles.
+
+    Attributes:
+        index: int32 `[n]`: the tile's entry in `bits`, or FULL or EMPTY.
+        bits: uint8 `[n_patterns, block_q, block_kv // 8]`, as in `TilePatterns`; entries may be unused, full, empty or equal.
+    """
+
+    index: npt.NDArray[np.int32]
+    bits: npt.NDArray[np.uint8]
+
+
+FULL, EMPTY = -1, -2
+# A chunk of tiles whose patterns are painted at a time, in bytes.
+PAINT_BYTES = 2**25
+
+
+def keys_of(tile_map: TileMap) -> IntArray:
+    """int64 `[n_tiles]`: the key of every tile."""
+    row = np.repeat(np.arange(len(tile_map.indptr) - 1, dtype=np.int64), np.diff(tile_map.indptr))
+    return row * -(-tile_map.shape[1] // tile_map.block_kv) + tile_map.indices
+
+
+def from_counts(grid: Grid, keys: IntArray, counts: IntArray) -> TileMap:
+    """The tile map of tiles `keys` (ascending) that hold `counts` edges; tiles without edges are dropped."""
+    keep = counts > 0
+    if not keep.all():
+        keys, counts = keys[keep], counts[keep]
+    row = keys // grid.n_kv_tiles
+    column = keys - row * grid.n_kv_tiles
+    indptr = np.searchsorted(row, np.arange(grid.n_q_tiles + 1)).astype(np.int64)
+    is_full = counts == grid.heights(row) * grid.widths(column)
+    return TileMap(
+        grid.shape,
+        grid.block_q,
+        grid.block_kv,
+        indptr,
+        column.astype(np.int32),
+        counts.astype(np.int32),
+        is_full,
+    )
+
+
+def counts_from_rows(grid: Grid, rows: RowRanges, first_row: int) -> tuple[IntArray, IntArray]:
+    """`(keys, counts)` of the non-empty tiles of whole tile rows.
+
+    Args:
+        grid: The tiles.
+        rows: Their rows, `first_row` (a multiple of block_q) and on.
+        first_row: The query of row 0.
+    """
+    tile_row = row_of_range(rows) // grid.block_q
+    n_tile_rows = -(-rows.n_rows // grid.block_q)
+    # A count per tile column is the running sum of changes; one column more takes the changes past the end.
+    width = grid.n_kv_tiles + 1
+    at, change = _changes(grid.block_kv, rows, tile_row * width)
+    if not len(at):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    base = first_row // grid.block_q * grid.n_kv_tiles
+    if n_tile_rows * width <= 8 * len(at):
+        counts = np.bincount(at, weights=change, minlength=n_tile_rows * width).reshape(n_tile_rows, width)
+        counts = np.rint(np.cumsum(counts, axis=1)[:, :-1]).astype(np.int64).reshape(-1)
+        keys = np.flatnonzero(counts)
+        return keys + base, counts[keys]
+    order = np.argsort(at, kind="stable")
+    at = at[order]
+    total = np.cumsum(change[order])
+    settled = np.flatnonzero(np.concatenate((at[1:] != at[:-1], [True])))
+    at, total = at[settled], total[settled]
+    # Between two places of change every tile has the same count; a row ends with 0.
+    held = np.flatnonzero(total)
+    item, nth = expand(at[held + 1] - at[held])
+    place = at[held][item] + nth
+    return place - place // width + base, total[held][item]
+
+
+def _changes(block_kv: int, rows: RowRanges, base: IntArray) -> tuple[IntArray, IntArray]:
+    """Changes of the edge count from one tile column to the next: places (`base` + column), and by how much."""
+    intervals = rows.step == 1
+    start, stop, interval_base = rows.start, rows.stop, base
+    if not intervals.all():
+        start, stop, interval_base = start[intervals], stop[intervals], base[intervals]
+    first, last = start // block_kv, (stop - 1) // block_kv
+    alone = first == last
+    in_first = np.where(alone, stop - start, (first + 1) * block_kv - start)
+    in_last = stop - last * block_kv
+    first, last = first + interval_base, last + interval_base
+    places = [first, first + 1, last[~alone], last[~alone] + 1]
+    changes = [in_first, np.where(alone, -in_first, block_kv - in_first), (in_last - block_kv)[~alone], -in_last[~alone]]
+    if not intervals.all():
+        places_of_steps, counts = _tiles_of_progressions(
+            block_kv, *(column[~intervals] for column in (rows.start, rows.stop, rows.step, base))
+        )
+        places += [places_of_steps, places_of_steps + 1]
+        changes += [counts, -counts]
+    return np.concatenate(places), np.concatenate(changes)
+
+
+def _tiles_of_progressions(
+    block_kv: int, start: IntArray, stop: IntArray, step: IntArray, base: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Places and keys of every tile column a progression touches, one by one."""
+    n_keys = (stop - 1 - start) // step + 1
+    first = start // block_kv
+    spanned = (stop - 1) // block_kv - first + 1
+    sparse = step >= block_kv
+    item, nth = expand(np.where(sparse, n_keys, spanned))
+    place = np.where(sparse[item], (start[item] + nth * step[item]) // block_kv, first[item] + nth)
+
+    def keys_before(column: IntArray) -> IntArray:
+        reached = -((start[item] - column * block_kv) // step[item])
+        return np.clip(reached, 0, n_keys[item])
+
+    counts = np.where(sparse[item], 1, keys_before(place + 1) - keys_before(place))
+    return place + base[item], counts
+
+
+def counts_at_from_rows(grid: Grid, keys: IntArray, rows: RowRanges, first_row: int) -> IntArray:
+    """Edges in the tiles `keys` (ascending), all within the tile rows of `rows`."""
+    found, counts = counts_from_rows(grid, rows, first_row)
+    return look_up(keys, found, counts)
+
+
+def look_up(keys: IntArray, found: IntArray, values: IntArray) -> IntArray:
+    """`values` of the tiles `keys` where `found` (ascending) has them, else 0."""
+    if not len(found):
+        return np.zeros(len(keys), np.int64)
+    at = np.minimum(np.searchsorted(found, keys), len(found) - 1)
+    return np.where(found[at] == keys, values[at], 0)
+
+
+def paint(grid: Grid, keys: IntArray, rows: RowRanges, first_row: int) -> npt.NDArray[np.uint8]:
+    """Bits uint8 `[n, block_q, block_kv // 8]` of the tiles `keys` (ascending), all within the tile rows of `rows`."""
+    word = min(grid.block_kv, 64)
+    words = np.zeros(len(keys) * grid.block_q * (grid.block_kv // word), np.uint64)
+    n_kv_tiles, words_a_row = grid.n_kv_tiles, grid.block_kv // word
+    query = row_of_range(rows)
+    row_key = (query + first_row) // grid.block_q * n_kv_tiles
+    # Which of the tiles each range reaches: a run of `keys`.
+    low = np.searchsorted(keys, row_key + rows.start // grid.block_kv)
+    high = np.searchsorted(keys, row_key + (rows.stop - 1) // grid.block_kv, side="right")
+    item, nth = expand(high - low)
+    tile = low[item] + nth
+    first_key = (keys[tile] - row_key[item]) * grid.block_kv
+    start, stop, step = rows.start[item], rows.stop[item], rows.step[item]
+    start = start + np.maximum(0, -((start - first_key) // step)) * step - first_key
+    stop = np.minimum(stop - first_key, grid.block_kv)
+    place = (tile * grid.block_q + query[item] % grid.block_q) * words_a_row
+    single = step == 1
+    # Intervals fill words from `start` to `stop`; progressions set bits one by one.
+    _fill_words(words, word, place[single], start[single], stop[single])
+    if not single.all():
+        start, stop, step, place = start[~single], stop[~single], step[~single], place[~single]
+        bit_of, nth = expand(np.maximum(0, (stop - 1 - start) // step + 1))
+        bit = start[bit_of] + nth * step[bit_of]
+        np.bitwise_or.at(words, place[bit_of] + bit // word, np.uint64(1) << (bit % word).astype(np.uint64))
+    as_bytes = words.astype("<u8").view(np.uint8).reshape(-1, 8)[:, : word // 8]
+    return np.ascontiguousarray(as_bytes).reshape(len(keys), grid.block_q, grid.block_kv // 8)
+
+
+def _fill_words(words: npt.NDArray[np.uint64], word: int, place: IntArray, start: IntArray, stop: IntArray) -> None:
+    first, last = start // word, (stop - 1) // word
+    item, nth = expand(np.maximum(0, last - first + 1))
+    at = first[item] + nth
+    low = np.maximum(start[item] - at * word, 0)
+    high = np.minimum(stop[item] - at * word, word)
+    ones = np.uint64(2**64 - 1)
+    mask = (ones << low.astype(np.uint64)) & (ones >> (64 - high).astype(np.uint64))
+    np.bitwise_or.at(words, place[item] + at, mask)
+
+
+def distinct(bits: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], IntArray]:
+    """The different patterns among `bits`, in order of first appearance, and the entry of each."""
+    n = len(bits)
+    if n <= 1:
+        return bits, np.zeros(n, np.int64)
+    flat = np.ascontiguousarray(bits).reshape(n, -1)
+    wide = flat.view(np.uint64)
+    # Odd multipliers from a fixed generator; equal hashes are compared byte by byte below.
+    factors = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, wide.shape[1], dtype=np.uint64) * 2 + 1
+    mixed = wide ^ (wide >> np.uint64(29))
+    hashes = (mixed * factors).sum(axis=1, dtype=np.uint64)
+    _, first, entry = np.unique(hashes, return_index=True, return_inverse=True)
+    if not np.array_equal(flat[first][entry], flat):
+        void = flat.view(f"V{flat.shape[1]}").reshape(-1)
+        _, first, entry = np.unique(void, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return bits[first[order]], rank[entry]
+
+
+def classify(grid: Grid, keys: IntArray, bits: npt.NDArray[np.uint8]) -> TileBits:
+    """The tiles `keys` whose bits are given one by one: repeats, empty and full ones recognised."""
+    patterns, entry = distinct(bits)
+    counts = np.bitwise_count(patterns.reshape(len(patterns), -1)).sum(axis=1, dtype=np.int64)
+    index = entry.astype(np.int32)
+    if len(keys):
+        index[counts[entry] == 0] = EMPTY
+        index[counts[entry] == grid.areas(keys)] = FULL
+    return TileBits(index, patterns)
+
+
+def gather(parts: Sequence[TileBits], grid: Grid) -> TileBits:
+    """The tiles of all parts, one after the other, with one dictionary."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return TileBits(np.zeros(0, np.int32), np.zeros((0, grid.block_q, grid.block_kv // 8), np.uint8))
+    patterns, entry = distinct(np.concatenate([part.bits for part in parts]))
+    indices, base = [], 0
+    for part in parts:
+        index = part.index.copy()
+        named = index >= 0
+        index[named] = entry[base + index[named]]
+        indices.append(index)
+        base += len(part.bits)
+    return TileBits(np.concatenate(indices), patterns)
+
+
+def only_used(tile_bits: TileBits) -> TileBits:
+    """Without the patterns no tile has, equal ones joined, in order of first appearance."""
+    named = np.flatnonzero(tile_bits.index >= 0)
+    if not len(named):
+        return TileBits(tile_bits.index, tile_bits.bits[:0])
+    used, back = np.unique(tile_bits.index[named], return_inverse=True)
+    patterns, entry = distinct(tile_bits.bits[used])
+    tile_entry = entry[back]
+    _, first = np.unique(tile_entry, return_index=True)
+    order = np.argsort(first)
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    index = tile_bits.index.copy()
+    index[named] = rank[tile_entry]
+    return TileBits(index, patterns[order])
+
+
+def merge_counts(parts: Sequence[tuple[IntArray, IntArray]]) -> tuple[IntArray, IntArray]:
+    """`(keys, counts)` of consecutive parts joined."""
+    if not parts:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def full_bits(grid: Grid, keys: IntArray) -> npt.NDArray[np.uint8]:
+    """Bits of the tiles `keys` were they full: ones inside the shape."""
+    queries = np.arange(grid.block_q) < grid.heights(keys // grid.n_kv_tiles)[:, None]
+    columns = np.arange(grid.block_kv) < grid.widths(keys % grid.n_kv_tiles)[:, None]
+    row = np.packbits(columns, axis=1, bitorder="little")
+    return np.where(queries[:, :, None], row[:, None, :], np.uint8(0))

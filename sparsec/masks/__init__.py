@@ -1,0 +1,1 @@
+"""Attention masks as expressions: which query attends which key."""

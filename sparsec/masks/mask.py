@@ -1,0 +1,826 @@
+"""Masks as immutable expressions, and masks bound to lengths.
+
+This file decides what a mask is: the operators that build expressions, the protocol a leaf fulfils, the normal form that
+equality, hash and digest speak about, and what a bound mask can answer. It must not know any particular leaf: those are
+one file each beside it, and what they cannot answer themselves is derived from their rows (`derive.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, reduce
+from operator import and_, or_
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsec.errors import MaskError
+from sparsec.masks import derive, ranges
+from sparsec.masks.ranges import IntArray, RowRanges
+from sparsec.masks.tilemap import Grid, TileBits, TileMap, TilePatterns
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+    from sparsec.expr import Expr
+
+Shape = tuple[int, int]
+Axis = Literal["q", "kv"]
+# Nested tuples of names, numbers and array hashes: comparable, hashable, the same in every process.
+Key = tuple[Any, ...]
+
+MAX_LENGTH = 2**40
+MAX_DENSE_ELEMENTS = 2**28
+
+
+class Mask:
+    """Which query attends which key, before the lengths are known.
+
+    A leaf is a frozen dataclass below this class; `_rows` is its one obligation, everything else has a default that is
+    derived from it. Methods with a leading underscore are the leaf protocol. `shape` is always `(q_len, kv_len)` and has
+    passed `_check`.
+    """
+
+    # What a leaf may state about itself.
+    n_heads: int | None = None
+    n_batch: int | None = None
+    varies_by_head: bool = False
+    varies_by_batch: bool = False
+    _depends_on_lengths: bool = False
+
+    # -- The leaf protocol: the one obligation -------------------------------------------------------------------
+
+    def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
+        """The keys of queries `start:stop`."""
+        raise NotImplementedError
+
+    # -- The leaf protocol: facts with defaults ------------------------------------------------------------------
+
+    def _fixed_lengths(self) -> tuple[int | None, int | None]:
+        """The lengths this mask knows by itself, None where it takes any."""
+        return None, None
+
+    def _check(self, shape: Shape) -> None:
+        """Raises MaskError when the mask cannot have this shape; fixed lengths are checked already."""
+
+    def _row_weight(self, shape: Shape) -> float:
+        """About how many ranges a row has: sizes the chunks in which rows are visited."""
+        return 4.0
+
+    def _nnz(self, shape: Shape) -> int:
+        return derive.nnz(self, shape)
+
+    def _nnz_bound(self, shape: Shape) -> int:
+        """At most this many edges: cheap, orders the operands of an intersection."""
+        return self._nnz(shape)
+
+    def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
+        return derive.degrees(self, shape, axis)
+
+    def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
+        return derive.tiles(self, Grid(shape, block_q, block_kv), tile_rows)
+
+    def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
+        """Edges in each tile `keys = tile_row * grid.n_kv_tiles + tile_column` (ascending)."""
+        return derive.counts_at(self, grid, keys)
+
+    def _bits_at(self, grid: Grid, keys: IntArray) -> TileBits:
+        """The contents of the tiles `keys` (ascending)."""
+        return derive.bits_at(self, grid, keys)
+
+    def _patterns(self, shape: Shape, tile_map: TileMap) -> TilePatterns:
+        return derive.patterns(self, tile_map)
+
+    def _offsets(self, shape: Shape) -> RowRanges | None:
+        """The attended `kv - q` as one row, for a mask that depends on nothing else."""
+        return None
+
+    def _predicate(self, shape: Shape) -> Expr | None:
+        """An expression in `q_idx` and `kv_idx` that is true on the edges."""
+        return None
+
+    # -- The leaf protocol: the algebra --------------------------------------------------------------------------
+
+    def _transpose(self, shape: Shape | None) -> Mask | None:
+        """The mask with queries and keys swapped, `shape` being this mask's; None: through its edges."""
+        return None
+
+    def _complement(self, shape: Shape | None) -> Mask | None:
+        """The mask of all other pairs when it is again such a leaf."""
+        return None
+
+    def _merge(self, other: Mask, op: Literal["and", "or"], shape: Shape | None) -> Mask | None:
+        """One leaf that means `self op other`, when there is one."""
+        return None
+
+    def _sliced(self, shape: Shape, q: tuple[int, int], kv: tuple[int, int]) -> Mask | None:
+        """One leaf that means this mask (of `shape`) restricted to the given queries and keys, renumbered from 0."""
+        return None
+
+    def _constant(self, shape: Shape | None) -> bool | None:
+        """True for the full mask, False for the empty one, None for any other or where it is dear to know."""
+        return None
+
+    def _operands(self) -> tuple[Mask, ...]:
+        return ()
+
+    def _with_operands(self, operands: tuple[Mask, ...]) -> Mask:
+        return self
+
+    def _select(self, batch: int, head: int) -> Mask:
+        """The mask of one batch element and one query head."""
+        operands = self._operands()
+        return self._with_operands(tuple(operand._select(batch, head) for operand in operands)) if operands else self
+
+    def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
+        """The normal form: flat, sorted `And` and `Or` over leaves, their transposes and their complements.
+
+        With a shape (that of the result) the lengths are put in; without one they stay symbols.
+        """
+        leaf: Mask = self
+        if transposed:
+            leaf = self._transpose(_swapped(shape)) or Transpose(self)
+        if negated:
+            leaf = leaf._complement(shape) or Not(leaf)
+        return leaf
+
+    def _key(self) -> Key:
+        """What the leaf means, as nested tuples. Only called on normal forms."""
+        return (type(self).__name__, *(_key_of(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+
+    # -- What users see ------------------------------------------------------------------------------------------
+
+    def bind(self, q_len: int | None = None, kv_len: int | None = None) -> BoundMask:
+        """This mask with its lengths fixed.
+
+        Args:
+            q_len: Number of queries; may be left out where the mask knows it.
+            kv_len: Number of keys; `q_len`, or what the mask knows, when left out.
+
+        Raises:
+            MaskError: The lengths do not fit the mask.
+        """
+        return BoundMask(self, self._bound_shape(q_len, kv_len))
+
+    def __and__(self, other: Mask) -> Mask:
+        return And((self, other)) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or((self, other)) if isinstance(other, Mask) else NotImplemented
+
+    def __sub__(self, other: Mask) -> Mask:
+        return And((self, Not(other))) if isinstance(other, Mask) else NotImplemented
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    @property
+    def T(self) -> Mask:
+        return Transpose(self)
+
+    def __getitem__(self, item: object) -> Mask:
+        """`mask[q0:q1, k0:k1]`: a part of the mask, renumbered from 0.
+
+        Raises:
+            MaskError: A step other than 1, an open end where no length is known, or a mask whose edges depend on the
+                lengths (bind it first).
+        """
+        fixed = self._fixed_lengths()
+        if self._depends_on_lengths and None in fixed:
+            raise MaskError(
+                f"cannot slice {self}: its edges depend on the lengths, which are not known yet; "
+                "bind it first: mask.bind(q_len, kv_len)[q0:q1, k0:k1]"
+            )
+        q, kv = _slice_pair(item, fixed, str(self))
+        return Slice(self, q, kv, (fixed[0] or q[1], fixed[1] or kv[1]))
+
+    def __eq__(self, other: object) -> bool:
+        return self._canonical == other._canonical if isinstance(other, Mask) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._canonical)
+
+    def __bool__(self) -> bool:
+        raise MaskError(
+            f"the mask {self} has no truth value: combine masks with & | ~ and -, not with `and`, `or` and `not`"
+        )
+
+    def __repr__(self) -> str:
+        return self._text(repr)
+
+    def __str__(self) -> str:
+        return self._text(str)
+
+    def _text(self, show: Callable[[object], str]) -> str:
+        """Python text of this mask; `show` is `repr` (evaluates back) or `str` (may shorten arrays)."""
+        raise NotImplementedError
+
+    @cached_property
+    def _canonical(self) -> Key:
+        heads, batch = self.n_heads, self.n_batch
+        if heads is None and batch is None:
+            return self._normal(None, False, False)._key()
+        members = [self._select(b, h)._canonical for b in range(batch or 1) for h in range(heads or 1)]
+        if all(member == members[0] for member in members):
+            members = members[:1]
+        return ("varying", batch, heads, *members)
+
+    def _bound_shape(self, q_len: int | None, kv_len: int | None) -> Shape:
+        known_q, known_kv = self._fixed_lengths()
+        q_len = known_q if q_len is None else _length("q_len", q_len)
+        if kv_len is None:
+            kv_len = known_kv if known_kv is not None else q_len
+        kv_len = None if kv_len is None else _length("kv_len", kv_len)
+        if q_len is None or kv_len is None:
+            raise MaskError(f"bind of {self}: the mask does not know its length; give one: mask.bind(q_len, kv_len)")
+        for name, known, given in (("q_len", known_q, q_len), ("kv_len", known_kv, kv_len)):
+            if known is not None and known != given:
+                raise MaskError(
+                    f"{self} has {name} = {known} and cannot be bound to {name} = {given}; "
+                    f"bind it to {known}, or slice the mask"
+                )
+        self._check((q_len, kv_len))
+        return q_len, kv_len
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Junction(Mask):
+    """What `And` and `Or` share."""
+
+    operands: tuple[Mask, ...]
+
+    def _operands(self) -> tuple[Mask, ...]:
+        return self.operands
+
+    def _with_operands(self, operands: tuple[Mask, ...]) -> Mask:
+        return type(self)(operands)
+
+    @property
+    def n_heads(self) -> int | None:  # type: ignore[override]
+        return _common("heads", (m.n_heads for m in self.operands), self)
+
+    @property
+    def n_batch(self) -> int | None:  # type: ignore[override]
+        return _common("batch elements", (m.n_batch for m in self.operands), self)
+
+    @property
+    def varies_by_head(self) -> bool:  # type: ignore[override]
+        return any(m.varies_by_head for m in self.operands)
+
+    @property
+    def varies_by_batch(self) -> bool:  # type: ignore[override]
+        return any(m.varies_by_batch for m in self.operands)
+
+    @property
+    def _depends_on_lengths(self) -> bool:  # type: ignore[override]
+        return any(m._depends_on_lengths for m in self.operands)
+
+    def _fixed_lengths(self) -> tuple[int | None, int | None]:
+        pairs = [m._fixed_lengths() for m in self.operands]
+        return (
+            _common("queries", (pair[0] for pair in pairs), self),
+            _common("keys", (pair[1] for pair in pairs), self),
+        )
+
+    def _check(self, shape: Shape) -> None:
+        for operand in self.operands:
+            operand._check(shape)
+
+    def _row_weight(self, shape: Shape) -> float:
+        return sum(operand._row_weight(shape) for operand in self.operands)
+
+    def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
+        kind: type[_Junction] = {And: Or, Or: And}[type(self)] if negated else type(self)  # type: ignore[index]
+        flat: list[Mask] = []
+        for operand in self.operands:
+            normal = operand._normal(shape, negated, transposed)
+            flat.extend(normal.operands if isinstance(normal, kind) else (normal,))
+        return _joined(kind, flat, shape)
+
+    def _key(self) -> Key:
+        return (type(self).__name__, *(operand._key() for operand in self.operands))
+
+
+def _joined(kind: type[_Junction], operands: Iterable[Mask], shape: Shape | None) -> Mask:
+    """`kind` over normal operands: merged where two are one leaf, without repeats, sorted, absorbed."""
+    op: Literal["and", "or"] = "and" if kind is And else "or"
+    kept: list[Mask] = []
+    for operand in sorted(operands, key=_sort_key):
+        for i, other in enumerate(kept):
+            if (merged := other._merge(operand, op, shape)) is not None:
+                kept[i] = merged
+                break
+        else:
+            kept.append(operand)
+    absorbing = op == "or"
+    for operand in kept:
+        if operand._constant(shape) is absorbing:
+            return operand
+    unique = {operand._key(): operand for operand in kept if operand._constant(shape) is not (not absorbing)}
+    if not unique:
+        return kept[0]
+    survivors = sorted(unique.values(), key=_sort_key)
+    return survivors[0] if len(survivors) == 1 else kind(tuple(survivors))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class And(_Junction):
+    """Pairs in every operand."""
+
+    def _text(self, show: Callable[[object], str]) -> str:
+        return " & ".join(f"({show(m)})" if isinstance(m, Or) else show(m) for m in self.operands)
+
+    def _parts(self) -> tuple[list[Mask], list[Mask]]:
+        """Operands that are kept to, and those whose complement is."""
+        wanted = [m for m in self.operands if not isinstance(m, Not)]
+        unwanted = [m.operand for m in self.operands if isinstance(m, Not)]
+        return wanted, unwanted
+
+    def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
+        wanted, unwanted = self._parts()
+        if not wanted:
+            return ranges.complement(_union_rows(unwanted, shape, start, stop), shape[1])
+        rows = reduce(ranges.intersect, (m._rows(shape, start, stop) for m in wanted))
+        return ranges.difference(rows, _union_rows(unwanted, shape, start, stop)) if unwanted else rows
+
+    def _nnz_bound(self, shape: Shape) -> int:
+        return min(m._nnz_bound(shape) for m in self.operands)
+
+    def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
+        return derive.and_tiles(self, Grid(shape, block_q, block_kv), tile_rows, *self._parts())
+
+    def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
+        return derive.and_counts_at(self, grid, keys, *self._parts())
+
+    def _bits_at(self, grid: Grid, keys: IntArray) -> TileBits:
+        return derive.combined_bits_at(self.operands, grid, keys, np.bitwise_and)
+
+    def _predicate(self, shape: Shape) -> Expr | None:
+        parts = [p for m in self.operands if (p := m._predicate(shape)) is not None]
+        return reduce(and_, parts) if len(parts) == len(self.operands) else None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Or(_Junction):
+    """Pairs in any operand."""
+
+    def _text(self, show: Callable[[object], str]) -> str:
+        return " | ".join(show(m) for m in self.operands)
+
+    @cached_property
+    def _complemented(self) -> Mask | None:
+        """What is left out, where an operand is a complement (the rows are then long, and what is left out short)."""
+        if not any(isinstance(m, Not) for m in self.operands):
+            return None
+        return And(tuple(m.operand if isinstance(m, Not) else Not(m) for m in self.operands))
+
+    def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
+        if self._complemented is not None:
+            return ranges.complement(self._complemented._rows(shape, start, stop), shape[1])
+        return _union_rows(self.operands, shape, start, stop)
+
+    def _nnz_bound(self, shape: Shape) -> int:
+        return min(shape[0] * shape[1], sum(m._nnz_bound(shape) for m in self.operands))
+
+    def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
+        grid = Grid(shape, block_q, block_kv)
+        if self._complemented is not None:
+            return derive.complement_tiles(self._complemented, grid, tile_rows)
+        return derive.or_tiles(self, grid, tile_rows, self.operands)
+
+    def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
+        if self._complemented is not None:
+            return grid.areas(keys) - self._complemented._counts_at(grid, keys)
+        return derive.or_counts_at(self, grid, keys, self.operands)
+
+    def _bits_at(self, grid: Grid, keys: IntArray) -> TileBits:
+        return derive.combined_bits_at(self.operands, grid, keys, np.bitwise_or)
+
+    def _predicate(self, shape: Shape) -> Expr | None:
+        parts = [p for m in self.operands if (p := m._predicate(shape)) is not None]
+        return reduce(or_, parts) if len(parts) == len(self.operands) else None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Wrapper(Mask):
+    """What masks of one operand share."""
+
+    operand: Mask
+
+    def _operands(self) -> tuple[Mask, ...]:
+        return (self.operand,)
+
+    def _with_operands(self, operands: tuple[Mask, ...]) -> Mask:
+        return replace(self, operand=operands[0])
+
+    @property
+    def n_heads(self) -> int | None:  # type: ignore[override]
+        return self.operand.n_heads
+
+    @property
+    def n_batch(self) -> int | None:  # type: ignore[override]
+        return self.operand.n_batch
+
+    @property
+    def varies_by_head(self) -> bool:  # type: ignore[override]
+        return self.operand.varies_by_head
+
+    @property
+    def varies_by_batch(self) -> bool:  # type: ignore[override]
+        return self.operand.varies_by_batch
+
+    @property
+    def _depends_on_lengths(self) -> bool:  # type: ignore[override]
+        return self.operand._depends_on_lengths
+
+    def _fixed_lengths(self) -> tuple[int | None, int | None]:
+        return self.operand._fixed_lengths()
+
+    def _check(self, shape: Shape) -> None:
+        self.operand._check(shape)
+
+    def _row_weight(self, shape: Shape) -> float:
+        return self.operand._row_weight(shape)
+
+
+class Not(_Wrapper):
+    """Pairs not in the operand."""
+
+    def _text(self, show: Callable[[object], str]) -> str:
+        return f"~({show(self.operand)})" if isinstance(self.operand, _Junction) else f"~{show(self.operand)}"
+
+    def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
+        return self.operand._normal(shape, not negated, transposed)
+
+    def _complement(self, shape: Shape | None) -> Mask | None:
+        return self.operand
+
+    def _key(self) -> Key:
+        return ("Not", self.operand._key())
+
+    def _row_weight(self, shape: Shape) -> float:
+        return self.operand._row_weight(shape) + 1
+
+    def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
+        return ranges.complement(self.operand._rows(shape, start, stop), shape[1])
+
+    def _nnz(self, shape: Shape) -> int:
+        return shape[0] * shape[1] - self.operand._nnz(shape)
+
+    def _nnz_bound(self, shape: Shape) -> int:
+        return shape[0] * shape[1]
+
+    def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
+        return shape[axis == "q"] - self.operand._degrees(shape, axis)
+
+    def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
+        return derive.complement_tiles(self.operand, Grid(shape, block_q, block_kv), tile_rows)
+
+    def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
+        return grid.areas(keys) - self.operand._counts_at(grid, keys)
+
+    def _bits_at(self, grid: Grid, keys: IntArray) -> TileBits:
+        return derive.complement_bits_at(self.operand, grid, keys)
+
+    def _predicate(self, shape: Shape) -> Expr | None:
+        inner = self.operand._predicate(shape)
+        return None if inner is None else ~inner
+
+
+class Transpose(_Wrapper):
+    """The operand with queries and keys swapped."""
+
+    def _text(self, show: Callable[[object], str]) -> str:
+        return f"{_postfixed(self.operand, show)}.T"
+
+    def _fixed_lengths(self) -> tuple[int | None, int | None]:
+        q_len, kv_len = self.operand._fixed_lengths()
+        return kv_len, q_len
+
+    def _check(self, shape: Shape) -> None:
+        self.operand._check((shape[1], shape[0]))
+
+    def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
+        return self.operand._normal(shape, negated, not transposed)
+
+    def _transpose(self, shape: Shape | None) -> Mask | None:
+        return self.operand
+
+    def _key(self) -> Key:
+        return ("Transpose", self.operand._key())
+
+    def _row_weight(self, shape: Shape) -> float:
+        return self._nnz(shape) / max(1, shape[0])
+
+    def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
+        return ranges.take_rows(self._transposed_rows(shape), start, stop)
+
+    def _transposed_rows(self, shape: Shape) -> RowRanges:
+        """All rows, computed once for each shape from the operand's edges."""
+        cache: dict[Shape, RowRanges] = self.__dict__.setdefault("_rows_by_shape", {})
+        if shape not in cache:
+            cache[shape] = derive.transposed_rows(self.operand, (shape[1], shape[0]))
+        return cache[shape]
+
+    def _nnz(self, shape: Shape) -> int:
+        return self.operand._nnz((shape[1], shape[0]))
+
+    def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
+        return self.operand._degrees((shape[1], shape[0]), "kv" if axis == "q" else "q")
+
+    def _predicate(self, shape: Shape) -> Expr | None:
+        inner = self.operand._predicate((shape[1], shape[0]))
+        if inner is None:
+            return None
+        from sparsec.expr import Var
+
+        return inner.substitute({"q_idx": Var("kv_idx"), "kv_idx": Var("q_idx")})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Slice(_Wrapper):
+    """Queries `q[0]:q[1]` and keys `kv[0]:kv[1]` of the operand bound to `within`, renumbered from 0."""
+
+    q: tuple[int, int]
+    kv: tuple[int, int]
+    within: Shape
+
+    def _text(self, show: Callable[[object], str]) -> str:
+        part = f"[{self.q[0]}:{self.q[1]}, {self.kv[0]}:{self.kv[1]}]"
+        inner = _postfixed(self.operand, show)
+        open_lengths = (self.q[1], self.kv[1])
+        known = self.operand._fixed_lengths()
+        implied = (known[0] or open_lengths[0], known[1] or open_lengths[1])
+        if implied == self.within and not self.operand._depends_on_lengths:
+            return inner + part
+        return f"{inner}.bind({self.within[0]}, {self.within[1]}){part}.mask"
+
+    @property
+    def _depends_on_lengths(self) -> bool:  # type: ignore[override]
+        return False
+
+    def _fixed_lengths(self) -> tuple[int | None, int | None]:
+        return self.q[1] - self.q[0], self.kv[1] - self.kv[0]
+
+    def _check(self, shape: Shape) -> None:
+        self.operand._check(self.within)
+
+    def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
+        inner = self.operand._normal(self.within, False, False)
+        part = inner._sliced(self.within, self.q, self.kv)
+        leaf: Mask = Slice(inner, self.q, self.kv, self.within) if part is None else part
+        own_shape = (self.q[1] - self.q[0], self.kv[1] - self.kv[0])
+        if transposed:
+            leaf = leaf._transpose(own_shape) or Transpose(leaf)
+            own_shape = (own_shape[1], own_shape[0])
+        if negated:
+            leaf = leaf._complement(own_shape) or Not(leaf)
+        return leaf
+
+    def _key(self) -> Key:
+        return ("Slice", self.operand._key(), self.q, self.kv, self.within)
+
+    def _row_weight(self, shape: Shape) -> float:
+        return self.operand._row_weight(self.within)
+
+    def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
+        rows = self.operand._rows(self.within, self.q[0] + start, self.q[0] + stop)
+        return ranges.shift(ranges.clip(rows, self.kv[0], self.kv[1]), -self.kv[0])
+
+    def _predicate(self, shape: Shape) -> Expr | None:
+        inner = self.operand._predicate(self.within)
+        if inner is None:
+            return None
+        from sparsec.expr import Var
+
+        return inner.substitute({"q_idx": Var("q_idx") + self.q[0], "kv_idx": Var("kv_idx") + self.kv[0]})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BoundMask:
+    """A mask with its lengths: what analysis, layout and kernels ask."""
+
+    mask: Mask
+    shape: Shape
+
+    @property
+    def q_len(self) -> int:
+        return self.shape[0]
+
+    @property
+    def kv_len(self) -> int:
+        return self.shape[1]
+
+    @property
+    def n_heads(self) -> int | None:
+        return self.mask.n_heads
+
+    @property
+    def n_batch(self) -> int | None:
+        return self.mask.n_batch
+
+    @property
+    def varies_by_head(self) -> bool:
+        return self.mask.varies_by_head
+
+    @property
+    def varies_by_batch(self) -> bool:
+        return self.mask.varies_by_batch
+
+    def select(self, batch: int = 0, head: int = 0) -> BoundMask:
+        """The plain mask of one batch element and one query head.
+
+        Raises:
+            MaskError: There is no such head or batch element.
+        """
+        for name, index, count in (("head", head, self.n_heads), ("batch element", batch, self.n_batch)):
+            if index < 0 or (count is not None and index >= count):
+                raise MaskError(f"{self.mask} has no {name} {index}: it has {count}, counted from 0")
+        return BoundMask(self.mask._select(batch, head), self.shape)
+
+    @cached_property
+    def nnz(self) -> int:
+        """The number of edges, exact."""
+        return int(self._body._nnz(self.shape))
+
+    def degrees(self, axis: Axis) -> IntArray:
+        """Keys of each query (`"q"`) or queries of each key (`"kv"`): int64."""
+        if axis not in ("q", "kv"):
+            raise MaskError(f'degrees({axis!r}): the axis is "q" or "kv"')
+        return self._body._degrees(self.shape, axis)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> RowRanges:
+        """The keys of queries `start:stop`."""
+        stop = self.q_len if stop is None else stop
+        if not 0 <= start <= stop <= self.q_len:
+            raise MaskError(f"rows({start}, {stop}) of a mask with q_len = {self.q_len}: give 0 ≤ start ≤ stop ≤ q_len")
+        return self._body._rows(self.shape, start, stop)
+
+    def tiles(self, block_q: int, block_kv: int, tile_rows: range | None = None) -> TileMap:
+        """The non-empty tiles.
+
+        Args:
+            block_q: Queries a tile, a power of two ≥ 8.
+            block_kv: Keys a tile, a power of two ≥ 8.
+            tile_rows: Only these rows of tiles (a run with step 1); the others come out empty.
+        """
+        for name, block in (("block_q", block_q), ("block_kv", block_kv)):
+            if block < 8 or block & (block - 1):
+                raise MaskError(f"tiles: {name} = {block} must be a power of two ≥ 8")
+        n_q_tiles = -(-self.q_len // block_q)
+        wanted = range(n_q_tiles) if tile_rows is None else tile_rows
+        if wanted and (wanted.step != 1 or wanted[0] < 0 or wanted[-1] >= n_q_tiles):
+            raise MaskError(f"tiles: tile_rows = {tile_rows} must be a run within range({n_q_tiles})")
+        return self._body._tiles(self.shape, block_q, block_kv, wanted)
+
+    def patterns(self, tile_map: TileMap) -> TilePatterns:
+        """What the partial tiles of `tile_map` (one of this mask's) look like."""
+        if tile_map.shape != self.shape:
+            raise MaskError(f"patterns: the tile map has shape {tile_map.shape}, the mask {self.shape}")
+        return self._body._patterns(self.shape, tile_map)
+
+    @property
+    def offsets(self) -> RowRanges | None:
+        """The attended `kv - q` (one row) where edges depend on nothing else, within `(-q_len, kv_len)`."""
+        return self._body._offsets(self.shape)
+
+    @property
+    def predicate(self) -> Expr | None:
+        """An expression in `q_idx`, `kv_idx` (`h`, `b`), true on the edges; None for explicit edges."""
+        return self.mask._predicate(self.shape)
+
+    @cached_property
+    def digest(self) -> str:
+        """Names what the mask means at these lengths: equal in every process."""
+        return hashlib.sha256(repr((self._identity, self.shape)).encode()).hexdigest()
+
+    @property
+    def T(self) -> BoundMask:
+        return BoundMask(Transpose(self.mask), (self.kv_len, self.q_len))
+
+    def __getitem__(self, item: object) -> BoundMask:
+        """`bound[q0:q1, k0:k1]`: that part of the mask, renumbered from 0."""
+        q, kv = _slice_pair(item, self.shape, repr(self))
+        return BoundMask(Slice(self.mask, q, kv, self.shape), (q[1] - q[0], kv[1] - kv[0]))
+
+    def to_csr(self) -> scipy.sparse.csr_array:
+        """All edges as a SciPy CSR array of bool, columns sorted."""
+        return derive.to_csr(self._body, self.shape)
+
+    def to_dense(self) -> npt.NDArray[np.bool_]:
+        """bool `[q_len, kv_len]`, for small masks.
+
+        Raises:
+            MaskError: More than 2**28 elements.
+        """
+        if self.q_len * self.kv_len > MAX_DENSE_ELEMENTS:
+            raise MaskError(
+                f"to_dense of a {self.q_len} × {self.kv_len} mask: {self.q_len * self.kv_len:,} elements are more than "
+                f"{MAX_DENSE_ELEMENTS:,}; take rows(), tiles() or to_csr(), or slice the mask first"
+            )
+        return derive.to_dense(self._body, self.shape)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BoundMask):
+            return NotImplemented
+        return self.shape == other.shape and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash((self._identity, self.shape))
+
+    def __repr__(self) -> str:
+        return f"{_postfixed(self.mask, repr)}.bind({self.q_len}, {self.kv_len})"
+
+    def __str__(self) -> str:
+        return f"{_postfixed(self.mask, str)}.bind({self.q_len}, {self.kv_len})"
+
+    @cached_property
+    def _identity(self) -> Key:
+        if self.varies_by_head or self.varies_by_batch:
+            return self.mask._canonical
+        return self._body._key()
+
+    @cached_property
+    def _body(self) -> Mask:
+        """The normal form at these lengths, which answers everything."""
+        if self.varies_by_head or self.varies_by_batch:
+            axis = "head" if self.varies_by_head else "batch element"
+            raise MaskError(f"{self} differs by {axis}; ask the mask of one of them: bound.select(batch, head)")
+        return self.mask._normal(self.shape, False, False)
+
+
+def digest_array(array: npt.NDArray[Any]) -> str:
+    """A hash of an array's contents, type and shape."""
+    content = np.ascontiguousarray(array)
+    head = f"{content.dtype.str}{content.shape}".encode()
+    return hashlib.sha256(head + content.tobytes()).hexdigest()
+
+
+def _key_of(value: object) -> object:
+    if isinstance(value, Mask):
+        return value._key()
+    if isinstance(value, np.ndarray):
+        return digest_array(value)
+    if isinstance(value, RowRanges):
+        return tuple(digest_array(part) for part in (value.indptr, value.start, value.stop, value.step))
+    return value
+
+
+def _sort_key(mask: Mask) -> str:
+    return repr(mask._key())
+
+
+def _swapped(shape: Shape | None) -> Shape | None:
+    return None if shape is None else (shape[1], shape[0])
+
+
+def _postfixed(mask: Mask, show: Callable[[object], str]) -> str:
+    return f"({show(mask)})" if isinstance(mask, (_Junction, Not)) else show(mask)
+
+
+def _union_rows(masks: Sequence[Mask], shape: Shape, start: int, stop: int) -> RowRanges:
+    return reduce(ranges.union, (m._rows(shape, start, stop) for m in masks))
+
+
+def _common(what: str, counts: Iterable[int | None], mask: Mask) -> int | None:
+    known = sorted({count for count in counts if count is not None})
+    if len(known) > 1:
+        raise MaskError(
+            f"a composition joins masks with {known[0]} and {known[1]} {what}; all operands must have the same number"
+        )
+    return known[0] if known else None
+
+
+def _length(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise MaskError(f"bind: {name} = {value!r} must be an int")
+    if not 1 <= value <= MAX_LENGTH:
+        raise MaskError(f"bind: {name} = {value} must be between 1 and 2**40")
+    return int(value)
+
+
+def _slice_pair(item: object, lengths: tuple[int | None, int | None], text: str) -> tuple[Shape, Shape]:
+    if not (isinstance(item, tuple) and len(item) == 2 and all(isinstance(part, slice) for part in item)):
+        raise MaskError(f"{text}[{item!r}]: give two slices, mask[q0:q1, k0:k1]")
+    q, kv = (
+        _slice_bounds(part, length, name, text) for part, length, name in zip(item, lengths, ("q", "kv"), strict=True)
+    )
+    return q, kv
+
+
+def _slice_bounds(part: slice, length: int | None, name: str, text: str) -> Shape:
+    if part.step not in (None, 1):
+        raise MaskError(f"{text}: the {name} slice has step {part.step}; only runs (step 1) can be sliced")
+    start = 0 if part.start is None else part.start
+    stop = length if part.stop is None else part.stop
+    if stop is None:
+        raise MaskError(f"{text}: the {name} slice has no stop and the mask no length yet; give the stop, or bind first")
+    if not all(isinstance(end, (int, np.integer)) and not isinstance(end, bool) for end in (start, stop)):
+        raise MaskError(f"{text}: the {name} slice {start!r}:{stop!r} must be of ints")
+    if not 0 <= start < stop or (length is not None and stop > length):
+        limit = "" if length is None else f" ≤ {length}"
+        raise MaskError(f"{text}: the {name} slice {start}:{stop} must satisfy 0 ≤ start < stop{limit}")
+    return int(start), int(stop)
