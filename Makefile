@@ -1,0 +1,63 @@
+# `make demo` and `make test` need Python >= 3.11, a C++ compiler and the network, once; everything lands in .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+WHEEL_VENV := .venv-wheel
+
+.PHONY: demo test lint wheel-test clean check-machine
+
+demo: $(VENV)/.installed
+	$(BIN)/sparsec demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The same tests against what a user installs. The second environment holds the wheel alone and borrows every other
+# package from the first by a plain path line, which leaves the first one's editable install behind.
+wheel-test: $(VENV)/.installed-dev
+	rm -rf dist $(WHEEL_VENV)
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	$(BIN)/python -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --no-deps dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$($(WHEEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	cd $(WHEEL_VENV) && bin/python -c 'import sys; sys.path.pop(0); import sparsec; \
+	    assert sparsec.__file__.startswith(sys.prefix), sparsec.__file__; print("testing", sparsec.__file__)'
+	cd $(WHEEL_VENV) && bin/python -P -m pytest --rootdir "$(CURDIR)" -c "$(CURDIR)/pyproject.toml" \
+	    -o cache_dir="$(CURDIR)/$(WHEEL_VENV)/.pytest_cache" "$(CURDIR)/tests"
+
+clean:
+	rm -rf $(VENV) $(WHEEL_VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+
+# One stamp for what a user needs and one for what a developer needs; a newer pyproject.toml installs again.
+
+$(VENV)/.installed: pyproject.toml constraints.txt | check-machine $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | check-machine $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(VENV)/.installed $@
+
+# The first of these that is new enough; PYTHON=... chooses another.
+PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $$python && break; done)
+
+$(BIN)/python: | check-machine
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+	    echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+check-machine:
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
+	    echo "sparsec needs Python 3.11 or newer; found $$(python3 --version 2>&1 || echo none)." \
+	        "Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@for compiler in "$${CXX:-g++}" g++ clang++ c++; do command -v "$${compiler%% *}" > /dev/null && exit 0; done; \
+	    echo "sparsec compiles its CPU kernels on this machine, and found no C++ compiler." \
+	        "Install g++ or clang++, or name one: make CXX=/path/to/compiler $(MAKECMDGOALS)" >&2; exit 1
