@@ -124,6 +124,11 @@ class Mask:
         """True for the full mask, False for the empty one, None for any other or where it is dear to know."""
         return None
 
+    def _lean(self, shape: Shape) -> Mask:
+        """A normal form that means the same and is quicker to read."""
+        operands = self._operands()
+        return self._with_operands(tuple(operand._lean(shape) for operand in operands)) if operands else self
+
     def _operands(self) -> tuple[Mask, ...]:
         return ()
 
@@ -461,6 +466,10 @@ class Not(_Wrapper):
     def _key(self) -> Key:
         return ("Not", self.operand._key())
 
+    def _lean(self, shape: Shape) -> Mask:
+        inner = self.operand._lean(shape)
+        return inner.operand if isinstance(inner, Not) else Not(inner)
+
     def _row_weight(self, shape: Shape) -> float:
         return self.operand._row_weight(shape) + 1
 
@@ -492,6 +501,9 @@ class Not(_Wrapper):
 
 class Transpose(_Wrapper):
     """The operand with queries and keys swapped."""
+
+    def _lean(self, shape: Shape) -> Mask:
+        return Transpose(self.operand._lean((shape[1], shape[0])))
 
     def _text(self, show: Callable[[object], str]) -> str:
         return f"{_postfixed(self.operand, show)}.T"
@@ -582,6 +594,9 @@ class Slice(_Wrapper):
 
     def _key(self) -> Key:
         return ("Slice", self.operand._key(), self.q, self.kv, self.within)
+
+    def _lean(self, shape: Shape) -> Mask:
+        return replace(self, operand=self.operand._lean(self.within))
 
     def _row_weight(self, shape: Shape) -> float:
         return self.operand._row_weight(self.within)
@@ -685,7 +700,7 @@ class BoundMask:
     @property
     def offsets(self) -> RowRanges | None:
         """The attended `kv - q` (one row) where edges depend on nothing else, within `(-q_len, kv_len)`."""
-        return self._body._offsets(self.shape)
+        return self._normal._offsets(self.shape)
 
     @property
     def predicate(self) -> Expr | None:
@@ -741,11 +756,16 @@ class BoundMask:
     def _identity(self) -> Key:
         if self.varies_by_head or self.varies_by_batch:
             return self.mask._canonical
-        return self._body._key()
+        return self._normal._key()
 
     @cached_property
     def _body(self) -> Mask:
-        """The normal form at these lengths, which answers everything."""
+        """What answers everything: the normal form, made quick to read."""
+        return self._normal._lean(self.shape)
+
+    @cached_property
+    def _normal(self) -> Mask:
+        """The mask's normal form at these lengths."""
         if self.varies_by_head or self.varies_by_batch:
             axis = "head" if self.varies_by_head else "batch element"
             raise MaskError(f"{self} differs by {axis}; ask the mask of one of them: bound.select(batch, head)")
