@@ -27,8 +27,8 @@ wheel-test: $(VENV)/.installed-dev
 	$(WHEEL_VENV)/bin/python -m pip install --quiet --no-deps dist/*.whl
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > "$$($(WHEEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
-	cd $(WHEEL_VENV) && bin/python -c 'import sys; sys.path.pop(0); import sparsec; \
-	    assert sparsec.__file__.startswith(sys.prefix), sparsec.__file__; print("testing", sparsec.__file__)'
+	cd $(WHEEL_VENV) && bin/python -P -c 'import sys, sparsec; print("testing", sparsec.__file__); \
+	    assert sparsec.__file__.startswith(sys.prefix)'
 	cd $(WHEEL_VENV) && bin/python -P -m pytest --rootdir "$(CURDIR)" -c "$(CURDIR)/pyproject.toml" \
 	    -o cache_dir="$(CURDIR)/$(WHEEL_VENV)/.pytest_cache" "$(CURDIR)/tests"
 
@@ -56,7 +56,7 @@ $(BIN)/python: | check-machine
 
 check-machine:
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
-	    echo "sparsec needs Python 3.11 or newer; found $$(python3 --version 2>&1 || echo none)." \
+	    echo "sparsec needs Python 3.11 or newer; found $$($(or $(PYTHON),python3) --version 2> /dev/null || echo none)." \
 	        "Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@for compiler in "$${CXX:-g++}" g++ clang++ c++; do command -v "$${compiler%% *}" > /dev/null && exit 0; done; \
 	    echo "sparsec compiles its CPU kernels on this machine, and found no C++ compiler." \
