@@ -6,7 +6,6 @@ It must not know what a kernel does with the facts, and it imports torch only wh
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import re
@@ -106,6 +105,8 @@ def device(name: str) -> Device:
         return detect_cpu()
     known = _described_devices()
     if name not in known:
+        import difflib
+
         names = ["cpu", *known]
         near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
         near = near or [other for other in names if name and name.lower() in other]
