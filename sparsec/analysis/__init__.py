@@ -1,0 +1,33 @@
+"""What a mask looks like: its profile, its block graph, its signature, and the orders of tokens worth trying.
+
+This package measures masks; it must not know templates, devices or costs.
+"""
+
+from sparsec.analysis.fill import TileFill
+from sparsec.analysis.graph import BlockGraphProfile, block_graph
+from sparsec.analysis.orderings import (
+    candidate_orderings,
+    cluster_ordering,
+    popularity_ordering,
+    rcm_ordering,
+    residue_ordering,
+)
+from sparsec.analysis.profile import FILL_BLOCKS, DegreeStats, MaskProfile, analyse
+from sparsec.analysis.signatures import MaskSignature, signature
+
+__all__ = [
+    "FILL_BLOCKS",
+    "BlockGraphProfile",
+    "DegreeStats",
+    "MaskProfile",
+    "MaskSignature",
+    "TileFill",
+    "analyse",
+    "block_graph",
+    "candidate_orderings",
+    "cluster_ordering",
+    "popularity_ordering",
+    "rcm_ordering",
+    "residue_ordering",
+    "signature",
+]

@@ -1,0 +1,348 @@
+"""What a mask looks like: the facts that choosing and costing a kernel needs.
+
+This file decides which facts those are and how each is had cheaply: in closed form for a translation-invariant mask,
+exactly where the ranges and tiles are few enough, and from a stated sample of rows otherwise. It must not know what
+follows from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsec.analysis.fill import TileFill, toeplitz_fill
+from sparsec.masks import ranges
+from sparsec.masks.mask import BoundMask, Mask
+from sparsec.masks.ranges import IntArray, RowRanges
+from sparsec.masks.tilemap import TileMap
+
+# Tile sizes whose fill is told.
+FILL_BLOCKS = (16, 32, 64, 128)
+
+# Ranges and 16 × 16 tiles visited before a sample has to do: about 0.3 s on one core.
+_WORK_LIMIT = 3_000_000
+
+# A sample is this many runs of tile rows, evenly spread.
+_SAMPLE_RUNS = 24
+
+# Rows are looked at in multiples of the largest tile.
+_UNIT = FILL_BLOCKS[-1]
+
+# Heavy rows and columns are counted always, named up to here.
+_HEAVY_LISTED = 4096
+
+# Keys a range must hold before its step counts as a habit of the mask: any two keys are a progression.
+_HABIT_KEYS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class DegreeStats:
+    """Keys a query, or queries a key.
+
+    Attributes:
+        mean: Over all rows, empty ones included.
+        max: The largest.
+        cv: Coefficient of variation, the standard deviation over the mean; 0 for an empty mask.
+        n_empty: Rows without an edge.
+        n_heavy: Rows of more than `max(8 * mean, 512)` edges.
+        heavy: The first of those, by index.
+    """
+
+    mean: float
+    max: int
+    cv: float
+    n_empty: int
+    n_heavy: int
+    heavy: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskProfile:
+    """A mask's shape as a graph.
+
+    Attributes:
+        shape: `(q_len, kv_len)` in tokens.
+        nnz: Edges, exact.
+        density: `nnz / (q_len * kv_len)`.
+        q: Keys of each query, exact.
+        kv: Queries of each key, exact.
+        tiles: Tile counts and fill at each size of `FILL_BLOCKS`.
+        bandwidth_max: The largest `|kv - q * kv_len / q_len|` over the edges, in tokens.
+        bandwidth_mean: The mean of that.
+        period: For a translation-invariant mask the greatest common divisor of its offsets, which is the number of
+            residue classes that do not attend each other; otherwise 1.
+        common_step: The step > 1 by which most of the edges progress along their rows, or 1.
+        is_toeplitz: Whether the mask depends on `kv - q` alone.
+        sampled: The share of the rows that tiles, bandwidth and steps were taken from; None when that was all.
+    """
+
+    shape: tuple[int, int]
+    nnz: int
+    density: float
+    q: DegreeStats
+    kv: DegreeStats
+    tiles: tuple[TileFill, ...]
+    bandwidth_max: float
+    bandwidth_mean: float
+    period: int
+    common_step: int
+    is_toeplitz: bool
+    sampled: float | None
+
+    def fill(self, block: int) -> TileFill:
+        """The tile count and fill at `block`, one of `FILL_BLOCKS`."""
+        return self.tiles[FILL_BLOCKS.index(block)]
+
+
+def analyse(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None = None) -> MaskProfile:
+    """The profile of a mask. Deterministic.
+
+    Args:
+        mask: A mask, or one with its lengths.
+        seq_len: The length, or `(q_len, kv_len)`; may be left out where the mask knows.
+
+    Raises:
+        MaskError: The lengths do not fit, or the mask differs by head or batch element (analyse one of them:
+            `bound.select(batch, head)`).
+    """
+    if isinstance(mask, BoundMask):
+        bound = mask
+    else:
+        q_len, kv_len = seq_len if isinstance(seq_len, tuple) else (seq_len, None)
+        bound = mask.bind(q_len, kv_len)
+    offsets = bound.offsets
+    nnz = bound.nnz
+    rows = _degree_stats(bound.degrees("q"))
+    columns = _degree_stats(bound.degrees("kv"))
+    looked = _look_at_offsets(bound, offsets) if offsets is not None else _look_at_rows(bound)
+    return MaskProfile(
+        shape=bound.shape,
+        nnz=nnz,
+        density=nnz / (bound.q_len * bound.kv_len),
+        q=rows,
+        kv=columns,
+        tiles=looked.tiles,
+        bandwidth_max=looked.bandwidth_max,
+        bandwidth_mean=looked.bandwidth_mean,
+        period=1 if offsets is None else _common_divisor(offsets),
+        common_step=looked.common_step,
+        is_toeplitz=offsets is not None,
+        sampled=looked.sampled,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What is not had from degrees."""
+
+    tiles: tuple[TileFill, ...]
+    bandwidth_max: float
+    bandwidth_mean: float
+    common_step: int
+    sampled: float | None
+
+
+def _degree_stats(degrees: IntArray) -> DegreeStats:
+    mean = float(degrees.mean())
+    heavy = np.flatnonzero(degrees > max(8.0 * mean, 512.0))
+    return DegreeStats(
+        mean=mean,
+        max=int(degrees.max()),
+        cv=float(degrees.std()) / mean if mean else 0.0,
+        n_empty=int((degrees == 0).sum()),
+        n_heavy=len(heavy),
+        heavy=tuple(heavy[:_HEAVY_LISTED].tolist()),
+    )
+
+
+def _common_divisor(offsets: RowRanges) -> int:
+    """The greatest common divisor of all offsets; 1 when there is none."""
+    several = ranges.lengths(offsets) > 1
+    return max(1, math.gcd(*offsets.start.tolist(), *offsets.step[several].tolist()))
+
+
+def _look_at_offsets(bound: BoundMask, offsets: RowRanges) -> _Look:
+    tiles = tuple(toeplitz_fill(bound.shape, offsets, block) for block in FILL_BLOCKS)
+    steps = _Steps()
+    steps.add(offsets)
+    if bound.q_len == bound.kv_len:
+        span = _Span()
+        for start, stop, step in zip(offsets.start, offsets.stop, offsets.step, strict=True):
+            offset = np.arange(start, stop, step)
+            span.add_distances(np.abs(offset).astype(np.float64), bound.q_len - np.abs(offset))
+        return _Look(tiles, span.max, span.mean, steps.commonest(), None)
+    return _look_at_ranges(bound, tiles, steps)
+
+
+def _look_at_ranges(bound: BoundMask, tiles: tuple[TileFill, ...], steps: _Steps) -> _Look:
+    """The bandwidth from rows alone: of a translation-invariant mask that is not square."""
+    n_units = -(-bound.q_len // _UNIT)
+    ranges_per_unit = max(len(bound.rows(0, min(_UNIT, bound.q_len)).start), _UNIT)
+    runs = _spread_runs(n_units, max(1, _WORK_LIMIT // ranges_per_unit))
+    span = _Span()
+    for first, last in runs:
+        start, stop = first * _UNIT, min(last * _UNIT, bound.q_len)
+        span.add_rows(bound.rows(start, stop), start, bound.kv_len / bound.q_len)
+    looked = sum(last - first for first, last in runs) / n_units
+    return _Look(tiles, span.max, span.mean, steps.commonest(), None if looked == 1.0 else looked)
+
+
+def _look_at_rows(bound: BoundMask) -> _Look:
+    """Tiles, bandwidth and steps from all rows where they are few enough, else from evenly spread runs of them."""
+    n_units = -(-bound.q_len // _UNIT)
+    probes = _spread_runs(n_units, min(n_units, 8), runs=8)
+    work = max(sum(_unit_work(bound, first, last) for first, last in probes), 1)
+    work_per_unit = work / sum(last - first for first, last in probes)
+    runs = _spread_runs(n_units, max(1, int(_WORK_LIMIT / work_per_unit)))
+    span, steps, fills = _Span(), _Steps(), _Fills(bound)
+    chunk = max(1, int(_WORK_LIMIT / 8 / work_per_unit))
+    for first, last in _chunks(runs, chunk):
+        start, stop = first * _UNIT, min(last * _UNIT, bound.q_len)
+        rows = bound.rows(start, stop)
+        span.add_rows(rows, start, bound.kv_len / bound.q_len)
+        steps.add(rows)
+        fills.add(first, last)
+    looked = sum(last - first for first, last in runs) / n_units
+    sampled = None if looked == 1.0 else looked
+    return _Look(fills.total(looked), span.max, span.mean, steps.commonest(), sampled)
+
+
+def _unit_work(bound: BoundMask, first: int, last: int) -> int:
+    """Ranges and smallest tiles in the units `first … last - 1`."""
+    start, stop = first * _UNIT, min(last * _UNIT, bound.q_len)
+    block = FILL_BLOCKS[0]
+    return (
+        len(bound.rows(start, stop).start) + bound.tiles(block, block, range(start // block, -(-stop // block))).n_tiles
+    )
+
+
+def _spread_runs(n_units: int, wanted: int, runs: int = _SAMPLE_RUNS) -> list[tuple[int, int]]:
+    """About `wanted` of `n_units` as evenly spread runs `(first, last)`; one run of all when there are no more."""
+    if wanted >= n_units:
+        return [(0, n_units)]
+    n_runs = min(runs, wanted)
+    length = wanted // n_runs
+    starts = np.linspace(0, n_units - length, n_runs).astype(np.int64) if n_runs > 1 else [(n_units - length) // 2]
+    return [(int(start), int(start) + length) for start in starts]
+
+
+def _chunks(runs: list[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
+    for first, last in runs:
+        for start in range(first, last, length):
+            yield start, min(start + length, last)
+
+
+class _Span:
+    """The distances of edges from the diagonal, as they are added."""
+
+    def __init__(self) -> None:
+        self.max = 0.0
+        self._sum = 0.0
+        self._edges = 0
+
+    @property
+    def mean(self) -> float:
+        return self._sum / self._edges if self._edges else 0.0
+
+    def add_distances(self, distance: np.ndarray[tuple[int], np.dtype[np.float64]], edges: IntArray) -> None:
+        if len(distance):
+            self.max = max(self.max, float(distance.max()))
+            self._sum += float((distance * edges).sum())
+            self._edges += int(edges.sum())
+
+    def add_rows(self, rows: RowRanges, first_row: int, keys_per_query: float) -> None:
+        if not len(rows.start):
+            return
+        row = np.repeat(np.arange(first_row, first_row + rows.n_rows), np.diff(rows.indptr))
+        centre = row * keys_per_query
+        start, step = rows.start.astype(np.float64), rows.step.astype(np.float64)
+        last = (rows.stop - 1).astype(np.float64)
+        self.max = max(self.max, float(np.maximum(np.abs(start - centre), np.abs(last - centre)).max()))
+        # The sum of |key - centre| over a progression: its keys left of the centre, then the others.
+        keys = ranges.lengths(rows).astype(np.float64)
+        left = np.ceil((centre - start) / step).clip(0.0, keys)
+        left_sum = left * start + step * left * (left - 1.0) / 2.0
+        all_sum = keys * start + step * keys * (keys - 1.0) / 2.0
+        self._sum += float((left * centre - left_sum + (all_sum - left_sum) - (keys - left) * centre).sum())
+        self._edges += int(keys.sum())
+
+
+class _Steps:
+    """Edges by the step of their range, as they are added."""
+
+    def __init__(self) -> None:
+        self._edges: dict[int, int] = {}
+
+    def add(self, rows: RowRanges) -> None:
+        keys = ranges.lengths(rows)
+        step = np.where(keys >= _HABIT_KEYS, rows.step, 1)
+        steps, which = np.unique(step, return_inverse=True)
+        edges = np.bincount(which, weights=keys, minlength=len(steps))
+        for each, count in zip(steps.tolist(), edges.tolist(), strict=True):
+            self._edges[each] = self._edges.get(each, 0) + int(count)
+
+    def commonest(self) -> int:
+        """The step of at least half of the edges, or 1."""
+        if not self._edges:
+            return 1
+        step, edges = max(self._edges.items(), key=lambda item: item[1])
+        return step if 2 * edges >= sum(self._edges.values()) else 1
+
+
+class _Fills:
+    """Tiles of all sizes, counted from the smallest as runs of rows are added."""
+
+    def __init__(self, bound: BoundMask) -> None:
+        self._bound = bound
+        self._n_tiles = dict.fromkeys(FILL_BLOCKS, 0)
+        self._n_full = dict.fromkeys(FILL_BLOCKS, 0)
+        self._edges = 0
+
+    def add(self, first: int, last: int) -> None:
+        """Counts the units `first … last - 1`."""
+        block = FILL_BLOCKS[0]
+        tile_rows = range(first * _UNIT // block, min(last * _UNIT // block, -(-self._bound.q_len // block)))
+        tiles = self._bound.tiles(block, block, tile_rows)
+        row, column, count = _tile_coordinates(tiles)
+        self._edges += int(count.sum())
+        for block in FILL_BLOCKS:
+            if block > FILL_BLOCKS[0]:
+                row, column, count = _coarsened(row, column, count, -(-self._bound.kv_len // block))
+            self._n_tiles[block] += len(count)
+            self._n_full[block] += int((count == _tile_area(self._bound.shape, block, row, column)).sum())
+
+    def total(self, looked: float) -> tuple[TileFill, ...]:
+        """Counts scaled up from the share of rows `looked` at; the fill is that of the sample."""
+        return tuple(
+            TileFill(
+                block=block,
+                n_tiles=round(self._n_tiles[block] / looked),
+                n_full=round(self._n_full[block] / looked),
+                fill=self._edges / max(self._n_tiles[block] * block * block, 1),
+            )
+            for block in FILL_BLOCKS
+        )
+
+
+def _tile_coordinates(tiles: TileMap) -> tuple[IntArray, IntArray, IntArray]:
+    row = np.repeat(np.arange(len(tiles.indptr) - 1), np.diff(tiles.indptr))
+    return row, tiles.indices.astype(np.int64), tiles.count.astype(np.int64)
+
+
+def _coarsened(row: IntArray, column: IntArray, count: IntArray, n_columns: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Tiles of twice the size, from those of one size."""
+    key = (row >> 1) * n_columns + (column >> 1)
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    first = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1]))) if len(key) else np.zeros(0, np.int64)
+    total = np.add.reduceat(count[order], first) if len(key) else count
+    row, column = np.divmod(key[first], n_columns)
+    return row, column, total
+
+
+def _tile_area(shape: tuple[int, int], block: int, row: IntArray, column: IntArray) -> IntArray:
+    """Pairs of each tile that lie inside `shape`."""
+    return np.minimum(block, shape[0] - row * block) * np.minimum(block, shape[1] - column * block)
