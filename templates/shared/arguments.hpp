@@ -59,12 +59,11 @@ struct Arguments {
   int64_t n_merges, n_slots;
   const int32_t* merge_unit;
   const int64_t* merge_indptr;
-  float* partial;  // [batch * n_heads, n_slots, v_dim + 2, block_q]
+  float* partial;  // [batch * n_heads, n_slots, (v_dim + 2) * block_q]
 
   // Torch's own OpenMP runtime (GOMP_parallel), or null to stay on the calling thread.
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
   int64_t threads;
-  int64_t* dot_products;  // counted in builds with SX_COUNT_DOT_PRODUCTS
 };
 
 // Calls `work(index)` for every index below `count`; idle threads take the next index in order.

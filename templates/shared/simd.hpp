@@ -49,8 +49,10 @@ struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
 constexpr float NEG_INF = -__builtin_inff();
-// Start of every running maximum: finite, so that (-inf) - maximum never is NaN.
-constexpr float LOWEST = -3.0e38f;
+constexpr float LOG2_E = 1.4426950408889634f;
+// Online softmax raises its reference point only when a score exceeds it by this many powers of two, so that rescaling is
+// rare; weights stay below 2^8 and sums far below overflow. Exact either way: the reference point cancels.
+constexpr float RESCALE_LOG2 = 8.0f;
 
 template <class V, class P> SX_INLINE V load_as(const P* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 SX_INLINE vf load(const float* p) { return load_as<vf>(p); }
@@ -135,6 +137,18 @@ template <int DEGREE> SX_INLINE vf exp2(vf x) {
 #endif
 }
 
+// log2(x) for finite x > 0 and for NaN: error 1e-7 of the result or absolute, by x = 2^e · f with f in [√½, √2) and the series of
+// log((1 + t) / (1 - t)) in t = (f - 1) / (f + 1).
+SX_INLINE vf log2(vf x) {
+  vi bits = (vi)x - 0x3f3504f3;
+  vf exponent = __builtin_convertvector(bits >> 23, vf);
+  vf f = (vf)((bits & 0x007fffff) + 0x3f3504f3);
+  vf t = (f - 1.0f) / (f + 1.0f), t2 = t * t;
+  vf series = ((t2 * (2.0f / 9) + 2.0f / 7) * t2 + 2.0f / 5) * t2 + 2.0f / 3;
+  vf result = (series * t2 + 2.0f) * t * LOG2_E + exponent;
+  return x != x ? x : result;
+}
+
 // VL consecutive numbers of any dtype as floats.
 SX_INLINE vf load_f32(const float* p) { return load(p); }
 SX_INLINE vf load_f32(const bf16* p) {
@@ -185,6 +199,13 @@ template <class T> SX_INLINE T from_f32(float x) {
 
 // The first `n` < VL numbers, zeros behind them.
 template <class T> SX_INLINE vf load_f32_partial(const T* p, int n) {
+#if defined(SX_AVX512)
+  const uint32_t bits = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) return (vf)_mm512_maskz_loadu_ps((__mmask16)bits, (const float*)p);
+  alignas(32) T parts[VL];
+  _mm256_store_si256((__m256i*)parts, _mm256_maskz_loadu_epi16((__mmask16)bits, p));
+  return load_f32(parts);
+#endif
   vf v{};
   for (int i = 0; i < n; ++i) v[i] = to_f32(p[i]);
   return v;
@@ -225,11 +246,31 @@ template <class V> SX_INLINE void transpose(V (&rows)[VL]) {
   }
 }
 
-// Sums of VL vectors, one a lane.
-SX_INLINE vf horizontal_sums(vf (&rows)[VL]) {
-  transpose(rows);
+// Lane i gets lane (i + by) % VL; `by` is a constant after inlining.
+SX_INLINE vf rotate(vf v, int by) {
+  vf r;
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) r[i] = v[(i + by) % VL];
+  return r;
+}
+// Every lane gets lane `i`, a constant after inlining.
+SX_INLINE vf splat_lane(vf v, int i) {
+  vf r;
+#pragma GCC unroll 16
+  for (int j = 0; j < VL; ++j) r[j] = v[i];
+  return r;
+}
+
+// Sums of N ≤ VL vectors (N a power of two): the sum of rows[i] in lane i, and again every N lanes. Each round adds halves
+// while interleaving two vectors, which leaves the lanes in natural order.
+template <int N> SX_INLINE vf horizontal_sums(vf (&rows)[N]) {
+#pragma GCC unroll 4
+  for (int half = N / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) rows[i] = interleave_low(rows[i], rows[i + half]) + interleave_high(rows[i], rows[i + half]);
   vf total = rows[0];
-  for (int i = 1; i < VL; ++i) total += rows[i];
+#pragma GCC unroll 4
+  for (int by = VL / 2; by >= N; by /= 2) total += rotate(total, by);
   return total;
 }
 SX_INLINE float horizontal_sum(vf v) {

@@ -95,18 +95,25 @@ template <class T> class TileForward {
     const int64_t first = unit * a_.block_q, n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
     const int64_t base = a_.row_indptr[first];
     RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale);
+    const KeyRows<T> rows{h.k, h.v, a_.k.row, a_.v.row};
+    engine.flush();
     for (int64_t i = 0; i < n; ++i) {
       int64_t from = a_.row_indptr[first + i] - base, to = a_.row_indptr[first + i + 1] - base;
       if (from < start) from = start;
       if (to > stop) to = stop;
       if (from >= to) continue;
-      engine.flush();
       row.begin(h.q + q_token(first + i) * a_.q.row);
-      for (int64_t e = from; e < to; ++e) {
-        const int64_t token = kv_token(a_.row_start[base + e]);
-        row.add(h.k + token * a_.k.row, h.v + token * a_.v.row);
+      const int32_t* tokens = a_.row_start + base;
+      if (!a_.kv_order) {
+        row.add(rows, tokens + from, to - from, stop - from);
+      } else {
+        int32_t buffer[LOOKAHEAD];
+        for (int64_t e = from; e < to; e += LOOKAHEAD) {
+          const int64_t count = to - e < LOOKAHEAD ? to - e : LOOKAHEAD;
+          for (int64_t j = 0; j < count; ++j) buffer[j] = a_.kv_order[tokens[e + j]];
+          row.add(rows, buffer, count, count);
+        }
       }
-      row.flush();
       engine.join(i, row.maximum_score(), row.sum(), row.accumulator());
     }
   }

@@ -20,9 +20,7 @@ constexpr int STRIP = 64;         // keys a strip
 constexpr int CHUNK_STEP = 8;     // keys that share one decision about which query vectors are live
 constexpr int MAX_BLOCK_Q = 64;
 constexpr int MAX_KEY_GROUP = 14;
-constexpr float LOG2_E = 1.4426950408889634f;
-// The running maximum is raised only when a score exceeds it by this factor (log2): probabilities stay below 2^8.
-constexpr float RESCALE_LOG2 = 8.0f;
+
 
 // Keys (or value columns) a register block, by the number of query vectors beside them.
 constexpr int group_of(int vectors) {

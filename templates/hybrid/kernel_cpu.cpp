@@ -1,0 +1,5 @@
+// hybrid on a CPU: contiguous tiles where the mask is dense, gathered columns where a block of queries shares keys, and
+// single edges for what is left, all within one pass over each block of queries.
+#include "../shared/tile_forward.hpp"
+
+extern "C" void forward(const sx::Arguments* a) { sx::TileForward<SX_DTYPE>(*a).run(); }
