@@ -18,7 +18,7 @@ MAX_NODES = 2_000
 MAX_EDGES = 50_000
 
 # Nodes whose clustering is averaged: its cost grows with the square of their degrees.
-_CLUSTERING_NODES = 256
+_CLUSTERING_NODES = 64
 
 # An edge is near the diagonal when it spans at most this share of the nodes.
 _NEAR_SHARE = 1 / 16
@@ -43,7 +43,7 @@ class BlockGraphProfile:
         density: Edges over possible edges.
         locality: The mean of `|i - j|` over the edges, over the number of nodes a side; ⅓ for a random graph.
         near_share: The share of the edges with `|i - j|` at most a sixteenth of the nodes a side.
-        clustering: The mean clustering coefficient, over at most 256 evenly spread nodes; 0 where queries and keys are
+        clustering: The mean clustering coefficient, over at most 64 evenly spread nodes; 0 where queries and keys are
             apart.
     """
 

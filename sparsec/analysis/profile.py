@@ -225,8 +225,9 @@ def _spread_runs(n_units: int, wanted: int, runs: int = _SAMPLE_RUNS) -> list[tu
         return [(0, n_units)]
     n_runs = min(runs, wanted)
     length = wanted // n_runs
-    starts = np.linspace(0, n_units - length, n_runs).astype(np.int64) if n_runs > 1 else [(n_units - length) // 2]
-    return [(int(start), int(start) + length) for start in starts]
+    # One run in the middle of each equal share: the first and last rows are often unlike the others.
+    starts = [(2 * i + 1) * n_units // (2 * n_runs) - length // 2 for i in range(n_runs)]
+    return [(start, start + length) for start in starts]
 
 
 def _chunks(runs: list[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:

@@ -156,7 +156,9 @@ class _CostBefore:
             self._each = float(entry_cost)
 
     def __call__(self, entry: IntArray) -> FloatArray:
-        cost: FloatArray = entry * self._each if self._sums is None else self._sums[entry]
+        if self._sums is None:
+            return entry.astype(np.float64) * self._each
+        cost: FloatArray = self._sums[entry]
         return cost
 
     def nearest_entry(self, cost: FloatArray) -> IntArray:
