@@ -25,8 +25,9 @@ FILL_BLOCKS = (16, 32, 64, 128)
 # Ranges and 16 × 16 tiles visited before a sample has to do: about 0.3 s on one core.
 _WORK_LIMIT = 3_000_000
 
-# A sample is this many runs of tile rows, evenly spread.
+# A sample is this many runs of tile rows, evenly spread; the work is judged by this many units.
 _SAMPLE_RUNS = 24
+_PROBES = 8
 
 # Rows are looked at in multiples of the largest tile.
 _UNIT = FILL_BLOCKS[-1]
@@ -117,7 +118,7 @@ def analyse(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None = None
     nnz = bound.nnz
     rows = _degree_stats(bound.degrees("q"))
     columns = _degree_stats(bound.degrees("kv"))
-    looked = _look_at_offsets(bound, offsets) if offsets is not None else _look_at_rows(bound)
+    looked = _look_at_offsets(bound, offsets) if offsets is not None else _look_at_rows(bound, rows.heavy)
     return MaskProfile(
         shape=bound.shape,
         nnz=nnz,
@@ -179,61 +180,92 @@ def _look_at_offsets(bound: BoundMask, offsets: RowRanges) -> _Look:
 
 def _look_at_ranges(bound: BoundMask, tiles: tuple[TileFill, ...], steps: _Steps) -> _Look:
     """The bandwidth from rows alone: of a translation-invariant mask that is not square."""
-    n_units = -(-bound.q_len // _UNIT)
     ranges_per_unit = max(len(bound.rows(0, min(_UNIT, bound.q_len)).start), _UNIT)
-    runs = _spread_runs(n_units, max(1, _WORK_LIMIT // ranges_per_unit))
+    runs = _runs(_n_units(bound), _WORK_LIMIT // ranges_per_unit)
     span = _Span()
-    for first, last in runs:
-        start, stop = first * _UNIT, min(last * _UNIT, bound.q_len)
-        span.add_rows(bound.rows(start, stop), start, bound.kv_len / bound.q_len)
-    looked = sum(last - first for first, last in runs) / n_units
-    return _Look(tiles, span.max, span.mean, steps.commonest(), None if looked == 1.0 else looked)
+    for run in runs:
+        start, stop = run.rows(bound)
+        span.add_rows(bound.rows(start, stop), start, bound.kv_len / bound.q_len, run.weight)
+    return _Look(tiles, span.max, span.mean, steps.commonest(), _share(runs, bound))
 
 
-def _look_at_rows(bound: BoundMask) -> _Look:
+def _look_at_rows(bound: BoundMask, heavy: tuple[int, ...]) -> _Look:
     """Tiles, bandwidth and steps from all rows where they are few enough, else from evenly spread runs of them."""
-    n_units = -(-bound.q_len // _UNIT)
-    probes = _spread_runs(n_units, min(n_units, 8), runs=8)
-    work = max(sum(_unit_work(bound, first, last) for first, last in probes), 1)
-    work_per_unit = work / sum(last - first for first, last in probes)
-    runs = _spread_runs(n_units, max(1, int(_WORK_LIMIT / work_per_unit)))
+    n_units = _n_units(bound)
+    probes = _runs(n_units, _PROBES)
+    work_per_unit = max(sum(_work(bound, run) for run in probes) / sum(run.length for run in probes), 1.0)
+    # Heavy rows hold tiles out of proportion to their number: where they are few, each is looked at.
+    always = np.unique(np.array(heavy, np.int64) // _UNIT)
+    runs = _runs(n_units, int(_WORK_LIMIT / work_per_unit), always if len(always) <= _SAMPLE_RUNS else always[:0])
     span, steps, fills = _Span(), _Steps(), _Fills(bound)
-    chunk = max(1, int(_WORK_LIMIT / 8 / work_per_unit))
-    for first, last in _chunks(runs, chunk):
-        start, stop = first * _UNIT, min(last * _UNIT, bound.q_len)
+    for run in _chunked(runs, max(1, int(_WORK_LIMIT / 8 / work_per_unit))):
+        start, stop = run.rows(bound)
         rows = bound.rows(start, stop)
-        span.add_rows(rows, start, bound.kv_len / bound.q_len)
-        steps.add(rows)
-        fills.add(first, last)
-    looked = sum(last - first for first, last in runs) / n_units
-    sampled = None if looked == 1.0 else looked
-    return _Look(fills.total(looked), span.max, span.mean, steps.commonest(), sampled)
+        span.add_rows(rows, start, bound.kv_len / bound.q_len, run.weight)
+        steps.add(rows, run.weight)
+        fills.add(run)
+    return _Look(fills.total(), span.max, span.mean, steps.commonest(), _share(runs, bound))
 
 
-def _unit_work(bound: BoundMask, first: int, last: int) -> int:
-    """Ranges and smallest tiles in the units `first … last - 1`."""
-    start, stop = first * _UNIT, min(last * _UNIT, bound.q_len)
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Consecutive units of `_UNIT` rows, and how many units each of them stands for."""
+
+    first: int
+    last: int
+    weight: float
+
+    @property
+    def length(self) -> int:
+        return self.last - self.first
+
+    def rows(self, bound: BoundMask) -> tuple[int, int]:
+        return self.first * _UNIT, min(self.last * _UNIT, bound.q_len)
+
+    def tile_rows(self, bound: BoundMask, block: int) -> range:
+        start, stop = self.rows(bound)
+        return range(start // block, -(-stop // block))
+
+
+def _n_units(bound: BoundMask) -> int:
+    return -(-bound.q_len // _UNIT)
+
+
+def _work(bound: BoundMask, run: _Run) -> int:
+    """Ranges and smallest tiles in a run."""
     block = FILL_BLOCKS[0]
-    return (
-        len(bound.rows(start, stop).start) + bound.tiles(block, block, range(start // block, -(-stop // block))).n_tiles
-    )
+    return len(bound.rows(*run.rows(bound)).start) + bound.tiles(block, block, run.tile_rows(bound, block)).n_tiles
 
 
-def _spread_runs(n_units: int, wanted: int, runs: int = _SAMPLE_RUNS) -> list[tuple[int, int]]:
-    """About `wanted` of `n_units` as evenly spread runs `(first, last)`; one run of all when there are no more."""
+def _runs(n_units: int, wanted: int, always: IntArray | None = None) -> list[_Run]:
+    """About `wanted` of `n_units` as evenly spread runs, and `always` those units; a run of all when that is enough."""
     if wanted >= n_units:
-        return [(0, n_units)]
-    n_runs = min(runs, wanted)
-    length = wanted // n_runs
-    # One run in the middle of each equal share: the first and last rows are often unlike the others.
-    starts = [(2 * i + 1) * n_units // (2 * n_runs) - length // 2 for i in range(n_runs)]
-    return [(start, start + length) for start in starts]
+        return [_Run(0, n_units, 1.0)]
+    always = np.zeros(0, np.int64) if always is None else always
+    others = np.delete(np.arange(n_units), always)
+    n_runs = max(1, min(_SAMPLE_RUNS, wanted, len(others)))
+    length = min(max(1, wanted // n_runs), len(others))
+    # One run in the middle of each equal share of the rows.
+    starts = [(2 * i + 1) * len(others) // (2 * n_runs) - length // 2 for i in range(n_runs)]
+    weight = len(others) / max(n_runs * length, 1)
+    runs = [_Run(unit, unit + 1, 1.0) for unit in always.tolist()]
+    for start in starts:
+        units = others[start : start + length]
+        gaps = np.flatnonzero(np.diff(units) > 1) + 1
+        runs += [_Run(int(part[0]), int(part[-1]) + 1, weight) for part in np.split(units, gaps) if len(part)]
+    return runs
 
 
-def _chunks(runs: list[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
-    for first, last in runs:
-        for start in range(first, last, length):
-            yield start, min(start + length, last)
+def _share(runs: list[_Run], bound: BoundMask) -> float | None:
+    """The share of the rows in `runs`, None for all."""
+    looked = sum(run.length for run in runs)
+    return None if looked == _n_units(bound) else looked / _n_units(bound)
+
+
+def _chunked(runs: list[_Run], length: int) -> Iterator[_Run]:
+    for run in runs:
+        for start in range(run.first, run.last, length):
+            yield _Run(start, min(start + length, run.last), run.weight)
 
 
 class _Span:
@@ -242,7 +274,7 @@ class _Span:
     def __init__(self) -> None:
         self.max = 0.0
         self._sum = 0.0
-        self._edges = 0
+        self._edges = 0.0
 
     @property
     def mean(self) -> float:
@@ -252,9 +284,9 @@ class _Span:
         if len(distance):
             self.max = max(self.max, float(distance.max()))
             self._sum += float((distance * edges).sum())
-            self._edges += int(edges.sum())
+            self._edges += float(edges.sum())
 
-    def add_rows(self, rows: RowRanges, first_row: int, keys_per_query: float) -> None:
+    def add_rows(self, rows: RowRanges, first_row: int, keys_per_query: float, weight: float) -> None:
         if not len(rows.start):
             return
         row = np.repeat(np.arange(first_row, first_row + rows.n_rows), np.diff(rows.indptr))
@@ -267,23 +299,24 @@ class _Span:
         left = np.ceil((centre - start) / step).clip(0.0, keys)
         left_sum = left * start + step * left * (left - 1.0) / 2.0
         all_sum = keys * start + step * keys * (keys - 1.0) / 2.0
-        self._sum += float((left * centre - left_sum + (all_sum - left_sum) - (keys - left) * centre).sum())
-        self._edges += int(keys.sum())
+        distance = left * centre - left_sum + (all_sum - left_sum) - (keys - left) * centre
+        self._sum += float(distance.sum()) * weight
+        self._edges += float(keys.sum()) * weight
 
 
 class _Steps:
     """Edges by the step of their range, as they are added."""
 
     def __init__(self) -> None:
-        self._edges: dict[int, int] = {}
+        self._edges: dict[int, float] = {}
 
-    def add(self, rows: RowRanges) -> None:
+    def add(self, rows: RowRanges, weight: float = 1.0) -> None:
         keys = ranges.lengths(rows)
         step = np.where(keys >= _HABIT_KEYS, rows.step, 1)
         steps, which = np.unique(step, return_inverse=True)
         edges = np.bincount(which, weights=keys, minlength=len(steps))
         for each, count in zip(steps.tolist(), edges.tolist(), strict=True):
-            self._edges[each] = self._edges.get(each, 0) + int(count)
+            self._edges[each] = self._edges.get(each, 0.0) + count * weight
 
     def commonest(self) -> int:
         """The step of at least half of the edges, or 1."""
@@ -298,31 +331,29 @@ class _Fills:
 
     def __init__(self, bound: BoundMask) -> None:
         self._bound = bound
-        self._n_tiles = dict.fromkeys(FILL_BLOCKS, 0)
-        self._n_full = dict.fromkeys(FILL_BLOCKS, 0)
-        self._edges = 0
+        self._n_tiles = dict.fromkeys(FILL_BLOCKS, 0.0)
+        self._n_full = dict.fromkeys(FILL_BLOCKS, 0.0)
+        self._edges = 0.0
 
-    def add(self, first: int, last: int) -> None:
-        """Counts the units `first … last - 1`."""
+    def add(self, run: _Run) -> None:
         block = FILL_BLOCKS[0]
-        tile_rows = range(first * _UNIT // block, min(last * _UNIT // block, -(-self._bound.q_len // block)))
-        tiles = self._bound.tiles(block, block, tile_rows)
+        tiles = self._bound.tiles(block, block, run.tile_rows(self._bound, block))
         row, column, count = _tile_coordinates(tiles)
-        self._edges += int(count.sum())
+        self._edges += float(count.sum()) * run.weight
         for block in FILL_BLOCKS:
             if block > FILL_BLOCKS[0]:
                 row, column, count = _coarsened(row, column, count, -(-self._bound.kv_len // block))
-            self._n_tiles[block] += len(count)
-            self._n_full[block] += int((count == _tile_area(self._bound.shape, block, row, column)).sum())
+            is_full = count == _tile_area(self._bound.shape, block, row, column)
+            self._n_tiles[block] += len(count) * run.weight
+            self._n_full[block] += int(is_full.sum()) * run.weight
 
-    def total(self, looked: float) -> tuple[TileFill, ...]:
-        """Counts scaled up from the share of rows `looked` at; the fill is that of the sample."""
+    def total(self) -> tuple[TileFill, ...]:
         return tuple(
             TileFill(
                 block=block,
-                n_tiles=round(self._n_tiles[block] / looked),
-                n_full=round(self._n_full[block] / looked),
-                fill=self._edges / max(self._n_tiles[block] * block * block, 1),
+                n_tiles=round(self._n_tiles[block]),
+                n_full=round(self._n_full[block]),
+                fill=self._edges / max(self._n_tiles[block] * block * block, 1.0),
             )
             for block in FILL_BLOCKS
         )

@@ -16,8 +16,8 @@ from sparsec.masks import ranges
 from sparsec.masks.mask import BoundMask
 from sparsec.masks.ranges import IntArray
 
-# Edges expanded at a time: 32 MiB of keys, small beside any mask worth chunking, large beside numpy's call overhead.
-CHUNK_EDGES = 1 << 22
+# Edges expanded at a time: 4 MiB of keys sort within the cache of a core.
+CHUNK_EDGES = 1 << 19
 
 
 def row_chunks(degrees: IntArray, align: int, limit: int = CHUNK_EDGES) -> Iterator[tuple[int, int]]:

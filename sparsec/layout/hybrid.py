@@ -115,7 +115,8 @@ class HybridLayout:
         before_edges = tiles + _entries(columns)
 
         def within(entry: IntArray, before: IntArray, length: IntArray) -> IntArray:
-            return np.minimum((entry - before).clip(0) * COLUMNS_PER_ENTRY, length)
+            passed: IntArray = np.minimum(np.maximum(entry - before, 0) * COLUMNS_PER_ENTRY, length)
+            return passed
 
         return HybridItems(
             tile_start=first_tile + np.minimum(start, tiles),
@@ -230,11 +231,12 @@ def _chunks_from_patterns(bound: BoundMask, sparse_tiles: TileMap) -> list[IntAr
 
 
 def _single_edges(keys: IntArray, shape: tuple[int, int], block_q: int) -> RowLists:
+    from scipy import sparse
+
     row, column = unpack(keys, shape[1], block_q)
-    by_row = row * shape[1] + column
-    by_row.sort()
-    indptr = np.concatenate(([0], np.cumsum(np.bincount(row, minlength=shape[0]))))
-    return RowLists.of_edges(shape, indptr, by_row % shape[1])
+    # The conversion is a stable counting sort by row, and columns ascend within a row block: they stay sorted.
+    edges = sparse.coo_array((np.ones(len(keys), np.bool_), (row, column)), shape=shape).tocsr()
+    return RowLists.of_edges(shape, edges.indptr, edges.indices)
 
 
 def _entries(lengths: IntArray) -> IntArray:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 
 from sparsec.masks import ranges
 from sparsec.masks.mask import BoundMask
@@ -94,6 +93,8 @@ class RowLists:
         `"offsets"` stay offsets. `"ranges"` become `"edges"` in memory of the edges; `row_lists(bound.T)` costs only
         the ranges of the transposed mask, and is the better way where the mask is at hand.
         """
+        from scipy import sparse
+
         q_len, kv_len = self.shape
         if self.form == "offsets":
             order = np.argsort(-(self.stop - 1), kind="stable")

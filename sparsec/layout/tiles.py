@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 
 from sparsec.layout.edges import pack, run_starts
 from sparsec.masks import ranges
@@ -41,6 +40,8 @@ class BlockTiles:
 
     def transpose(self) -> BlockTiles:
         """The same edges with the roles of queries and keys swapped."""
+        from scipy import sparse
+
         tiles = self.tile_map
         tile = sparse.csr_array(
             (np.arange(1, tiles.n_tiles + 1), tiles.indices, tiles.indptr),
