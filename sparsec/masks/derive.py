@@ -52,23 +52,31 @@ def nnz(mask: HasRows, shape: Shape) -> int:
 def degrees(mask: HasRows, shape: Shape, axis: Literal["q", "kv"]) -> IntArray:
     if axis == "q":
         return np.concatenate([ranges.degrees(rows) for _, rows in _chunks(mask, shape)])
-    # Intervals add 1 between two places of change; progressions are followed key by key.
     change = np.zeros(shape[1] + 1, np.int64)
     for _, rows in _chunks(mask, shape):
-        intervals = rows.step == 1
-        change += np.bincount(rows.start[intervals], minlength=shape[1] + 1)
-        change -= np.bincount(rows.stop[intervals], minlength=shape[1] + 1)
-        steps = ~intervals
-        if steps.any():
-            keys = _progression_degrees(rows.start[steps], rows.stop[steps], rows.step[steps], shape[1])
-            change[:-1] += keys
-            change[1:] -= keys
+        add_key_degrees(change, rows, None)
     return np.cumsum(change[:-1])
 
 
-def _progression_degrees(start: IntArray, stop: IntArray, step: IntArray, kv_len: int) -> IntArray:
-    item, nth = ranges.expand((stop - 1 - start) // step + 1)
-    return np.bincount(start[item] + nth * step[item], minlength=kv_len)
+def add_key_degrees(change: IntArray, rows: RowRanges, weight: IntArray | None) -> None:
+    """Adds to `change` how the number of queries changes from one key to the next; row `i` counts `weight[i]` times."""
+    n = len(change)
+    of_range = None if weight is None else weight[ranges.row_of_range(rows)]
+    intervals = rows.step == 1
+    own = None if of_range is None else of_range[intervals]
+    for ends, sign in ((rows.start, 1), (rows.stop, -1)):
+        change += sign * np.bincount(ends[intervals], own, minlength=n).astype(np.int64)
+    if not intervals.all():
+        # Progressions are followed key by key.
+        steps = ~intervals
+        item, nth = ranges.expand(ranges.lengths(rows)[steps])
+        keys = np.bincount(
+            rows.start[steps][item] + nth * rows.step[steps][item],
+            None if of_range is None else of_range[steps][item],
+            minlength=n,
+        ).astype(np.int64)
+        change += keys
+        change[1:] -= keys[:-1]
 
 
 def to_csr(mask: HasRows, shape: Shape) -> scipy.sparse.csr_array:
@@ -137,12 +145,20 @@ def tiles(mask: HasRows, grid: Grid, tile_rows: range) -> TileMap:
     return tilemap.from_counts(grid, *tilemap.merge_counts(parts))
 
 
-def counts_at(mask: HasRows, grid: Grid, keys: IntArray) -> IntArray:
+CountRows = Callable[[Grid, int, int], tuple[IntArray, IntArray]]
+
+
+def counts_at(mask: HasRows, grid: Grid, keys: IntArray, count: CountRows | None = None) -> IntArray:
+    """Edges in the tiles `keys`; `count(grid, first, stop)` counts whole tile rows where the mask knows how."""
     counts = np.zeros(len(keys), np.int64)
     for first, stop in _tile_row_runs(mask, grid, np.unique(keys // grid.n_kv_tiles)):
         low, high = np.searchsorted(keys, (first * grid.n_kv_tiles, stop * grid.n_kv_tiles))
-        rows = _rows_of_tile_rows(mask, grid, first, stop)
-        counts[low:high] = tilemap.counts_at_from_rows(grid, keys[low:high], rows, first * grid.block_q)
+        if count is None:
+            rows = _rows_of_tile_rows(mask, grid, first, stop)
+            found, values = tilemap.counts_from_rows(grid, rows, first * grid.block_q)
+        else:
+            found, values = count(grid, first, stop)
+        counts[low:high] = tilemap.look_up(keys[low:high], found, values)
     return counts
 
 

@@ -18,14 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsec.errors import MaskError
+from sparsec.expr import Expr, Var
 from sparsec.masks import derive, ranges
 from sparsec.masks.ranges import IntArray, RowRanges
 from sparsec.masks.tilemap import Grid, TileBits, TileMap, TilePatterns
 
 if TYPE_CHECKING:
     import scipy.sparse
-
-    from sparsec.expr import Expr
 
 Shape = tuple[int, int]
 Axis = Literal["q", "kv"]
@@ -265,11 +264,11 @@ class _Junction(Mask):
 
     @property
     def n_heads(self) -> int | None:  # type: ignore[override]
-        return _common("heads", (m.n_heads for m in self.operands), self)
+        return common("heads", (m.n_heads for m in self.operands), self)
 
     @property
     def n_batch(self) -> int | None:  # type: ignore[override]
-        return _common("batch elements", (m.n_batch for m in self.operands), self)
+        return common("batch elements", (m.n_batch for m in self.operands), self)
 
     @property
     def varies_by_head(self) -> bool:  # type: ignore[override]
@@ -286,8 +285,8 @@ class _Junction(Mask):
     def _fixed_lengths(self) -> tuple[int | None, int | None]:
         pairs = [m._fixed_lengths() for m in self.operands]
         return (
-            _common("queries", (pair[0] for pair in pairs), self),
-            _common("keys", (pair[1] for pair in pairs), self),
+            common("queries", (pair[0] for pair in pairs), self),
+            common("keys", (pair[1] for pair in pairs), self),
         )
 
     def _check(self, shape: Shape) -> None:
@@ -547,9 +546,27 @@ class Transpose(_Wrapper):
         inner = self.operand._predicate((shape[1], shape[0]))
         if inner is None:
             return None
-        from sparsec.expr import Var
-
         return inner.substitute({"q_idx": Var("kv_idx"), "kv_idx": Var("q_idx")})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Named(_Wrapper):
+    """A composition that is written as the call which makes it."""
+
+    text: str
+
+    def _text(self, show: Callable[[object], str]) -> str:
+        return self.text
+
+    def _select(self, batch: int, head: int) -> Mask:
+        chosen = self.operand._select(batch, head)
+        return self if chosen is self.operand or not (self.varies_by_head or self.varies_by_batch) else chosen
+
+    def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
+        return self.operand._normal(shape, negated, transposed)
+
+    def _predicate(self, shape: Shape) -> Expr | None:
+        return self.operand._predicate(shape)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -609,8 +626,6 @@ class Slice(_Wrapper):
         inner = self.operand._predicate(self.within)
         if inner is None:
             return None
-        from sparsec.expr import Var
-
         return inner.substitute({"q_idx": Var("q_idx") + self.q[0], "kv_idx": Var("kv_idx") + self.kv[0]})
 
 
@@ -772,6 +787,24 @@ class BoundMask:
         return self.mask._normal(self.shape, False, False)
 
 
+def call_text(show: Callable[[object], str], name: str, *arguments: object, **options: object) -> str:
+    """`name(arguments)`; with `show=str` long arrays are cut short."""
+    shown = [argument_text(show, argument) for argument in arguments]
+    shown += [f"{key}={argument_text(show, value)}" for key, value in options.items()]
+    return f"{name}({', '.join(shown)})"
+
+
+def argument_text(show: Callable[[object], str], argument: object) -> str:
+    if isinstance(argument, Mask):
+        return show(argument)
+    if not isinstance(argument, np.ndarray):
+        return repr(argument)
+    if show is str and argument.size > 8:
+        ends = (argument[:3].tolist(), argument[-1:].tolist())
+        return f"[{str(ends[0])[1:-1]}, …, {str(ends[1])[1:-1]}]"
+    return repr(argument.tolist())
+
+
 def digest_array(array: npt.NDArray[Any]) -> str:
     """A hash of an array's contents, type and shape."""
     content = np.ascontiguousarray(array)
@@ -805,7 +838,8 @@ def _union_rows(masks: Sequence[Mask], shape: Shape, start: int, stop: int) -> R
     return reduce(ranges.union, (m._rows(shape, start, stop) for m in masks))
 
 
-def _common(what: str, counts: Iterable[int | None], mask: Mask) -> int | None:
+def common(what: str, counts: Iterable[int | None], mask: Mask) -> int | None:
+    """The one number of `what` that all who state it agree on, or None."""
     known = sorted({count for count in counts if count is not None})
     if len(known) > 1:
         raise MaskError(

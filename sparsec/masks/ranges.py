@@ -168,6 +168,27 @@ def from_csr(indptr: IntArray, indices: IntArray) -> RowRanges:
     return from_edges(n_rows, row, indices.astype(np.int64))
 
 
+def contains(rows: RowRanges, row: IntArray, key: IntArray) -> npt.NDArray[np.bool_]:
+    """bool `[n]`: whether row `row[i]` holds `key[i]`."""
+    if not len(rows.start) or not len(key):
+        return np.zeros(len(key), np.bool_)
+    intervals, steps = _split(rows)
+    low = min(int(rows.start.min()), int(key.min()))
+    width = max(int(rows.stop.max()), int(key.max()) + 1) - low + 1
+    held = np.zeros(len(key), np.bool_)
+    if len(intervals.start):
+        base = row_of_range(intervals) * width - low
+        at = np.searchsorted(intervals.start + base, key + row * width - low, side="right") - 1
+        held |= (at >= 0) & (key + row * width - low < (intervals.stop + base)[at])
+    depth = np.diff(steps.indptr)[row]
+    for nth in range(int(depth.max(initial=0))):
+        some = np.flatnonzero(depth > nth)
+        at = steps.indptr[row[some]] + nth
+        ahead = key[some] - steps.start[at]
+        held[some] |= (ahead >= 0) & (key[some] < steps.stop[at]) & (ahead % steps.step[at] == 0)
+    return held
+
+
 def concatenate(parts: Sequence[RowRanges]) -> RowRanges:
     """The rows of all parts, one part after the other."""
     if len(parts) == 1:
@@ -198,6 +219,21 @@ def repeat_row(row: RowRanges, n_rows: int) -> RowRanges:
         np.tile(row.stop, n_rows),
         np.tile(row.step, n_rows),
     )
+
+
+def pick_rows(rows: RowRanges, which: IntArray) -> RowRanges:
+    """The rows `which`, in that order; rows may repeat."""
+    counts = np.diff(rows.indptr)[which]
+    item, nth = expand(counts)
+    at = rows.indptr[which][item] + nth
+    indptr = np.zeros(len(which) + 1, np.int64)
+    np.cumsum(counts, out=indptr[1:])
+    return RowRanges(indptr, rows.start[at], rows.stop[at], rows.step[at])
+
+
+def repeat_rows(rows: RowRanges, times: IntArray) -> RowRanges:
+    """Row `i` repeated `times[i]` times."""
+    return pick_rows(rows, np.repeat(np.arange(rows.n_rows, dtype=np.int64), times))
 
 
 def shift(rows: RowRanges, by: int) -> RowRanges:

@@ -147,14 +147,31 @@ def counts_from_rows(grid: Grid, rows: RowRanges, first_row: int) -> tuple[IntAr
         rows: Their rows, `first_row` (a multiple of block_q) and on.
         first_row: The query of row 0.
     """
-    tile_row = row_of_range(rows) // grid.block_q
-    n_tile_rows = -(-rows.n_rows // grid.block_q)
+    first = first_row // grid.block_q
+    tile_row = np.arange(rows.n_rows, dtype=np.int64) // grid.block_q
+    return counts_from_weighted_rows(grid, rows, tile_row, None, range(first, first + -(-rows.n_rows // grid.block_q)))
+
+
+def counts_from_weighted_rows(
+    grid: Grid, rows: RowRanges, tile_row: IntArray, weight: IntArray | None, tile_rows: range
+) -> tuple[IntArray, IntArray]:
+    """`(keys, counts)` of the non-empty tiles of `tile_rows`.
+
+    Args:
+        grid: The tiles.
+        rows: Rows, any number for each tile row.
+        tile_row: int64 `[n_rows]`, ascending: the tile row of each, counted from `tile_rows.start`.
+        weight: int64 `[n_rows]`, how many queries each row stands for; None for 1.
+        tile_rows: A run of tile rows.
+    """
     # A count per tile column is the running sum of changes; one column more takes the changes past the end.
     width = grid.n_kv_tiles + 1
-    at, change = _changes(grid.block_kv, rows, tile_row * width)
+    row = row_of_range(rows)
+    at, change = _changes(grid.block_kv, rows, tile_row[row] * width, None if weight is None else weight[row])
     if not len(at):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    base = first_row // grid.block_q * grid.n_kv_tiles
+    base = tile_rows.start * grid.n_kv_tiles
+    n_tile_rows = len(tile_rows)
     if n_tile_rows * width <= 8 * len(at):
         counts = np.bincount(at, weights=change, minlength=n_tile_rows * width).reshape(n_tile_rows, width)
         counts = np.rint(np.cumsum(counts, axis=1)[:, :-1]).astype(np.int64).reshape(-1)
@@ -172,7 +189,9 @@ def counts_from_rows(grid: Grid, rows: RowRanges, first_row: int) -> tuple[IntAr
     return place - place // width + base, total[held][item]
 
 
-def _changes(block_kv: int, rows: RowRanges, base: IntArray) -> tuple[IntArray, IntArray]:
+def _changes(
+    block_kv: int, rows: RowRanges, base: IntArray, weight: IntArray | None
+) -> tuple[IntArray, IntArray]:
     """Changes of the edge count from one tile column to the next: places (`base` + column), and by how much."""
     intervals = rows.step == 1
     start, stop, interval_base = rows.start, rows.stop, base
@@ -185,10 +204,15 @@ def _changes(block_kv: int, rows: RowRanges, base: IntArray) -> tuple[IntArray, 
     first, last = first + interval_base, last + interval_base
     places = [first, first + 1, last[~alone], last[~alone] + 1]
     changes = [in_first, np.where(alone, -in_first, block_kv - in_first), (in_last - block_kv)[~alone], -in_last[~alone]]
+    if weight is not None:
+        own = weight[intervals]
+        changes = [change * by for change, by in zip(changes, (own, own, own[~alone], own[~alone]), strict=True)]
     if not intervals.all():
-        places_of_steps, counts = _tiles_of_progressions(
+        places_of_steps, counts, item = _tiles_of_progressions(
             block_kv, *(column[~intervals] for column in (rows.start, rows.stop, rows.step, base))
         )
+        if weight is not None:
+            counts = counts * weight[~intervals][item]
         places += [places_of_steps, places_of_steps + 1]
         changes += [counts, -counts]
     return np.concatenate(places), np.concatenate(changes)
@@ -196,8 +220,8 @@ def _changes(block_kv: int, rows: RowRanges, base: IntArray) -> tuple[IntArray, 
 
 def _tiles_of_progressions(
     block_kv: int, start: IntArray, stop: IntArray, step: IntArray, base: IntArray
-) -> tuple[IntArray, IntArray]:
-    """Places and keys of every tile column a progression touches, one by one."""
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Every tile column a progression touches, one by one: its place, its keys, and which progression."""
     n_keys = (stop - 1 - start) // step + 1
     first = start // block_kv
     spanned = (stop - 1) // block_kv - first + 1
@@ -210,13 +234,7 @@ def _tiles_of_progressions(
         return np.clip(reached, 0, n_keys[item])
 
     counts = np.where(sparse[item], 1, keys_before(place + 1) - keys_before(place))
-    return place + base[item], counts
-
-
-def counts_at_from_rows(grid: Grid, keys: IntArray, rows: RowRanges, first_row: int) -> IntArray:
-    """Edges in the tiles `keys` (ascending), all within the tile rows of `rows`."""
-    found, counts = counts_from_rows(grid, rows, first_row)
-    return look_up(keys, found, counts)
+    return place + base[item], counts, item
 
 
 def look_up(keys: IntArray, found: IntArray, values: IntArray) -> IntArray:

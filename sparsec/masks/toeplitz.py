@@ -11,19 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import or_
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsec.errors import MaskError
+from sparsec.expr import Const, Expr, Var
 from sparsec.masks import ranges, tilemap
 from sparsec.masks.mask import MAX_LENGTH, Axis, Key, Mask, Not, Shape
 from sparsec.masks.ranges import IntArray, RowRanges, expand
 from sparsec.masks.tilemap import FULL, Grid, TileBits, TileMap
-
-if TYPE_CHECKING:
-    from sparsec.expr import Expr
 
 Align = Literal["top_left", "bottom_right"]
 
@@ -341,8 +339,6 @@ class Toeplitz(Mask):
         return held
 
     def _predicate(self, shape: Shape) -> Expr | None:
-        from sparsec.expr import Const, Var
-
         placed = self._normal(shape, False, False)
         assert isinstance(placed, Toeplitz)
         constant = placed._constant(shape)
@@ -360,7 +356,7 @@ class Toeplitz(Mask):
             if b - 1 + step < high:
                 parts.append(offset < b)
             if step != 1:
-                parts.append((offset - a % step) % step == 0)
+                parts.append(((offset - a % step) % step).eq(0))
             tests.append(reduce(lambda x, y: x & y, parts))
         return reduce(or_, tests)
 

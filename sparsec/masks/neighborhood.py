@@ -1,0 +1,189 @@
+"""Neighbourhoods on 1-, 2- and 3-dimensional grids of tokens.
+
+This file decides which tokens of a grid are neighbours, dimension by dimension; a row's keys are the product of its
+windows, the last dimension as one range.
+
+Source: Hassani et al., Generalized Neighborhood Attention, arXiv 2504.16922; windows shift at the edges so that every
+query keeps its `kernel` keys, dilation splits a dimension into residue classes, a stride makes `stride` neighbouring
+queries share the window of their centre (causal: of their last), and a causal window ends at its query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+from sparsec.errors import MaskError
+from sparsec.expr import Expr, Table, Var
+from sparsec.masks import ranges
+from sparsec.masks.mask import Mask, Shape, call_text
+from sparsec.masks.ranges import IntArray, RowRanges, expand
+
+Ints = int | Sequence[int]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Neighborhood(Mask):
+    """Tokens of a grid (the last dimension runs fastest) attend their neighbourhood."""
+
+    grid: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    causal: tuple[bool, ...]
+
+    def _text(self, show: Callable[[object], str]) -> str:
+        options: dict[str, object] = {}
+        for name, value, default in (
+            ("stride", self.stride, 1),
+            ("dilation", self.dilation, 1),
+            ("causal", self.causal, False),
+        ):
+            if any(v != default for v in value):
+                options[name] = _short(value)
+        shape = self.grid[0] if len(self.grid) == 1 else self.grid
+        return call_text(show, "neighborhood", shape, _short(self.kernel), **options)
+
+    def _fixed_lengths(self) -> tuple[int | None, int | None]:
+        return prod(self.grid), prod(self.grid)
+
+    def _row_weight(self, shape: Shape) -> float:
+        return float(prod(self.kernel[:-1]))
+
+    def _nnz(self, shape: Shape) -> int:
+        return prod(int(count.sum()) for _, count in self._windows)
+
+    def _degrees(self, shape: Shape, axis: str) -> IntArray:  # type: ignore[override]
+        if axis == "kv":
+            per_axis = [
+                np.bincount(
+                    (first[item] + nth * step).astype(np.int64), minlength=len(first)
+                )
+                for (first, count), step in zip(self._windows, self.dilation, strict=True)
+                for item, nth in (expand(count),)
+            ]
+        else:
+            per_axis = [count for _, count in self._windows]
+        degrees = per_axis[0]
+        for other in per_axis[1:]:
+            degrees = (degrees[:, None] * other).reshape(-1)
+        return degrees
+
+    @cached_property
+    def _windows(self) -> list[tuple[IntArray, IntArray]]:
+        """For each dimension, by coordinate: the first neighbour, and how many there are (`dilation` apart)."""
+        return [
+            _window(*axis)
+            for axis in zip(self.grid, self.kernel, self.stride, self.dilation, self.causal, strict=True)
+        ]
+
+    def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
+        q = np.arange(start, stop, dtype=np.int64)
+        row = np.arange(stop - start, dtype=np.int64)
+        # Outer dimensions are enumerated, one after the other: `base` is where the grid line of keys begins.
+        base = np.zeros(stop - start, np.int64)
+        for axis in range(len(self.grid) - 1):
+            inner = prod(self.grid[axis + 1 :])
+            coordinate = q[row] // inner % self.grid[axis]
+            first, count = self._windows[axis]
+            item, nth = expand(count[coordinate])
+            base = base[item] + (first[coordinate[item]] + nth * self.dilation[axis]) * inner
+            row = row[item]
+        first, count = self._windows[-1]
+        coordinate = q[row] % self.grid[-1]
+        step = self.dilation[-1]
+        begin = base + first[coordinate]
+        end = begin + (count[coordinate] - 1) * step + 1
+        return ranges.from_rows(
+            stop - start, row, begin, end, None if step == 1 else np.full_like(begin, step), is_sorted=True
+        )
+
+    def _predicate(self, shape: Shape) -> Expr | None:
+        q, kv = Var("q_idx"), Var("kv_idx")
+        tests = []
+        for axis, (size, step, (first, count)) in enumerate(
+            zip(self.grid, self.dilation, self._windows, strict=True)
+        ):
+            inner = prod(self.grid[axis + 1 :])
+            q_at, kv_at = q // inner % size, kv // inner % size
+            low = Table(first.astype(np.int32), (q_at,), f"first_{axis}")
+            high = Table((first + (count - 1) * step).astype(np.int32), (q_at,), f"last_{axis}")
+            test = (kv_at >= low) & (kv_at <= high)
+            tests.append(test if step == 1 else test & ((kv_at - low) % step).eq(0))
+        result = tests[0]
+        for test in tests[1:]:
+            result = result & test
+        return result
+
+
+def _window(size: int, kernel: int, stride: int, dilation: int, causal: bool) -> tuple[IntArray, IntArray]:
+    coordinate = np.arange(size, dtype=np.int64)
+    # Within a residue class tokens are numbered anew, and the class may be one shorter than the others.
+    residue, own = coordinate % dilation, coordinate // dilation
+    class_size = (size - residue + dilation - 1) // dilation
+    group = own // stride * stride
+    if causal:
+        leader = np.minimum(group + stride - 1, class_size - 1)
+        first = np.maximum(leader - kernel + 1, 0)
+        count = own + 1 - first
+    else:
+        leader = np.minimum(group + stride // 2, class_size - 1)
+        first = np.clip(leader - kernel // 2, 0, class_size - kernel)
+        count = np.full(size, kernel, np.int64)
+    return first * dilation + residue, count
+
+
+def neighborhood(
+    shape: Ints, kernel: Ints, stride: Ints = 1, dilation: Ints = 1, causal: bool | Sequence[bool] = False
+) -> Mask:
+    """NATTEN's neighbourhood attention on a grid of tokens.
+
+    Args:
+        shape: The grid, 1 to 3 dimensions; tokens are numbered with the last dimension fastest.
+        kernel: Keys of a query along each dimension; at an edge the window shifts inwards.
+        stride: So many neighbouring queries share a window; at most `kernel`.
+        dilation: The step between keys; `kernel * dilation` must fit the grid.
+        causal: Along these dimensions no key comes after its query, and windows are shorter at the start.
+
+    Raises:
+        MaskError: A value that is no positive int, a wrong number of dimensions, or a window that does not fit.
+    """
+    grid = _ints(shape, None, "shape")
+    if not 1 <= len(grid) <= 3:
+        raise MaskError(f"neighborhood: shape = {grid} has {len(grid)} dimensions; give 1, 2 or 3")
+    rank = len(grid)
+    kernels, strides, dilations = (
+        _ints(value, rank, name) for value, name in ((kernel, "kernel"), (stride, "stride"), (dilation, "dilation"))
+    )
+    flags = (causal,) * rank if isinstance(causal, (bool, np.bool_)) else tuple(causal)
+    if len(flags) != rank or not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+        raise MaskError(f"neighborhood: causal = {causal!r} must be a bool, or {rank} of them")
+    for axis, (size, k, s, d) in enumerate(zip(grid, kernels, strides, dilations, strict=True)):
+        if k * d > size:
+            raise MaskError(
+                f"neighborhood: along dimension {axis} kernel {k} × dilation {d} = {k * d} does not fit {size} tokens; "
+                "use a smaller kernel or dilation"
+            )
+        if s > k:
+            raise MaskError(f"neighborhood: along dimension {axis} stride {s} is more than the kernel {k}")
+    return Neighborhood(grid, kernels, strides, dilations, tuple(bool(flag) for flag in flags))
+
+
+def _ints(value: Ints, rank: int | None, name: str) -> tuple[int, ...]:
+    if isinstance(value, (int, np.integer)):
+        values: tuple[int, ...] = (value,) * (rank or 1)
+    else:
+        values = tuple(value)
+    good = all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v >= 1 for v in values)
+    if not good or (rank is not None and len(values) != rank):
+        wanted = "positive ints" if rank is None else f"a positive int or {rank} of them"
+        raise MaskError(f"neighborhood: {name} = {value!r} must be {wanted}")
+    return tuple(int(v) for v in values)
+
+
+def _short(values: tuple[int, ...]) -> object:
+    return values[0] if all(v == values[0] for v in values) else values

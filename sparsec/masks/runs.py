@@ -1,0 +1,83 @@
+"""Masks whose neighbouring queries share their keys: blocks, documents, and tokens that see all.
+
+A run of equal rows is one row with a weight. This file decides how degrees, tiles and edge counts follow from runs, so that
+they cost what the runs do and not what the rows would; it must not know which masks have runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from sparsec.masks import derive, ranges, tilemap
+from sparsec.masks.mask import Axis, Mask, Shape
+from sparsec.masks.ranges import IntArray, RowRanges
+from sparsec.masks.tilemap import Grid, TileMap
+
+ROWS_A_STEP = 2**22
+
+
+class RunMask(Mask):
+    """A leaf that states its rows as runs: `_runs` is its one obligation."""
+
+    def _runs(self, shape: Shape, start: int, stop: int) -> tuple[IntArray, RowRanges]:
+        """Where runs of equal rows begin (int64 `[n + 1]`, from `start` to `stop`), and the keys of each."""
+        raise NotImplementedError
+
+    def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
+        bounds, rows = self._runs(shape, start, stop)
+        return ranges.repeat_rows(rows, np.diff(bounds))
+
+    def _run_weight(self, shape: Shape) -> float:
+        """About how many ranges a query has, counted once a run."""
+        return 1.0
+
+    def _run_chunks(self, shape: Shape, start: int, stop: int) -> Iterator[tuple[IntArray, RowRanges]]:
+        size = max(1, min(ROWS_A_STEP, int(4 * derive.RANGES_PER_CHUNK / self._run_weight(shape))))
+        for low in range(start, stop, size):
+            yield self._runs(shape, low, min(low + size, stop))
+
+    def _nnz(self, shape: Shape) -> int:
+        total = 0
+        for bounds, rows in self._run_chunks(shape, 0, shape[0]):
+            total += int((np.diff(bounds) * ranges.degrees(rows)).sum())
+        return total
+
+    def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
+        if axis == "q":
+            return np.concatenate(
+                [
+                    np.repeat(ranges.degrees(rows), np.diff(bounds))
+                    for bounds, rows in self._run_chunks(shape, 0, shape[0])
+                ]
+            )
+        change = np.zeros(shape[1] + 1, np.int64)
+        for bounds, rows in self._run_chunks(shape, 0, shape[0]):
+            derive.add_key_degrees(change, rows, np.diff(bounds))
+        return np.cumsum(change[:-1])
+
+    def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
+        grid = Grid(shape, block_q, block_kv)
+        # Whole tile rows a step, a power of two of them.
+        weight = max(self._run_weight(shape), 1.0 / block_q)
+        step = max(1, min(ROWS_A_STEP, int(derive.RANGES_PER_CHUNK / weight)) // block_q)
+        parts = []
+        for first in range(tile_rows.start, tile_rows.stop, step):
+            parts.append(self._run_counts(grid, first, min(first + step, tile_rows.stop)))
+        return tilemap.from_counts(grid, *tilemap.merge_counts(parts))
+
+    def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
+        return derive.counts_at(self, grid, keys, self._run_counts)
+
+    def _run_counts(self, grid: Grid, first: int, stop: int) -> tuple[IntArray, IntArray]:
+        """`(keys, counts)` of the tile rows `first:stop`."""
+        start, end = first * grid.block_q, min(stop * grid.block_q, grid.shape[0])
+        bounds, rows = self._runs(grid.shape, start, end)
+        # Cut the runs where tile rows begin: each piece is one row of ranges, as heavy as it is high.
+        cuts = np.union1d(bounds, np.append(np.arange(start, end, grid.block_q), end))
+        run = np.searchsorted(bounds, cuts[:-1], side="right") - 1
+        pieces = ranges.pick_rows(rows, run)
+        return tilemap.counts_from_weighted_rows(
+            grid, pieces, cuts[:-1] // grid.block_q - first, np.diff(cuts), range(first, stop)
+        )
