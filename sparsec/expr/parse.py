@@ -1,7 +1,7 @@
 """Expressions from text: the inverse of `str(expr)`.
 
-A small reader over Python's own grammar; nothing is evaluated. It decides which Python spellings are expressions and must
-not know where the text comes from.
+A small reader over Python's own grammar; nothing is evaluated. It decides which Python spellings are expressions and
+must not know where the text comes from.
 """
 
 from __future__ import annotations

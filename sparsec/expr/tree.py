@@ -151,11 +151,23 @@ class Expr:
 
     @property
     def digest(self) -> str:
-        """Hexadecimal digest of structure and captured content, stable across processes."""
+        """Hexadecimal digest of structure and captured content, stable across processes.
+
+        The order and grouping of operands joined by `&` or `|` does not enter.
+        """
         digests: dict[Expr, str] = {}
+        chains: dict[Expr, frozenset[str]] = {}
         for node in self.walk():
+            operands = [digests[arg] for arg in node.args]
+            if isinstance(node, Apply) and node.op in ("and", "or"):
+                joined = [
+                    chains[arg] if isinstance(arg, Apply) and arg.op == node.op else frozenset({digests[arg]})
+                    for arg in node.args
+                ]
+                chains[node] = joined[0] | joined[1]
+                operands = sorted(chains[node])
             key = tuple(part.digest if isinstance(part, Captured) else part for part in node._key())
-            text = f"{type(node).__name__}{key}{[digests[arg] for arg in node.args]}"
+            text = f"{type(node).__name__}{key}{operands}"
             digests[node] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         return digests[self]
 
