@@ -28,7 +28,7 @@ _POPULAR_KEYS = 8
 
 # Orders for graphs pay only where tiles are badly filled, and are found only where the edges are few enough to search.
 _LOW_FILL = 0.25
-_MAX_GRAPH_EDGES = 20_000_000
+_MAX_GRAPH_EDGES = 5_000_000
 
 _LABEL_BITS = 31
 

@@ -52,6 +52,7 @@ def unpack(keys: IntArray, kv_len: int, block_q: int) -> tuple[IntArray, IntArra
 
 def packed_edges(bound: BoundMask, start: int, stop: int, block_q: int) -> IntArray:
     """Sorted packed keys of the edges of rows `start … stop - 1`."""
+    assert bound.q_len * bound.kv_len < 1 << 62, f"edges of a {bound.shape} mask do not fit 64-bit keys"
     rows = bound.rows(start, stop)
     item, nth = ranges.expand(ranges.lengths(rows))
     row = (ranges.row_of_range(rows) + start)[item]

@@ -17,9 +17,9 @@ from sparsec.masks.ranges import IntArray
 
 FloatArray = npt.NDArray[np.float64]
 
-# A unit is split when it would keep one worker busy for more than this share of a fair division of all work. Longest
-# processing time first is then within 1 + 1/4 of the ideal makespan whatever the mask: the last item to start starts
-# before the ideal end and is at most a quarter of it.
+# A unit is split when it would keep one worker busy for more than this share of a fair division of all work. Where
+# entries are fine enough to split so, the makespan is within 1 + 1/4 of the ideal whatever the mask: the last item to
+# start does so before the ideal end, and is at most a quarter of it.
 # Source: Graham, "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17 (1969).
 PIECES_PER_WORKER = 4
 
