@@ -55,6 +55,9 @@ CASES = {
     "strided-causal": lambda: (m.strided(7) & m.causal()).bind(311),
     "longformer": lambda: (m.dilated(64, 2) | m.global_tokens(3)).bind(340),
     "documents": lambda: (m.documents([140, 1, 59, 133]) & m.causal()).bind(333),
+    "dilated-2d": lambda: m.dilated_2d(96, 4).bind(350),
+    "neighborhood": lambda: m.neighborhood((17, 19), (5, 3), dilation=(2, 1)).bind(323),
+    "bigbird": lambda: m.bigbird(16, 1, 1, 2, seed=0).bind(320),
 }
 
 

@@ -50,6 +50,9 @@ CASES = {
     "strided-causal": lambda: (m.strided(7) & m.causal()).bind(111),
     "longformer": lambda: (m.dilated(32, 2) | m.global_tokens(3)).bind(140),
     "documents": lambda: (m.documents([40, 1, 59, 33]) & m.causal()).bind(133),
+    "dilated-2d": lambda: m.dilated_2d(32, 4).bind(150),
+    "neighborhood": lambda: m.neighborhood((11, 13), (5, 3), dilation=(2, 1)).bind(143),
+    "bigbird": lambda: m.bigbird(16, 1, 1, 2, seed=0).bind(160),
 }
 
 
