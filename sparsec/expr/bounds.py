@@ -9,6 +9,7 @@ it must not know what they are used for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import cast
 
 import numpy as np
@@ -26,6 +27,8 @@ UNKNOWN = 1 << 61
 # fp32 rounds to 2**-24; a few units in the last place for the functions, none of which is less exact than 2**-20.
 _FLOAT_SLACK = 2.0**-20
 _SMALLEST_FLOAT = 2.0**-126
+# What is larger may be infinite in fp32.
+_LARGEST_FLOAT = 2.0**127
 _EXACT_FLOAT_OPS = frozenset({"neg", "abs", "min", "max", "floor", "where"})
 
 
@@ -127,10 +130,9 @@ def _wild_nan(x: Interval) -> Interval:
 def _rounded(x: Interval) -> Interval:
     """The interval widened by what a computation in fp32 may be off."""
     low, high = x[0].astype(np.float64), x[1].astype(np.float64)
-    return (
-        np.where(low == 0, low, low - np.abs(low) * _FLOAT_SLACK - _SMALLEST_FLOAT),
-        np.where(high == 0, high, high + np.abs(high) * _FLOAT_SLACK + _SMALLEST_FLOAT),
-    )
+    low = np.where((low == 0) | np.isinf(low), low, low - np.abs(low) * _FLOAT_SLACK - _SMALLEST_FLOAT)
+    high = np.where((high == 0) | np.isinf(high), high, high + np.abs(high) * _FLOAT_SLACK + _SMALLEST_FLOAT)
+    return np.where(low < -_LARGEST_FLOAT, -np.inf, low), np.where(high > _LARGEST_FLOAT, np.inf, high)
 
 
 def _corners(op: str, operands: list[Interval]) -> Interval:
@@ -235,7 +237,7 @@ def _rsqrt(a: Interval) -> Interval:
 
 def _mask_above(*values: Array) -> Array:
     """The least 2**k - 1 that no value exceeds in magnitude."""
-    largest = np.maximum.reduce([np.maximum(np.abs(value), 1) for value in values]).astype(np.float64)
+    largest = reduce(np.maximum, (np.abs(value) for value in values), np.ones(())).astype(np.float64)
     return np.asarray((np.int64(1) << np.minimum(np.frexp(largest)[1], 61).astype(np.int64)) - 1)
 
 

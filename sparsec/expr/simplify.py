@@ -251,8 +251,8 @@ def _conjunction(node: Apply) -> Expr | None:
             stack.extend(reversed(part.args))
         else:
             parts.append(part)
-            if len(parts) > _LONGEST_CHAIN:
-                return None
+        if len(parts) + len(stack) > _LONGEST_CHAIN:
+            return None
     kept = dict.fromkeys(parts)
     if any(_negated(part) in kept for part in kept):
         return absorbing

@@ -135,6 +135,8 @@ def _expr(value: object) -> Expr:
 
 def _apply(op: str, *operands: object) -> Symbol:
     exprs = [_expr(operand) for operand in operands]
+    if op in ("floordiv", "mod") and isinstance(exprs[1], Const) and not exprs[1].value:
+        raise _refuse(f"{exprs[0]} {OPS[op].symbol} 0 divides by zero", "divide by something else")
     try:
         return Symbol(apply(op, *exprs))
     except MaskError as error:

@@ -384,13 +384,11 @@ def apply(op: str, *operands: Expr | Number) -> Expr:
     """The operation `op` of `OPS` on operands, which are converted to the kinds it takes.
 
     Raises:
-        MaskError: The operation does not take operands of these kinds, or divides by the constant zero.
+        MaskError: The operation does not take operands of these kinds.
     """
     row, args = OPS[op], tuple(as_expr(operand) for operand in operands)
     assert len(args) == row.arity, (op, args)
     kinds = {arg.kind for arg in args}
-    if op in ("floordiv", "mod") and isinstance(args[1], Const) and args[1].value == 0:
-        raise MaskError(f"{args[0]} {row.symbol} 0: a division by the constant zero.")
     if op == "pow":
         return _power(args[0], args[1])
     if row.signature == "cast":

@@ -3,7 +3,7 @@
 A predicate that uses positions only through `kv - q` becomes a set of offsets. Of any other, rows are found by descent:
 the expression is bounded over boxes of queries and keys, boxes where it is certainly false are dropped, boxes where it
 is certainly true are taken whole, and the rest is split until it is small enough to evaluate, so that the work follows
-the outline of the mask and not its area. This file decides that search; what an expression can say is in `sparsec.expr`.
+the outline of the mask and not its area. This file decides that search; what can be said is in `sparsec.expr`.
 """
 
 from __future__ import annotations
@@ -382,8 +382,8 @@ class PredicateBlocks(Mask):
 def from_mask_mod(mask_mod: Callable[..., Any]) -> Mask:
     """The pairs where FlexAttention's predicate `mask_mod(b, h, q_idx, kv_idx)` is true.
 
-    It is called once, with symbols; arrays it captures are copied. One that uses `h` or `b` gives a mask that differs by
-    head or batch element.
+    It is called once, with symbols; arrays it captures are copied. One that uses `h` or `b` gives a mask that differs
+    by head or batch element.
 
     Raises:
         MaskError: The predicate cannot be traced; the message names the file and line.
@@ -415,9 +415,8 @@ def from_block_mask(block_mask: Any) -> Mask:  # torch is not imported here
     Raises:
         MaskError: Not a block mask, or its `mask_mod` cannot be traced.
     """
-    missing = [
-        name for name in ("kv_num_blocks", "kv_indices", "BLOCK_SIZE", "mask_mod") if not hasattr(block_mask, name)
-    ]
+    needed = ("kv_num_blocks", "kv_indices", "BLOCK_SIZE", "mask_mod")
+    missing = [name for name in needed if not hasattr(block_mask, name)]
     if missing:
         raise MaskError(
             f"from_block_mask expects a torch.nn.attention.flex_attention.BlockMask; found {type(block_mask).__name__} "
