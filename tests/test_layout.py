@@ -312,6 +312,8 @@ REORDERED = {
     "causal-dilated": (m.dilated(40, 4) & m.causal(), 2),
     "longformer": (m.dilated(24, 2) | m.global_tokens([0, 5, 77]), 2),
     "holes": ((m.dilated(24, 2) | m.global_tokens(4)) & ~m.window(2, 2), 2),
+    "named": (m.longformer(24, 3, dilation=2), 2),
+    "prefix": (m.dilated(24, 2) | m.prefix(5), 2),
     "not-a-multiple": (m.window(3, 3), 2),
     "empty": (m.window(-500, 500), 2),
 }
@@ -329,7 +331,7 @@ def test_reordered_by_residue_classes(name: str, length: int) -> None:
 
 def test_reordered_dilation_stores_no_edges() -> None:
     order = residue_order(2**20, 4)
-    bound = (m.dilated(64, 4) | m.dilated(1024, 64)).bind(2**20)
+    bound = (m.longformer(32, 9, dilation=4) | m.dilated(1024, 64)).bind(2**20)
     result = reordered(bound, Ordering("residue 4", order, order))
     assert result.nnz == bound.nnz
     assert len(repr(result)) < 1000

@@ -14,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsec import masks
-from sparsec.masks.mask import And, BoundMask, Mask, Not, Or
+from sparsec.masks import ranges
+from sparsec.masks.mask import And, BoundMask, Mask, Named, Not, Or
+from sparsec.masks.ranges import IntArray, RowRanges
+from sparsec.masks.structured import Tokens
 
 Order = npt.NDArray[np.int32]
 
@@ -71,9 +74,11 @@ class _Rewriter:
         self._period = _residue_period(shape, ordering)
 
     def rewrite(self, mask: Mask) -> Mask:
-        by_classes = self._by_classes(mask)
-        if by_classes is not None:
-            return by_classes
+        closed = self._closed_form(mask)
+        if closed is not None:
+            return closed
+        if isinstance(mask, Named):
+            return self.rewrite(mask.operand)
         if isinstance(mask, (And, Or, Not)) and self._n_stored(mask) < mask.bind(*self._shape).nnz:
             if isinstance(mask, Not):
                 return ~self.rewrite(mask.operand)
@@ -82,14 +87,27 @@ class _Rewriter:
 
     def _n_stored(self, mask: Mask) -> int:
         """How many edges the rewritten mask stores."""
-        if self._by_classes(mask) is not None:
+        if self._closed_form(mask) is not None:
             return 0
+        if isinstance(mask, Named):
+            return self._n_stored(mask.operand)
         n_edges = mask.bind(*self._shape).nnz
         if isinstance(mask, Not):
             return min(n_edges, self._n_stored(mask.operand))
         if isinstance(mask, (And, Or)):
             return min(n_edges, sum(self._n_stored(operand) for operand in mask.operands))
         return n_edges
+
+    def _closed_form(self, mask: Mask) -> Mask | None:
+        return self._by_tokens(mask) if isinstance(mask, Tokens) else self._by_classes(mask)
+
+    def _by_tokens(self, mask: Tokens) -> Mask | None:
+        """Global tokens are global at any position, as long as a token stands at one position on both axes."""
+        if mask._depends_on_lengths:
+            return None
+        queries = _positions(mask.queries, self._shape[0], self._ordering.q_order)
+        keys = _positions(mask.keys, self._shape[1], self._ordering.kv_order)
+        return masks.global_tokens(queries) if np.array_equal(queries, keys) else None
 
     def _by_classes(self, mask: Mask) -> Mask | None:
         """The closed form, where every offset is a multiple of the period."""
@@ -121,6 +139,13 @@ class _Rewriter:
             edges.has_sorted_indices = False
             edges.sort_indices()
         return masks.from_csr(edges.indptr, edges.indices, bound.kv_len)
+
+
+def _positions(tokens: RowRanges, length: int, order: Order | None) -> IntArray:
+    """Where a row of tokens stands, ascending; those beyond the length are left out."""
+    token = ranges.to_edges(tokens)[1]
+    token = token[token < length]
+    return token if order is None else np.sort(inverse(order)[token]).astype(np.int64)
 
 
 def _residue_period(shape: tuple[int, int], ordering: Ordering) -> int | None:
