@@ -136,6 +136,12 @@ def test_period_and_common_step() -> None:
     assert analyse(_random(300, 300, 0.05, 0)).common_step == 1
 
 
+def test_keys_per_range_tells_scattered_edges() -> None:
+    assert analyse(m.window(255, 0), 500).keys_per_range == 256
+    assert analyse(m.documents([50] * 10), 500).keys_per_range == 50
+    assert analyse(_random(300, 300, 0.02, 0)).keys_per_range < 3
+
+
 def test_a_sample_is_stated_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
     bound = (m.documents([900] * 20) & m.window(64, 64) | m.global_tokens(2)).bind(18_000)
     exact = analyse(bound)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sparsec.analysis.profile import MaskProfile
 from sparsec.layout.edges import run_starts
 from sparsec.layout.ordering import Ordering, inverse, residue_order
+from sparsec.layout.rows import MIN_KEYS_PER_RANGE
 from sparsec.masks.mask import BoundMask
 from sparsec.masks.ranges import IntArray
 
@@ -28,7 +29,7 @@ _POPULAR_KEYS = 8
 
 # Orders for graphs pay only where tiles are badly filled, and are found only where the edges are few enough to search.
 _LOW_FILL = 0.25
-_MAX_GRAPH_EDGES = 5_000_000
+_MAX_GRAPH_EDGES = 2_000_000
 
 _LABEL_BITS = 31
 
@@ -88,14 +89,14 @@ def candidate_orderings(bound: BoundMask, profile: MaskProfile) -> list[Ordering
 
     - Residue classes for a translation-invariant mask of period > 1, and for a mask most of whose edges progress by one
       step (a dilated window beside something else).
-    - Clusters, popular keys and, for a square mask, reverse Cuthill–McKee, where the edges are explicit and even small
+    - Clusters, popular keys and, for a square mask, reverse Cuthill–McKee, where edges are scattered and even small
       tiles are badly filled.
     """
     proposals = []
     period = profile.period if profile.period > 1 else profile.common_step
     if 1 < period <= min(profile.shape) // 2:
         proposals.append(residue_ordering(bound, period))
-    is_graph = bound.predicate is None and not profile.is_toeplitz
+    is_graph = profile.keys_per_range < MIN_KEYS_PER_RANGE and not profile.is_toeplitz
     if is_graph and 0 < profile.nnz <= _MAX_GRAPH_EDGES and profile.fill(64).fill < _LOW_FILL:
         if bound.q_len == bound.kv_len:
             proposals += [cluster_ordering(bound), rcm_ordering(bound)]

@@ -76,6 +76,7 @@ class MaskProfile:
         period: For a translation-invariant mask the greatest common divisor of its offsets, which is the number of
             residue classes that do not attend each other; otherwise 1.
         common_step: The step > 1 by which most of the edges progress along their rows, or 1.
+        keys_per_range: Keys in an arithmetic progression of a row, on average; near 1 where edges are scattered.
         is_toeplitz: Whether the mask depends on `kv - q` alone.
         sampled: The share of the rows that tiles, bandwidth and steps were taken from; None when that was all.
     """
@@ -90,6 +91,7 @@ class MaskProfile:
     bandwidth_mean: float
     period: int
     common_step: int
+    keys_per_range: float
     is_toeplitz: bool
     sampled: float | None
 
@@ -129,7 +131,8 @@ def analyse(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None = None
         bandwidth_max=looked.bandwidth_max,
         bandwidth_mean=looked.bandwidth_mean,
         period=1 if offsets is None else _common_divisor(offsets),
-        common_step=looked.common_step,
+        common_step=looked.steps.commonest(),
+        keys_per_range=looked.steps.keys_per_range(),
         is_toeplitz=offsets is not None,
         sampled=looked.sampled,
     )
@@ -142,7 +145,7 @@ class _Look:
     tiles: tuple[TileFill, ...]
     bandwidth_max: float
     bandwidth_mean: float
-    common_step: int
+    steps: _Steps
     sampled: float | None
 
 
@@ -174,7 +177,7 @@ def _look_at_offsets(bound: BoundMask, offsets: RowRanges) -> _Look:
         for start, stop, step in zip(offsets.start, offsets.stop, offsets.step, strict=True):
             offset = np.arange(start, stop, step)
             span.add_distances(np.abs(offset).astype(np.float64), bound.q_len - np.abs(offset))
-        return _Look(tiles, span.max, span.mean, steps.commonest(), None)
+        return _Look(tiles, span.max, span.mean, steps, None)
     return _look_at_ranges(bound, tiles, steps)
 
 
@@ -186,7 +189,7 @@ def _look_at_ranges(bound: BoundMask, tiles: tuple[TileFill, ...], steps: _Steps
     for run in runs:
         start, stop = run.rows(bound)
         span.add_rows(bound.rows(start, stop), start, bound.kv_len / bound.q_len, run.weight)
-    return _Look(tiles, span.max, span.mean, steps.commonest(), _share(runs, bound))
+    return _Look(tiles, span.max, span.mean, steps, _share(runs, bound))
 
 
 def _look_at_rows(bound: BoundMask, heavy: tuple[int, ...]) -> _Look:
@@ -204,7 +207,7 @@ def _look_at_rows(bound: BoundMask, heavy: tuple[int, ...]) -> _Look:
         span.add_rows(rows, start, bound.kv_len / bound.q_len, run.weight)
         steps.add(rows, run.weight)
         fills.add(run)
-    return _Look(fills.total(), span.max, span.mean, steps.commonest(), _share(runs, bound))
+    return _Look(fills.total(), span.max, span.mean, steps, _share(runs, bound))
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,18 +311,23 @@ class _Span:
 
 
 class _Steps:
-    """Edges by the step of their range, as they are added."""
+    """Edges by the step of their range, and ranges, as they are added."""
 
     def __init__(self) -> None:
         self._edges: dict[int, float] = {}
+        self._n_ranges = 0.0
 
     def add(self, rows: RowRanges, weight: float = 1.0) -> None:
+        self._n_ranges += len(rows.start) * weight
         keys = ranges.lengths(rows)
         step = np.where(keys >= _HABIT_KEYS, rows.step, 1)
         steps, which = np.unique(step, return_inverse=True)
         edges = np.bincount(which, weights=keys, minlength=len(steps))
         for each, count in zip(steps.tolist(), edges.tolist(), strict=True):
             self._edges[each] = self._edges.get(each, 0.0) + count * weight
+
+    def keys_per_range(self) -> float:
+        return sum(self._edges.values()) / max(self._n_ranges, 1.0)
 
     def commonest(self) -> int:
         """The step of at least half of the edges, or 1."""
