@@ -62,7 +62,9 @@ FLOATS = st.recursive(
     lambda children: st.one_of(
         st.builds(apply, st.sampled_from(["add", "sub", "mul", "min", "max", "div"]), children, children),
         st.builds(
-            apply, st.sampled_from(["neg", "abs", "tanh", "sigmoid", "sin", "cos", "exp", "log", "sqrt", "floor"]), children
+            apply,
+            st.sampled_from(["neg", "abs", "tanh", "sigmoid", "sin", "cos", "exp", "log", "sqrt", "floor"]),
+            children,
         ),
         st.builds(apply, st.just("where"), BOOLS, children, children),
     ),
@@ -209,7 +211,10 @@ def test_long_chains_need_no_recursion():
         expr = expr | ((q >= 3 * start) & (kv < start))
     simple = expr.simplify()
     assert simple == expr.simplify()
-    assert parse_expr("|".join(f"(q_idx == {i})" for i in range(500))).evaluate(q_idx=[499, 500]).tolist() == [True, False]
+    assert parse_expr("|".join(f"(q_idx == {i})" for i in range(500))).evaluate(q_idx=[499, 500]).tolist() == [
+        True,
+        False,
+    ]
     assert simple.evaluate(q_idx=10, kv_idx=0)
     assert simple.digest
     shared: Expr = q
@@ -265,7 +270,9 @@ def test_extremes_of_captured_arrays(n: int, m: int, data: st.DataObject):
     array = np.random.default_rng(n * 64 + m).integers(-50, 50, (n, m))
     captured = Captured(array)
     boxes = [
-        sorted(data.draw(st.tuples(st.integers(0, size - 1), st.integers(0, size - 1)))) for size in array.shape for _ in "12"
+        sorted(data.draw(st.tuples(st.integers(0, size - 1), st.integers(0, size - 1))))
+        for size in array.shape
+        for _ in "12"
     ]
     lower = [np.array([boxes[2 * d][0], boxes[2 * d + 1][0]]) for d in (0, 1)]
     upper = [np.array([boxes[2 * d][1], boxes[2 * d + 1][1]]) for d in (0, 1)]
