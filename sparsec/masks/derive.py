@@ -342,7 +342,7 @@ def _settled(tile_bits: TileBits, grid: Grid, keys: IntArray) -> TileBits:
         extra, entry = tilemap.distinct(own)
         index[ragged] = entry + len(bits)
         bits = np.concatenate((bits, extra))
-    counts = np.bitwise_count(bits.reshape(len(bits), -1)).sum(axis=1, dtype=np.int64)
+    counts = tilemap.popcounts(bits)
     named = np.flatnonzero(index >= 0)
     count = counts[index[named]]
     index[named[count == 0]] = EMPTY

@@ -69,6 +69,9 @@ class Edges(Mask):
         return _from_sorted(row[inside], column[inside] - kv[0], (q[1] - q[0], kv[1] - kv[0]))
 
     def _constant(self, shape: Shape | None) -> bool | None:
+        # Without lengths this mask is more than a constant: it fixes them.
+        if shape is None:
+            return None
         if not len(self.indices):
             return False
         return True if len(self.indices) == (len(self.indptr) - 1) * self.kv_len else None

@@ -146,9 +146,9 @@ class Mask:
         """
         leaf: Mask = self
         if transposed:
-            leaf = self._transpose(_swapped(shape)) or Transpose(self)
+            leaf = transpose_of(self, _swapped(shape))
         if negated:
-            leaf = leaf._complement(shape) or Not(leaf)
+            leaf = complement_of(leaf, shape)
         return leaf
 
     def _key(self) -> Key:
@@ -226,7 +226,11 @@ class Mask:
     def _canonical(self) -> Key:
         heads, batch = self.n_heads, self.n_batch
         if heads is None and batch is None:
-            return self._normal(None, False, False)._key()
+            try:
+                lengths: Key = self._fixed_lengths()
+            except MaskError:
+                lengths = ("disagree",)
+            return (*lengths, *_identity(self._normal(None, False, False), None))
         members = [self._select(b, h)._canonical for b in range(batch or 1) for h in range(heads or 1)]
         if all(member == members[0] for member in members):
             members = members[:1]
@@ -462,6 +466,10 @@ class Not(_Wrapper):
     def _complement(self, shape: Shape | None) -> Mask | None:
         return self.operand
 
+    def _constant(self, shape: Shape | None) -> bool | None:
+        inner = self.operand._constant(shape)
+        return None if inner is None else not inner
+
     def _key(self) -> Key:
         return ("Not", self.operand._key())
 
@@ -603,10 +611,10 @@ class Slice(_Wrapper):
         leaf: Mask = Slice(inner, self.q, self.kv, self.within) if part is None else part
         own_shape = (self.q[1] - self.q[0], self.kv[1] - self.kv[0])
         if transposed:
-            leaf = leaf._transpose(own_shape) or Transpose(leaf)
+            leaf = transpose_of(leaf, own_shape)
             own_shape = (own_shape[1], own_shape[0])
         if negated:
-            leaf = leaf._complement(own_shape) or Not(leaf)
+            leaf = complement_of(leaf, own_shape)
         return leaf
 
     def _key(self) -> Key:
@@ -771,7 +779,7 @@ class BoundMask:
     def _identity(self) -> Key:
         if self.varies_by_head or self.varies_by_batch:
             return self.mask._canonical
-        return self._normal._key()
+        return _identity(self._normal, self.shape)
 
     @cached_property
     def _body(self) -> Mask:
@@ -785,6 +793,23 @@ class BoundMask:
             axis = "head" if self.varies_by_head else "batch element"
             raise MaskError(f"{self} differs by {axis}; ask the mask of one of them: bound.select(batch, head)")
         return self.mask._normal(self.shape, False, False)
+
+
+def _identity(normal: Mask, shape: Shape | None) -> Key:
+    constant = normal._constant(shape)
+    return normal._key() if constant is None else ("constant", constant)
+
+
+def transpose_of(leaf: Mask, shape: Shape | None) -> Mask:
+    """The transpose of a leaf of `shape`: a leaf again where it can be one."""
+    transposed = leaf._transpose(shape)
+    return Transpose(leaf) if transposed is None else transposed
+
+
+def complement_of(leaf: Mask, shape: Shape | None) -> Mask:
+    """The complement of a leaf of `shape`: a leaf again where it can be one."""
+    complement = leaf._complement(shape)
+    return Not(leaf) if complement is None else complement
 
 
 def call_text(show: Callable[[object], str], name: str, *arguments: object, **options: object) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from sparsec.errors import MaskError
 from sparsec.expr import Expr, Table, Var
+from sparsec.expr.captured import Captured
 from sparsec.masks import ranges
 from sparsec.masks.mask import Mask, Shape, call_text
 from sparsec.masks.ranges import IntArray, RowRanges, expand
@@ -110,8 +111,8 @@ class Neighborhood(Mask):
         ):
             inner = prod(self.grid[axis + 1 :])
             q_at, kv_at = q // inner % size, kv // inner % size
-            low = Table(first.astype(np.int32), (q_at,), f"first_{axis}")
-            high = Table((first + (count - 1) * step).astype(np.int32), (q_at,), f"last_{axis}")
+            low = Table(Captured(first.astype(np.int32), f"first_{axis}"), (q_at,))
+            high = Table(Captured((first + (count - 1) * step).astype(np.int32), f"last_{axis}"), (q_at,))
             test = (kv_at >= low) & (kv_at <= high)
             tests.append(test if step == 1 else test & ((kv_at - low) % step).eq(0))
         result = tests[0]

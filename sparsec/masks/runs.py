@@ -34,7 +34,7 @@ class RunMask(Mask):
         return 1.0
 
     def _run_chunks(self, shape: Shape, start: int, stop: int) -> Iterator[tuple[IntArray, RowRanges]]:
-        size = max(1, min(ROWS_A_STEP, int(4 * derive.RANGES_PER_CHUNK / self._run_weight(shape))))
+        size = max(1, min(ROWS_A_STEP, int(4 * derive.RANGES_PER_CHUNK / max(self._run_weight(shape), 1.0 / ROWS_A_STEP))))
         for low in range(start, stop, size):
             yield self._runs(shape, low, min(low + size, stop))
 

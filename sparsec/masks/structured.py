@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from sparsec.errors import MaskError
 from sparsec.expr import Const, Expr, Table, Var
+from sparsec.expr.captured import Captured
 from sparsec.masks import ranges, tilemap
 from sparsec.masks.mask import Axis, Mask, Shape, call_text
 from sparsec.masks.ranges import IntArray, RowRanges, expand
@@ -280,9 +281,12 @@ class Documents(RunMask):
         return np.repeat(sizes, sizes)
 
     def _predicate(self, shape: Shape) -> Expr | None:
+        return Table(self._owner, (_Q,)).eq(Table(self._owner, (_KV,)))
+
+    @cached_property
+    def _owner(self) -> Captured:
         sizes = np.diff(self.bounds)
-        of_token = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        return Table(of_token, (_Q,), "document").eq(Table(of_token, (_KV,), "document"))
+        return Captured(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes), "document")
 
 
 def documents(

@@ -306,10 +306,16 @@ def distinct(bits: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], IntArr
     return bits[first[order]], rank[entry]
 
 
+def popcounts(bits: npt.NDArray[np.uint8]) -> IntArray:
+    """int64 `[n]`: the edges in each pattern."""
+    counts: IntArray = np.bitwise_count(bits).sum(axis=(1, 2), dtype=np.int64)
+    return counts
+
+
 def classify(grid: Grid, keys: IntArray, bits: npt.NDArray[np.uint8]) -> TileBits:
     """The tiles `keys` whose bits are given one by one: repeats, empty and full ones recognised."""
     patterns, entry = distinct(bits)
-    counts = np.bitwise_count(patterns.reshape(len(patterns), -1)).sum(axis=1, dtype=np.int64)
+    counts = popcounts(patterns)
     index = entry.astype(np.int32)
     if len(keys):
         index[counts[entry] == 0] = EMPTY

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from sparsec.errors import MaskError
 from sparsec.expr import Const, Expr, Var
 from sparsec.masks import ranges, tilemap
-from sparsec.masks.mask import MAX_LENGTH, Axis, Key, Mask, Not, Shape
+from sparsec.masks.mask import MAX_LENGTH, Axis, Key, Mask, Not, Shape, complement_of
 from sparsec.masks.ranges import IntArray, RowRanges, expand
 from sparsec.masks.tilemap import FULL, Grid, TileBits, TileMap
 
@@ -65,7 +65,7 @@ class Toeplitz(Mask):
         if shape is not None:
             leaf = leaf._placed(shape)
         if negated:
-            return leaf._complement(shape) or Not(leaf)
+            return complement_of(leaf, shape)
         return Toeplitz(leaf.text, _one_form(leaf.offsets), leaf.align)
 
     def _placed(self, shape: Shape) -> Toeplitz:
@@ -321,7 +321,7 @@ class Toeplitz(Mask):
             windows = np.lib.stride_tricks.sliding_window_view(held, grid.block_kv, axis=1)[:, ::-1]
             patterns, entry = tilemap.distinct(np.packbits(windows, axis=2, bitorder="little"))
             index = entry.astype(np.int32)
-            counts = np.bitwise_count(patterns.reshape(len(patterns), -1)).sum(axis=1, dtype=np.int64)[entry]
+            counts = tilemap.popcounts(patterns)[entry]
             index[counts == grid.block_q * grid.block_kv] = FULL
             index[counts == 0] = tilemap.EMPTY
             parts.append(TileBits(index, patterns))

@@ -1,0 +1,125 @@
+"""Tiles and patterns of random compositions against their dense form."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mask_strategies import bound_masks
+
+from sparsec import masks as m
+from sparsec.errors import MaskError
+from sparsec.masks import tilemap
+
+blocks = st.sampled_from([8, 16, 32, 64, 128])
+
+
+def check_tiles(bound, dense, tile_map, tile_rows=None):
+    """Raises unless the map is exactly the dense mask's."""
+    block_q, block_kv = tile_map.block_q, tile_map.block_kv
+    n_q, n_kv = -(-dense.shape[0] // block_q), -(-dense.shape[1] // block_kv)
+    assert len(tile_map.indptr) == n_q + 1
+    found = []
+    for i in range(n_q):
+        for j in range(n_kv):
+            tile = dense[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv]
+            if tile.any() and (tile_rows is None or i in tile_rows):
+                found.append((i, j, int(tile.sum()), bool(tile.all())))
+    row = np.repeat(np.arange(n_q), np.diff(tile_map.indptr))
+    got = list(
+        zip(row.tolist(), tile_map.indices.tolist(), tile_map.count.tolist(), tile_map.is_full.tolist(), strict=True)
+    )
+    assert got == found
+    assert (tile_map.indices.dtype, tile_map.count.dtype, tile_map.indptr.dtype) == (np.int32, np.int32, np.int64)
+
+
+def check_patterns(dense, tile_map, patterns):
+    """Raises unless the patterns paint exactly the dense mask."""
+    block_q, block_kv = tile_map.block_q, tile_map.block_kv
+    bits = np.unpackbits(patterns.bits, axis=2, bitorder="little").astype(bool)
+    assert patterns.bits.shape[1:] == (block_q, block_kv // 8)
+    row = np.repeat(np.arange(len(tile_map.indptr) - 1), np.diff(tile_map.indptr))
+    for tile, (i, j) in enumerate(zip(row.tolist(), tile_map.indices.tolist(), strict=True)):
+        want = dense[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv]
+        if tile_map.is_full[tile]:
+            assert patterns.index[tile] == -1
+            continue
+        got = bits[patterns.index[tile]]
+        assert np.array_equal(got[: want.shape[0], : want.shape[1]], want)
+        assert got.sum() == want.sum()
+    flat = patterns.bits.reshape(len(patterns.bits), block_q * block_kv // 8)
+    assert len(np.unique(flat, axis=0)) == len(flat)
+    assert set(patterns.index[~tile_map.is_full].tolist()) == set(range(len(flat)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(bound_masks(), blocks, blocks, st.data())
+def test_tiles_and_patterns_of_compositions(case, block_q, block_kv, data):
+    bound, dense = case
+    tile_map = bound.tiles(block_q, block_kv)
+    check_tiles(bound, dense, tile_map)
+    check_patterns(dense, tile_map, bound.patterns(tile_map))
+    n_q = len(tile_map.indptr) - 1
+    first = data.draw(st.integers(0, n_q))
+    some = range(first, data.draw(st.integers(first, n_q)))
+    part = bound.tiles(block_q, block_kv, some)
+    check_tiles(bound, dense, part, some)
+    check_patterns(dense, part, bound.patterns(part))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        m.window(20, 3) | m.global_tokens(5),
+        m.documents([100, 3, 200, 97]) & m.causal(),
+        m.bigbird(16, 3, 2, 2, 0),
+        m.longformer(64, [3, 200], 2),
+        m.random_edges(5, 1) - m.window(9, 9),
+        ~m.strided(37),
+        ~m.strided(37) & m.documents([150, 250]),
+        m.neighborhood((20, 20), (5, 7), causal=(True, False)),
+    ],
+    ids=str,
+)
+def test_tiles_of_middling_masks(mask):
+    bound = mask.bind(400)
+    dense = bound.to_csr().toarray()
+    for block_q, block_kv in ((8, 64), (32, 16), (64, 64), (128, 256)):
+        tile_map = bound.tiles(block_q, block_kv)
+        check_tiles(bound, dense, tile_map)
+        check_patterns(dense, tile_map, bound.patterns(tile_map))
+
+
+def test_chunks_join_without_a_seam(monkeypatch):
+    from sparsec.masks import derive, runs
+
+    monkeypatch.setattr(derive, "RANGES_PER_CHUNK", 32)
+    monkeypatch.setattr(runs, "ROWS_A_STEP", 64)
+    monkeypatch.setattr(tilemap, "PAINT_BYTES", 2**11)
+    mask = (m.documents([30, 50, 20, 100]) & m.causal()) | m.blocks(m.random_edges(2, 0), 16) | m.strided(13)
+    bound = mask.bind(200)
+    dense = bound.to_dense()
+    assert np.array_equal(bound.to_csr().toarray(), dense)
+    assert bound.nnz == dense.sum()
+    tile_map = bound.tiles(32, 32)
+    check_tiles(bound, dense, tile_map)
+    check_patterns(dense, tile_map, bound.patterns(tile_map))
+
+
+def test_equal_hashes_do_not_join_patterns(monkeypatch):
+    bits = np.zeros((3, 8, 8), np.uint8)
+    bits[1, 0, 0], bits[2, 0, 0] = 1, 2
+    class Zeros:
+        def integers(self, low, high, size, dtype):
+            # Multipliers of 2**63 lose all but the lowest bit.
+            return np.full(size, 2**62, dtype)
+    monkeypatch.setattr(np.random, "Generator", lambda _: Zeros())
+    patterns, entry = tilemap.distinct(bits)
+    assert np.array_equal(patterns[entry], bits)
+
+
+@pytest.mark.parametrize("block_q, block_kv", [(7, 8), (8, 12), (4, 8), (0, 8)])
+def test_blocks_must_be_powers_of_two(block_q, block_kv):
+    with pytest.raises(MaskError, match="power of two"):
+        m.full().bind(16).tiles(block_q, block_kv)
