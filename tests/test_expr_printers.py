@@ -38,7 +38,7 @@ EXPRS: list[Expr] = [
     d % (kv * 2 - 5),
     q // 3 + q % 5,
     (d * 2 - 1) * 3 - (q - (kv - 1)),
-    -d + -(-d),
+    apply("neg", -d) - d * 2,
     abs(d),
     apply("min", q, kv) + apply("max", d, -1),
     apply("where", d > 0, q, -kv) + 1,
@@ -132,11 +132,13 @@ def program(dialect: Dialect, functions: str) -> str:
         f"static const {head}[] = {{{', '.join(f'({head.split()[0]}){value!r}' for value in values)}}};\n"
         for head, values in arrays.items()
     )
-    body = "\n".join([*code.statements, *(f'std::printf("%.9g\\n", (double)({result}));' for result in code.results)])
+    prints = (f'std::printf("%.9g\\n", (double)({result}));' for result in code.results)
+    body = "\n".join([*code.statements, *prints])
     loop = "for (int q = 0; q < 8; ++q) for (int k = 0; k < 6; ++k) for (int h = 0; h < 2; ++h) for (float s : scores)"
     return (
         "#include <algorithm>\n#include <cmath>\n#include <cstdio>\n#include <cstdlib>\n#include <type_traits>\n"
-        f"{functions}\n{tables}\nint main() {{\nconst float scores[] = {{-1.3f, 0.2f, 2.6f}};\n{loop} {{\n{body}\n}}\n}}\n"
+        f"{functions}\n{tables}\nint main() {{\n"
+        f"const float scores[] = {{-1.3f, 0.2f, 2.6f}};\n{loop} {{\n{body}\n}}\n}}\n"
     )
 
 

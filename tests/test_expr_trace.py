@@ -112,8 +112,12 @@ MASK_MODS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", MASK_MODS)
 def test_traced_mask_is_the_mask(name: str):
     mask_mod = MASK_MODS[name]
-    # create_mask counts the arguments of a bound method wrongly.
-    want = create_mask(lambda b, h, q, k: mask_mod(b, h, q, k), 2, 3, N, N, device="cpu").numpy()
+
+    def plain(b, h, q, k):
+        # create_mask miscounts the arguments of a bound method.
+        return mask_mod(b, h, q, k)
+
+    want = create_mask(plain, 2, 3, N, N, device="cpu").numpy()
     expr = trace_mask_mod(mask_mod)
     b, h, q, k = np.ogrid[:2, :3, :N, :N]
     got = np.broadcast_to(expr.evaluate(b=b, h=h, q_idx=q, kv_idx=k), want.shape)
@@ -146,11 +150,9 @@ def test_traced_score_is_the_score(name: str):
     score_mod, expr = SCORE_MODS[name], trace_score_mod(SCORE_MODS[name])
     score = torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(0))
     h, q, k = torch.meshgrid(torch.arange(3), torch.arange(20), torch.arange(20), indexing="ij")
-    slopes = torch.from_numpy(NUMPY_SLOPES)
-    if name == "alibi":
-        want = score + slopes[h] * (k - q)
-    else:
-        want = score_mod(score, torch.tensor(0), h, q, k)
+    # A numpy array cannot be indexed and multiplied by torch tensors.
+    alibi = score + torch.from_numpy(NUMPY_SLOPES)[h] * (k - q)
+    want = alibi if name == "alibi" else score_mod(score, torch.tensor(0), h, q, k)
     got = expr.evaluate(score=score.numpy(), h=h.numpy(), q_idx=q.numpy(), kv_idx=k.numpy())
     np.testing.assert_allclose(got, want.float().numpy(), rtol=1e-5, atol=1e-5)
     as_torch = torch_function(expr)(score=score, h=h, q_idx=q, kv_idx=k)
@@ -215,7 +217,7 @@ def no_method(b, h, q_idx, kv_idx):
 
 
 def whole_table(b, h, q_idx, kv_idx):
-    return DOCUMENT_ID == q_idx
+    return q_idx == DOCUMENT_ID
 
 
 def too_many_indices(b, h, q_idx, kv_idx):
@@ -240,7 +242,7 @@ def by_zero(b, h, q_idx, kv_idx):
         (loop, "range(q_idx)", "loop over numbers"),
         (unsupported, "cumsum", "cumsum"),
         (no_method, "argmax", "argmax"),
-        (whole_table, "DOCUMENT_ID ==", "index it by positions"),
+        (whole_table, "q_idx == DOCUMENT_ID", "index it by positions"),
         (too_many_indices, "DOCUMENT_ID[q_idx, kv_idx]", "2 indices"),
         (float_index, "DOCUMENT_ID[q_idx / 2]", "must be int"),
         (by_zero, "q_idx % 0", "zero"),

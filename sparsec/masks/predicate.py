@@ -320,15 +320,16 @@ class PredicateBlocks(Mask):
         return "b" in self.expr.variables()
 
     def _text(self, show: Callable[[object], str]) -> str:
-        parts = []
-        for chosen, suffix in ((self.is_full, ""), (~self.is_full, f" & {Predicate(self.expr)._text(show)}")):
-            if chosen.any():
-                row = np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))[chosen]
-                pattern = np.zeros((len(self.indptr) - 1, -(-self.shape[1] // self.block[1])), np.int64)
-                pattern[row, self.indices[chosen]] = 1
-                parts.append(f"blocks({_array_text(pattern, show)}, {self.block}){suffix}")
-        body = " | ".join(parts) or "~full()"
-        return f"({body}).bind({self.shape[0]}, {self.shape[1]}).mask"
+        # Written as a predicate that looks its blocks up.
+        row = np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
+        block_q, block_kv = Var("q_idx") // self.block[0], Var("kv_idx") // self.block[1]
+        looked_up: list[Expr] = []
+        for name, chosen in (("full", self.is_full), ("partial", ~self.is_full)):
+            listed = np.zeros((len(self.indptr) - 1, -(-self.shape[1] // self.block[1])), np.bool_)
+            listed[row[chosen], self.indices[chosen]] = True
+            looked_up.append(Table(Captured(listed, name), (block_q, block_kv)))
+        whole = Predicate(looked_up[0] | (looked_up[1] & self.expr))
+        return f"{whole._text(show)}.bind({self.shape[0]}, {self.shape[1]}).mask"
 
     def _key(self) -> Key:
         arrays = (digest_array(array) for array in (self.indptr, self.indices, self.is_full))
