@@ -16,7 +16,18 @@ def leaves(draw, shape):
     """A mask that fits `shape`, and its dense form."""
     q_len, kv_len = shape
     small = st.integers(0, 12)
-    kinds = ["full", "causal", "bottom_right", "window", "dilated", "dilated_2d", "strided", "tokens", "listed", "prefix"]
+    kinds = [
+        "full",
+        "causal",
+        "bottom_right",
+        "window",
+        "dilated",
+        "dilated_2d",
+        "strided",
+        "tokens",
+        "listed",
+        "prefix",
+    ]
     kinds += ["blocks", "dense", "block_mask", "mod"]
     if q_len == kv_len:
         kinds += ["documents", "neighborhood"]

@@ -1,4 +1,4 @@
-"""What every mask means, pair by pair: the slow definitions the tests hold `sparsec.masks` to. Shares no code with it."""
+"""What every mask means, pair by pair: the slow definitions tests hold `sparsec.masks` to. Shares no code with it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def blocks(shape, pattern, block):
 
 
 def neighborhood(grid, kernel, stride, dilation, causal):
-    """Every dimension by the published rule: a window around the leader of the query's stride group, shifted inwards."""
+    """Every dimension by the published rule: a window around the stride group's leader, shifted inwards."""
     tokens = list(product(*(range(size) for size in grid)))
 
     def near(q, kv, size, k, s, d, is_causal):
@@ -77,7 +77,10 @@ def neighborhood(grid, kernel, stride, dilation, causal):
 
     return np.array(
         [
-            [all(near(*axis) for axis in zip(q, kv, grid, kernel, stride, dilation, causal, strict=True)) for kv in tokens]
+            [
+                all(near(*axis) for axis in zip(q, kv, grid, kernel, stride, dilation, causal, strict=True))
+                for kv in tokens
+            ]
             for q in tokens
         ]
     )

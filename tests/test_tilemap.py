@@ -110,16 +110,18 @@ def test_chunks_join_without_a_seam(monkeypatch):
 def test_equal_hashes_do_not_join_patterns(monkeypatch):
     bits = np.zeros((3, 8, 8), np.uint8)
     bits[1, 0, 0], bits[2, 0, 0] = 1, 2
+
     class Zeros:
         def integers(self, low, high, size, dtype):
             # Multipliers of 2**63 lose all but the lowest bit.
             return np.full(size, 2**62, dtype)
+
     monkeypatch.setattr(np.random, "Generator", lambda _: Zeros())
     patterns, entry = tilemap.distinct(bits)
     assert np.array_equal(patterns[entry], bits)
 
 
-@pytest.mark.parametrize("block_q, block_kv", [(7, 8), (8, 12), (4, 8), (0, 8)])
+@pytest.mark.parametrize(("block_q", "block_kv"), [(7, 8), (8, 12), (4, 8), (0, 8)])
 def test_blocks_must_be_powers_of_two(block_q, block_kv):
     with pytest.raises(MaskError, match="power of two"):
         m.full().bind(16).tiles(block_q, block_kv)

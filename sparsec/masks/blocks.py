@@ -14,6 +14,7 @@ import numpy as np
 from sparsec.errors import MaskError
 from sparsec.expr import Expr, Var
 from sparsec.masks import ranges
+from sparsec.masks.arguments import checked_int
 from sparsec.masks.explicit import from_dense, from_pairs, from_sparse, is_sparse
 from sparsec.masks.mask import Mask, Named, Shape, call_text
 from sparsec.masks.random import checked_seed, random_edges
@@ -119,7 +120,9 @@ def blocks(block_mask: object, block: int) -> Mask:
     size = checked_block(block, "blocks")
     if isinstance(block_mask, Mask):
         if block_mask.varies_by_head or block_mask.varies_by_batch:
-            raise MaskError("blocks: the mask over blocks varies; take blocks of each member: per_head([blocks(...), ...])")
+            raise MaskError(
+                "blocks: the mask over blocks varies; give each head or batch element its own: per_head([blocks(…), …])"
+            )
         return Blocks(block_mask, size)
     if is_sparse(block_mask):
         return Blocks(from_sparse(block_mask), size)
@@ -133,8 +136,8 @@ def blocks(block_mask: object, block: int) -> Mask:
         column = np.array([key for part in block_mask for key in part], dtype=np.int64)
         return Blocks(from_pairs(row, column, (len(block_mask), len(block_mask)), "blocks"), size)
     raise MaskError(
-        f"blocks: the block mask is a {type(block_mask).__name__}; give a bool array [n_q_blocks, n_kv_blocks], a SciPy "
-        "sparse array, a list of key blocks for each query block, or a mask over blocks"
+        f"blocks: the block mask is a {type(block_mask).__name__}; give a bool array [n_q_blocks, n_kv_blocks], a "
+        "SciPy sparse array, a list of key blocks for each query block, or a mask over blocks"
     )
 
 
@@ -156,6 +159,4 @@ def random_blocks(count: int, block: int, seed: int | Sequence[int], *, avoiding
 
 
 def checked_block(block: int, name: str) -> int:
-    if isinstance(block, bool) or not isinstance(block, (int, np.integer)) or not 1 <= block < 2**31:
-        raise MaskError(f"{name}: block = {block!r} must be an int ≥ 1")
-    return int(block)
+    return checked_int(block, name, "block", most=2**31)

@@ -48,14 +48,14 @@ CONSTRUCTORS: Mapping[str, Constructor] = MappingProxyType(
         "neighborhood": Constructor(
             neighborhood, "neighbours on a 1-, 2- or 3-dimensional grid", "neighborhood((4, 4), 3)"
         ),
-        "blocks": Constructor(
-            blocks, "whole blocks by a mask over blocks", "blocks([[0], [0, 1], [2], [0, 3]], 4)"
-        ),
+        "blocks": Constructor(blocks, "whole blocks by a mask over blocks", "blocks([[0], [0, 1], [2], [0, 3]], 4)"),
         "random_blocks": Constructor(random_blocks, "random key blocks for each query block", "random_blocks(2, 4, 0)"),
         "random_edges": Constructor(random_edges, "random keys for each query", "random_edges(4, 0)"),
         "longformer": Constructor(longformer, "a sliding window and global tokens", "longformer(4, 1)"),
         "bigbird": Constructor(bigbird, "window, global and random blocks", "bigbird(2, 3, 1, 1, 0)"),
-        "from_dense": Constructor(from_dense, "the True entries of an array", "from_dense([[True, False], [True, True]])"),
+        "from_dense": Constructor(
+            from_dense, "the True entries of an array", "from_dense([[True, False], [True, True]])"
+        ),
         "from_csr": Constructor(from_csr, "edges in CSR", "from_csr([0, 1, 3, 4], [0, 0, 1, 2], 3)"),
         "from_sparse": Constructor(from_sparse, "the non-zero entries of a SciPy or torch sparse array", ""),
         "from_graph": Constructor(from_graph, "the edges of a graph", "from_graph([[0, 1, 2, 3], [1, 2, 3, 0]])"),

@@ -1,8 +1,8 @@
 """What any mask can answer, derived from its rows; and what a composition can, from its operands' answers.
 
-This file decides how rows are visited (in chunks, so that memory stays bounded at millions of tokens) and how tile counts
-and patterns combine under `& | ~` so that rows are only read where two operands are partial in one tile. It speaks to
-masks through the leaf protocol alone and must not know any of them.
+This file decides how rows are visited (in chunks, so that memory stays bounded at millions of tokens) and how tile
+counts and patterns combine under `& | ~` so that rows are only read where two operands are partial in one tile. It
+speaks to masks through the leaf protocol alone and must not know any of them.
 """
 
 from __future__ import annotations
@@ -60,23 +60,30 @@ def degrees(mask: HasRows, shape: Shape, axis: Literal["q", "kv"]) -> IntArray:
 
 def add_key_degrees(change: IntArray, rows: RowRanges, weight: IntArray | None) -> None:
     """Adds to `change` how the number of queries changes from one key to the next; row `i` counts `weight[i]` times."""
-    n = len(change)
     of_range = None if weight is None else weight[ranges.row_of_range(rows)]
     intervals = rows.step == 1
     own = None if of_range is None else of_range[intervals]
-    for ends, sign in ((rows.start, 1), (rows.stop, -1)):
-        change += sign * np.bincount(ends[intervals], own, minlength=n).astype(np.int64)
+    _add_at(change, rows.start[intervals], own, 1)
+    _add_at(change, rows.stop[intervals], own, -1)
     if not intervals.all():
         # Progressions are followed key by key.
         steps = ~intervals
         item, nth = ranges.expand(ranges.lengths(rows)[steps])
-        keys = np.bincount(
-            rows.start[steps][item] + nth * rows.step[steps][item],
-            None if of_range is None else of_range[steps][item],
-            minlength=n,
-        ).astype(np.int64)
-        change += keys
-        change[1:] -= keys[:-1]
+        key = rows.start[steps][item] + nth * rows.step[steps][item]
+        own = None if of_range is None else of_range[steps][item]
+        _add_at(change, key, own, 1)
+        _add_at(change, key + 1, own, -1)
+
+
+def _add_at(total: IntArray, place: IntArray, weight: IntArray | None, sign: int) -> None:
+    """Adds `sign * weight` at each place, in time of the places and not of the whole."""
+    if not len(place):
+        return
+    low, high = int(place.min()), int(place.max()) + 1
+    if high - low > 8 * len(place):
+        np.add.at(total, place, sign if weight is None else sign * weight)
+    else:
+        total[low:high] += sign * np.bincount(place - low, weight, minlength=high - low).astype(np.int64)
 
 
 def to_csr(mask: HasRows, shape: Shape) -> scipy.sparse.csr_array:

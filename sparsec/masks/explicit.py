@@ -1,7 +1,7 @@
 """Explicit edges: dense arrays, CSR, sparse arrays of SciPy and torch, and graphs.
 
-This file decides what is accepted as a list of edges and how it is kept: ascending CSR. An entry is an edge when it is
-stored, whatever its value, save that explicit zeros and False are no edges: a sparse array means what its dense form means.
+This file decides what is accepted as a list of edges and how it is kept: ascending CSR. A sparse array means what its
+dense form means, whatever the values: explicit zeros are no edges.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import numpy.typing as npt
 
 from sparsec.errors import MaskError
 from sparsec.masks import ranges
+from sparsec.masks.arguments import checked_int, int_array, is_int
 from sparsec.masks.mask import Axis, Mask, Shape, call_text
 from sparsec.masks.ranges import IntArray, RowRanges
-from sparsec.masks.structured import int_array
+
+# int32, or int64 where keys do not fit it.
+Columns = npt.NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,7 +30,7 @@ class Edges(Mask):
     """Edges in CSR, columns ascending within a row."""
 
     indptr: IntArray
-    indices: npt.NDArray[np.int32] | IntArray
+    indices: Columns
     kv_len: int
 
     def _text(self, show: Callable[[object], str]) -> str:
@@ -88,8 +91,8 @@ def from_dense(mask: object) -> Mask:
         raise MaskError(f"from_dense: the array has shape {dense.shape}; give [q_len, kv_len], both ≥ 1")
     if dense.dtype != np.bool_:
         raise MaskError(
-            f"from_dense: the array is {dense.dtype}, and a mask is bool; convert it: array.astype(bool), or array == 0 for "
-            "an additive mask of 0 and -inf"
+            f"from_dense: the array is {dense.dtype}, and a mask is bool; convert: array.astype(bool), or array == 0 "
+            "for an additive mask of 0 and -inf"
         )
     row, column = np.nonzero(dense)
     return _from_sorted(row, column, (dense.shape[0], dense.shape[1]))
@@ -99,16 +102,15 @@ def from_csr(indptr: object, indices: object, kv_len: int) -> Mask:
     """Edges in CSR: row `i` attends `indices[indptr[i]:indptr[i + 1]]`, ascending.
 
     Raises:
-        MaskError: `indptr` does not begin at 0, decreases, or does not end at `len(indices)`; columns that are negative,
-            too large, unsorted or repeated. The message names the row.
+        MaskError: `indptr` does not begin at 0, decreases, or does not end at `len(indices)`; columns that are
+            negative, too large, unsorted or repeated. The message names the row.
     """
     pointers, columns = int_array(indptr, "from_csr", "indptr"), int_array(indices, "from_csr", "indices")
-    if isinstance(kv_len, bool) or not isinstance(kv_len, (int, np.integer)) or kv_len < 1:
-        raise MaskError(f"from_csr: kv_len = {kv_len!r} must be an int ≥ 1")
+    kv_len = checked_int(kv_len, "from_csr", "kv_len")
     if len(pointers) < 2 or pointers[0] != 0:
         raise MaskError(
-            f"from_csr: indptr has {len(pointers)} entries and begins {pointers[:3].tolist()}; it needs one for each row and "
-            "one more, and begins at 0"
+            f"from_csr: indptr has {len(pointers)} entries, begins {pointers[:3].tolist()}; it needs one for each row "
+            "and one more, and begins at 0"
         )
     falling = np.flatnonzero(np.diff(pointers) < 0)
     if len(falling):
@@ -118,9 +120,11 @@ def from_csr(indptr: object, indices: object, kv_len: int) -> Mask:
             "indices[indptr[i]:indptr[i + 1]], so it must not fall"
         )
     if pointers[-1] != len(columns):
-        raise MaskError(f"from_csr: indptr ends at {pointers[-1]}, and there are {len(columns)} indices; they must agree")
+        raise MaskError(
+            f"from_csr: indptr ends at {pointers[-1]}, and there are {len(columns)} indices; they must agree"
+        )
     row_of = np.repeat(np.arange(len(pointers) - 1, dtype=np.int64), np.diff(pointers))
-    _check_columns(row_of, columns, int(kv_len), "from_csr")
+    _check_columns(row_of, columns, kv_len, "from_csr")
     same_row = row_of[1:] == row_of[:-1]
     for wrong, what, way_out in (
         (same_row & (columns[1:] < columns[:-1]), "unsorted columns", "sort each row (SciPy: array.sort_indices())"),
@@ -128,10 +132,8 @@ def from_csr(indptr: object, indices: object, kv_len: int) -> Mask:
     ):
         if wrong.any():
             at = int(np.argmax(wrong))
-            raise MaskError(
-                f"from_csr: row {row_of[at]} has {what}: {columns[at]}, then {columns[at + 1]}; {way_out}"
-            )
-    return Edges(pointers, _compact(columns, int(kv_len)), int(kv_len))
+            raise MaskError(f"from_csr: row {row_of[at]} has {what}: {columns[at]}, then {columns[at + 1]}; {way_out}")
+    return Edges(pointers, _compact(columns, kv_len), kv_len)
 
 
 def is_sparse(array: object) -> bool:
@@ -158,7 +160,9 @@ def from_sparse(array: Any) -> Mask:
     row, column, values = _torch_entries(array) if type(array).__module__.startswith("torch") else _scipy_entries(array)
     if values.dtype.kind == "f" and np.isnan(values).any():
         at = int(np.argmax(np.isnan(values)))
-        raise MaskError(f"from_sparse: the entry at row {row[at]}, column {column[at]} is NaN; drop or fill such entries")
+        raise MaskError(
+            f"from_sparse: the entry at row {row[at]}, column {column[at]} is NaN; drop or fill such entries"
+        )
     shape = (int(array.shape[0]), int(array.shape[1]))
     _check_columns(row, column, shape[1], "from_sparse")
     if values.dtype.kind == "b":
@@ -209,12 +213,12 @@ def from_graph(graph: Any, num_nodes: int | None = None) -> Mask:
         edges = _numpy(graph)
         if edges.ndim != 2 or edges.shape[0] != 2 or (edges.size and edges.dtype.kind not in "iu"):
             raise MaskError(
-                f"from_graph: the edge index is {edges.dtype} with shape {edges.shape}; give integers [2, n_edges] (sources, "
-                "then targets), or a networkx graph"
+                f"from_graph: the edge index is {edges.dtype} with shape {edges.shape}; give integers [2, n_edges] "
+                "(sources, then targets), or a networkx graph"
             )
         pairs = edges.astype(np.int64)
         n = int(pairs.max(initial=-1)) + 1 if num_nodes is None else num_nodes
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+    if not is_int(n) or n < 1:
         raise MaskError(f"from_graph: {n!r} nodes; the graph needs at least one (num_nodes=)")
     return from_pairs(pairs[0], pairs[1], (int(n), int(n)), "from_graph")
 
@@ -230,8 +234,8 @@ def from_pairs(row: IntArray, column: IntArray, shape: Shape, name: str) -> Mask
         if wrong.any():
             at = int(np.argmax(wrong))
             raise MaskError(
-                f"{name}: edge {at} is ({row[at]}, {column[at]}); indices are from 0 to {length - 1}: give more nodes, or "
-                "drop the edge"
+                f"{name}: edge {at} is ({row[at]}, {column[at]}); indices are from 0 to {length - 1}: give more nodes, "
+                "or drop the edge"
             )
     order = np.lexsort((column, row))
     row, column = row[order], column[order]
@@ -249,14 +253,15 @@ def _check_columns(row: IntArray, column: IntArray, kv_len: int, name: str) -> N
         )
 
 
-def _from_sorted(row: IntArray, column: npt.NDArray[Any], shape: Shape) -> Edges:
+def _from_sorted(row: IntArray, column: Columns, shape: Shape) -> Edges:
     indptr = np.zeros(shape[0] + 1, np.int64)
     np.cumsum(np.bincount(row, minlength=shape[0]), out=indptr[1:])
     return Edges(indptr, _compact(column, shape[1]), shape[1])
 
 
-def _compact(column: npt.NDArray[Any], kv_len: int) -> npt.NDArray[np.int32] | IntArray:
-    return column.astype(np.int32 if kv_len <= 2**31 - 1 else np.int64)
+def _compact(column: Columns, kv_len: int) -> Columns:
+    compact: Columns = column.astype(np.int32 if kv_len < 2**31 else np.int64)
+    return compact
 
 
 def _numpy(array: object) -> npt.NDArray[Any]:

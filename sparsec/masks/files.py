@@ -41,7 +41,9 @@ def load(path: str | os.PathLike[str]) -> Mask:
     }
     reader = readers.get(file.suffix.lower())
     if reader is None:
-        raise MaskError(f"load({str(file)!r}): masks are read from {', '.join(readers)}, and this is {file.suffix or 'none'}")
+        raise MaskError(
+            f"load({str(file)!r}): masks are read from {', '.join(readers)}, and this is {file.suffix or 'none'}"
+        )
     if not file.is_file():
         raise MaskError(f"load({str(file)!r}): there is no such file")
     try:
@@ -52,7 +54,8 @@ def load(path: str | os.PathLike[str]) -> Mask:
         raise MaskError(f"load({str(file)!r}): {error}") from error
     except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         raise MaskError(
-            f"load({str(file)!r}): the file is damaged or of another kind ({type(error).__name__}: {error}); write it again"
+            f"load({str(file)!r}): the file is damaged or of another kind ({type(error).__name__}: {error}); "
+            "write it again"
         ) from error
 
 
@@ -63,8 +66,8 @@ def _yaml(file: Path) -> Mask:
     known = {"mask", "q_len", "kv_len"}
     if not isinstance(content, dict) or "mask" not in content or not isinstance(content["mask"], str):
         raise MaskError(
-            "the file must hold a mask expression, or a mapping with `mask: \"…\"` (a string) and perhaps q_len and kv_len; "
-            f"it holds a {type(content).__name__}"
+            'the file must hold a mask expression, or a mapping with `mask: "…"` (a string) and perhaps q_len and '
+            f"kv_len; it holds a {type(content).__name__}"
         )
     if extra := set(content) - known:
         raise MaskError(f"the keys {sorted(map(str, extra))} are not known; there are {sorted(known)}")

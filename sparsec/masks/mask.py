@@ -1,14 +1,14 @@
 """Masks as immutable expressions, and masks bound to lengths.
 
-This file decides what a mask is: the operators that build expressions, the protocol a leaf fulfils, the normal form that
-equality, hash and digest speak about, and what a bound mask can answer. It must not know any particular leaf: those are
-one file each beside it, and what they cannot answer themselves is derived from their rows (`derive.py`).
+This file decides what a mask is: the operators that build expressions, the protocol a leaf fulfils, the normal form
+that equality, hash and digest speak about, and what a bound mask can answer. It must not know any particular leaf:
+those are one file each beside it, and what they cannot answer themselves is derived from their rows (`derive.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, reduce
 from operator import and_, or_
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from sparsec.errors import MaskError
 from sparsec.expr import Expr, Var
 from sparsec.masks import derive, ranges
+from sparsec.masks.arguments import checked_int, is_int
 from sparsec.masks.ranges import IntArray, RowRanges
 from sparsec.masks.tilemap import Grid, TileBits, TileMap, TilePatterns
 
@@ -31,7 +32,9 @@ Axis = Literal["q", "kv"]
 # Nested tuples of names, numbers and array hashes: comparable, hashable, the same in every process.
 Key = tuple[Any, ...]
 
-MAX_LENGTH = 2**40
+# A mask, whether its complement is meant, and whether its transpose is.
+Term = tuple["Mask", bool, bool]
+
 MAX_DENSE_ELEMENTS = 2**28
 
 
@@ -39,8 +42,8 @@ class Mask:
     """Which query attends which key, before the lengths are known.
 
     A leaf is a frozen dataclass below this class; `_rows` is its one obligation, everything else has a default that is
-    derived from it. Methods with a leading underscore are the leaf protocol. `shape` is always `(q_len, kv_len)` and has
-    passed `_check`.
+    derived from it. Methods with a leading underscore are the leaf protocol. `shape` is always `(q_len, kv_len)` and
+    has passed `_check`.
     """
 
     # What a leaf may state about itself.
@@ -151,6 +154,10 @@ class Mask:
             leaf = complement_of(leaf, shape)
         return leaf
 
+    def _terms(self, kind: type[_Junction], negated: bool, transposed: bool) -> Iterator[Term]:
+        """The operands of this mask seen as a `kind` of others; itself where it is none."""
+        yield self, negated, transposed
+
     def _key(self) -> Key:
         """What the leaf means, as nested tuples. Only called on normal forms."""
         return (type(self).__name__, *(_key_of(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
@@ -169,13 +176,13 @@ class Mask:
         """
         return BoundMask(self, self._bound_shape(q_len, kv_len))
 
-    def __and__(self, other: Mask) -> Mask:
+    def __and__(self, other: object) -> Mask:
         return And((self, other)) if isinstance(other, Mask) else NotImplemented
 
-    def __or__(self, other: Mask) -> Mask:
+    def __or__(self, other: object) -> Mask:
         return Or((self, other)) if isinstance(other, Mask) else NotImplemented
 
-    def __sub__(self, other: Mask) -> Mask:
+    def __sub__(self, other: object) -> Mask:
         return And((self, Not(other))) if isinstance(other, Mask) else NotImplemented
 
     def __invert__(self) -> Mask:
@@ -238,10 +245,10 @@ class Mask:
 
     def _bound_shape(self, q_len: int | None, kv_len: int | None) -> Shape:
         known_q, known_kv = self._fixed_lengths()
-        q_len = known_q if q_len is None else _length("q_len", q_len)
+        q_len = known_q if q_len is None else checked_int(q_len, "bind", "q_len")
         if kv_len is None:
             kv_len = known_kv if known_kv is not None else q_len
-        kv_len = None if kv_len is None else _length("kv_len", kv_len)
+        kv_len = None if kv_len is None else checked_int(kv_len, "bind", "kv_len")
         if q_len is None or kv_len is None:
             raise MaskError(f"bind of {self}: the mask does not know its length; give one: mask.bind(q_len, kv_len)")
         for name, known, given in (("q_len", known_q, q_len), ("kv_len", known_kv, kv_len)):
@@ -301,37 +308,64 @@ class _Junction(Mask):
         return sum(operand._row_weight(shape) for operand in self.operands)
 
     def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
-        kind: type[_Junction] = {And: Or, Or: And}[type(self)] if negated else type(self)  # type: ignore[index]
+        kind = self._kind(negated)
         flat: list[Mask] = []
-        for operand in self.operands:
-            normal = operand._normal(shape, negated, transposed)
+        for term, term_negated, term_transposed in self._terms(kind, negated, transposed):
+            normal = term._normal(shape, term_negated, term_transposed)
             flat.extend(normal.operands if isinstance(normal, kind) else (normal,))
         return _joined(kind, flat, shape)
+
+    def _terms(self, kind: type[_Junction], negated: bool, transposed: bool) -> Iterator[Term]:
+        if self._kind(negated) is not kind:
+            yield self, negated, transposed
+            return
+        for operand in self.operands:
+            yield from operand._terms(kind, negated, transposed)
+
+    def _kind(self, negated: bool) -> type[_Junction]:
+        """`And` or `Or`, as De Morgan has it."""
+        return And if isinstance(self, And) is not negated else Or
 
     def _key(self) -> Key:
         return (type(self).__name__, *(operand._key() for operand in self.operands))
 
 
 def _joined(kind: type[_Junction], operands: Iterable[Mask], shape: Shape | None) -> Mask:
-    """`kind` over normal operands: merged where two are one leaf, without repeats, sorted, absorbed."""
+    """`kind` over normal operands: without repeats, merged where two are one leaf, absorbed, sorted."""
     op: Literal["and", "or"] = "and" if kind is And else "or"
-    kept: list[Mask] = []
-    for operand in sorted(operands, key=_sort_key):
-        for i, other in enumerate(kept):
-            if (merged := other._merge(operand, op, shape)) is not None:
-                kept[i] = merged
-                break
-        else:
-            kept.append(operand)
-    absorbing = op == "or"
+    kept = list(_by_key(operands).values())
+    # Leaves of one class first, so that what merges with what does not hang on the order they were written in.
+    for same_class in (True, False):
+        waiting, kept = kept, []
+        for operand in waiting:
+            for i, other in enumerate(kept):
+                if same_class and type(other) is not type(operand):
+                    continue
+                if (merged := _merged(other, operand, op, shape)) is not None:
+                    kept[i] = merged
+                    break
+            else:
+                kept.append(operand)
+    absorbing = kind is Or
     for operand in kept:
         if operand._constant(shape) is absorbing:
             return operand
-    unique = {operand._key(): operand for operand in kept if operand._constant(shape) is not (not absorbing)}
-    if not unique:
+    survivors = [operand for operand in kept if operand._constant(shape) is None]
+    if not survivors:
         return kept[0]
-    survivors = sorted(unique.values(), key=_sort_key)
+    survivors = list(_by_key(survivors).values())
     return survivors[0] if len(survivors) == 1 else kind(tuple(survivors))
+
+
+def _by_key(masks: Iterable[Mask]) -> dict[Key, Mask]:
+    """The masks sorted by what they mean, without repeats."""
+    found = {mask._key(): mask for mask in masks}
+    return dict(sorted(found.items(), key=lambda item: repr(item[0])))
+
+
+def _merged(a: Mask, b: Mask, op: Literal["and", "or"], shape: Shape | None) -> Mask | None:
+    found = a._merge(b, op, shape)
+    return b._merge(a, op, shape) if found is None else found
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -463,6 +497,9 @@ class Not(_Wrapper):
     def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
         return self.operand._normal(shape, not negated, transposed)
 
+    def _terms(self, kind: type[_Junction], negated: bool, transposed: bool) -> Iterator[Term]:
+        return self.operand._terms(kind, not negated, transposed)
+
     def _complement(self, shape: Shape | None) -> Mask | None:
         return self.operand
 
@@ -525,6 +562,9 @@ class Transpose(_Wrapper):
     def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
         return self.operand._normal(shape, negated, not transposed)
 
+    def _terms(self, kind: type[_Junction], negated: bool, transposed: bool) -> Iterator[Term]:
+        return self.operand._terms(kind, negated, not transposed)
+
     def _transpose(self, shape: Shape | None) -> Mask | None:
         return self.operand
 
@@ -572,6 +612,9 @@ class Named(_Wrapper):
 
     def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
         return self.operand._normal(shape, negated, transposed)
+
+    def _terms(self, kind: type[_Junction], negated: bool, transposed: bool) -> Iterator[Term]:
+        return self.operand._terms(kind, negated, transposed)
 
     def _predicate(self, shape: Shape) -> Expr | None:
         return self.operand._predicate(shape)
@@ -847,10 +890,6 @@ def _key_of(value: object) -> object:
     return value
 
 
-def _sort_key(mask: Mask) -> str:
-    return repr(mask._key())
-
-
 def _swapped(shape: Shape | None) -> Shape | None:
     return None if shape is None else (shape[1], shape[0])
 
@@ -873,14 +912,6 @@ def common(what: str, counts: Iterable[int | None], mask: Mask) -> int | None:
     return known[0] if known else None
 
 
-def _length(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise MaskError(f"bind: {name} = {value!r} must be an int")
-    if not 1 <= value <= MAX_LENGTH:
-        raise MaskError(f"bind: {name} = {value} must be between 1 and 2**40")
-    return int(value)
-
-
 def _slice_pair(item: object, lengths: tuple[int | None, int | None], text: str) -> tuple[Shape, Shape]:
     if not (isinstance(item, tuple) and len(item) == 2 and all(isinstance(part, slice) for part in item)):
         raise MaskError(f"{text}[{item!r}]: give two slices, mask[q0:q1, k0:k1]")
@@ -896,8 +927,10 @@ def _slice_bounds(part: slice, length: int | None, name: str, text: str) -> Shap
     start = 0 if part.start is None else part.start
     stop = length if part.stop is None else part.stop
     if stop is None:
-        raise MaskError(f"{text}: the {name} slice has no stop and the mask no length yet; give the stop, or bind first")
-    if not all(isinstance(end, (int, np.integer)) and not isinstance(end, bool) for end in (start, stop)):
+        raise MaskError(
+            f"{text}: the {name} slice has no stop and the mask no length yet; give the stop, or bind first"
+        )
+    if not is_int(start) or not is_int(stop):
         raise MaskError(f"{text}: the {name} slice {start!r}:{stop!r} must be of ints")
     if not 0 <= start < stop or (length is not None and stop > length):
         limit = "" if length is None else f" ≤ {length}"

@@ -21,7 +21,8 @@ from sparsec.errors import MaskError
 from sparsec.expr import Expr, Table, Var
 from sparsec.expr.captured import Captured
 from sparsec.masks import ranges
-from sparsec.masks.mask import Mask, Shape, call_text
+from sparsec.masks.arguments import checked_int
+from sparsec.masks.mask import Axis, Mask, Shape, call_text
 from sparsec.masks.ranges import IntArray, RowRanges, expand
 
 Ints = int | Sequence[int]
@@ -58,12 +59,10 @@ class Neighborhood(Mask):
     def _nnz(self, shape: Shape) -> int:
         return prod(int(count.sum()) for _, count in self._windows)
 
-    def _degrees(self, shape: Shape, axis: str) -> IntArray:  # type: ignore[override]
+    def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
         if axis == "kv":
             per_axis = [
-                np.bincount(
-                    (first[item] + nth * step).astype(np.int64), minlength=len(first)
-                )
+                np.bincount((first[item] + nth * step).astype(np.int64), minlength=len(first))
                 for (first, count), step in zip(self._windows, self.dilation, strict=True)
                 for item, nth in (expand(count),)
             ]
@@ -78,8 +77,7 @@ class Neighborhood(Mask):
     def _windows(self) -> list[tuple[IntArray, IntArray]]:
         """For each dimension, by coordinate: the first neighbour, and how many there are (`dilation` apart)."""
         return [
-            _window(*axis)
-            for axis in zip(self.grid, self.kernel, self.stride, self.dilation, self.causal, strict=True)
+            _window(*axis) for axis in zip(self.grid, self.kernel, self.stride, self.dilation, self.causal, strict=True)
         ]
 
     def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
@@ -106,9 +104,7 @@ class Neighborhood(Mask):
     def _predicate(self, shape: Shape) -> Expr | None:
         q, kv = Var("q_idx"), Var("kv_idx")
         tests = []
-        for axis, (size, step, (first, count)) in enumerate(
-            zip(self.grid, self.dilation, self._windows, strict=True)
-        ):
+        for axis, (size, step, (first, count)) in enumerate(zip(self.grid, self.dilation, self._windows, strict=True)):
             inner = prod(self.grid[axis + 1 :])
             q_at, kv_at = q // inner % size, kv // inner % size
             low = Table(Captured(first.astype(np.int32), f"first_{axis}"), (q_at,))
@@ -175,15 +171,10 @@ def neighborhood(
 
 
 def _ints(value: Ints, rank: int | None, name: str) -> tuple[int, ...]:
-    if isinstance(value, (int, np.integer)):
-        values: tuple[int, ...] = (value,) * (rank or 1)
-    else:
-        values = tuple(value)
-    good = all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v >= 1 for v in values)
-    if not good or (rank is not None and len(values) != rank):
-        wanted = "positive ints" if rank is None else f"a positive int or {rank} of them"
-        raise MaskError(f"neighborhood: {name} = {value!r} must be {wanted}")
-    return tuple(int(v) for v in values)
+    values = (value,) * (rank or 1) if isinstance(value, int | np.integer) else tuple(value)
+    if rank is not None and len(values) != rank:
+        raise MaskError(f"neighborhood: {name} = {value!r} must be an int, or {rank} of them")
+    return tuple(checked_int(v, "neighborhood", name) for v in values)
 
 
 def _short(values: tuple[int, ...]) -> object:

@@ -40,9 +40,13 @@ def parse(text: str) -> Mask:
     except RecursionError as error:
         raise MaskError("parse: the expression is nested too deeply") from error
     if isinstance(value, BoundMask):
-        _refuse(stripped, 1, 0, "this mask is bound to lengths; leave .bind(…) out and give the lengths beside the mask")
+        _refuse(
+            stripped, 1, 0, "this mask is bound to lengths; leave .bind(…) out and give the lengths beside the mask"
+        )
     if not isinstance(value, Mask):
-        _refuse(stripped, 1, 0, f"this is a {type(value).__name__} and no mask; begin with a constructor, such as causal()")
+        _refuse(
+            stripped, 1, 0, f"this is a {type(value).__name__} and no mask; begin with a constructor, such as causal()"
+        )
     return value
 
 

@@ -1,7 +1,8 @@
 """Random masks that are recomputed, never stored.
 
-A row's keys are the first few of a permutation of all keys, and the permutation is a function of seed, row and position:
-any row can be had at any time, in any process. This file decides that function; changing it changes every random mask.
+A row's keys are the first few of a permutation of all keys, and the permutation is a function of seed, row and
+position: any row can be had at any time, in any process. This file decides that function; changing it changes every
+random mask.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from sparsec.errors import MaskError
 from sparsec.masks import ranges
+from sparsec.masks.arguments import checked_int
 from sparsec.masks.mask import Axis, Mask, Shape, call_text
 from sparsec.masks.ranges import IntArray, RowRanges
 
@@ -100,7 +102,7 @@ def _sorted_rows(keys: IntArray) -> RowRanges:
 def permuted(seed: int, row: IntArray, count: int, length: int) -> IntArray:
     """int64 `[len(row), count]`: the first `count` entries of each row's own permutation of `range(length)`.
 
-    An alternating Feistel network on a grid `a × b ≥ length`; positions that land outside walk on until they are inside.
+    An alternating Feistel network on a grid `a × b ≥ length`; positions outside walk on until they are inside.
     """
     a = isqrt(length - 1) + 1
     b = -(-length // a)
@@ -148,12 +150,9 @@ def random_edges(degree: int, seed: int, *, avoiding: Mask | None = None) -> Mas
         seed: Any int below 2**64.
         avoiding: Draw among the keys this mask leaves; a row that has fewer takes them all.
     """
-    if isinstance(degree, bool) or not isinstance(degree, (int, np.integer)) or not 0 <= degree < 2**31:
-        raise MaskError(f"random_edges: degree = {degree!r} must be an int ≥ 0")
-    return RandomEdges(int(degree), checked_seed(seed, "random_edges"), avoiding)
+    degree = checked_int(degree, "random_edges", "degree", least=0, most=2**31)
+    return RandomEdges(degree, checked_seed(seed, "random_edges"), avoiding)
 
 
 def checked_seed(seed: object, name: str) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
-        raise MaskError(f"{name}: seed = {seed!r} must be an int from 0 to 2**64 - 1")
-    return int(seed)
+    return checked_int(seed, name, "seed", least=0, most=2**64 - 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,13 @@ def empty(n_rows: int) -> RowRanges:
 
 
 def from_rows(
-    n_rows: int, row: IntArray, start: IntArray, stop: IntArray, step: IntArray | None = None, *, is_sorted: bool = False
+    n_rows: int,
+    row: IntArray,
+    start: IntArray,
+    stop: IntArray,
+    step: IntArray | None = None,
+    *,
+    is_sorted: bool = False,
 ) -> RowRanges:
     """Rows from disjoint ranges in any order: empty ones dropped, ends tightened, touching intervals joined.
 
@@ -161,7 +168,7 @@ def from_edges(n_rows: int, row: IntArray, key: IntArray, min_progression: int =
     return from_rows(n_rows, row[range_first], key[range_first], key[range_last] + 1, range_step, is_sorted=True)
 
 
-def from_csr(indptr: IntArray, indices: IntArray) -> RowRanges:
+def from_csr(indptr: IntArray, indices: npt.NDArray[np.signedinteger[Any]]) -> RowRanges:
     """Rows from CSR with ascending columns."""
     n_rows = len(indptr) - 1
     row = np.repeat(np.arange(n_rows, dtype=np.int64), np.diff(indptr))

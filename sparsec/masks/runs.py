@@ -1,7 +1,7 @@
 """Masks whose neighbouring queries share their keys: blocks, documents, and tokens that see all.
 
-A run of equal rows is one row with a weight. This file decides how degrees, tiles and edge counts follow from runs, so that
-they cost what the runs do and not what the rows would; it must not know which masks have runs.
+A run of equal rows is one row with a weight. This file decides how degrees, tiles and edge counts follow from runs, so
+that they cost what the runs do and not what the rows would; it must not know which masks have runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class RunMask(Mask):
         return 1.0
 
     def _run_chunks(self, shape: Shape, start: int, stop: int) -> Iterator[tuple[IntArray, RowRanges]]:
-        size = max(1, min(ROWS_A_STEP, int(4 * derive.RANGES_PER_CHUNK / max(self._run_weight(shape), 1.0 / ROWS_A_STEP))))
+        size = max(
+            1, min(ROWS_A_STEP, int(4 * derive.RANGES_PER_CHUNK / max(self._run_weight(shape), 1.0 / ROWS_A_STEP)))
+        )
         for low in range(start, stop, size):
             yield self._runs(shape, low, min(low + size, stop))
 

@@ -16,6 +16,7 @@ from sparsec.errors import MaskError
 from sparsec.expr import Const, Expr, Table, Var
 from sparsec.expr.captured import Captured
 from sparsec.masks import ranges, tilemap
+from sparsec.masks.arguments import checked_int, int_array, is_int
 from sparsec.masks.mask import Axis, Mask, Shape, call_text
 from sparsec.masks.ranges import IntArray, RowRanges, expand
 from sparsec.masks.runs import RunMask
@@ -151,11 +152,7 @@ class Tokens(RunMask):
     def _predicate(self, shape: Shape) -> Expr | None:
         placed = self._normal(shape, False, False)
         assert isinstance(placed, Tokens)
-        tests = [
-            test
-            for row, index in ((placed.queries, _Q), (placed.keys, _KV))
-            for test in _in_ranges(row, index)
-        ]
+        tests = [test for row, index in ((placed.queries, _Q), (placed.keys, _KV)) for test in _in_ranges(row, index)]
         result: Expr = tests[0] if tests else Const(False)
         for test in tests[1:]:
             result = result | test
@@ -210,7 +207,7 @@ def global_tokens(n_or_indices: int | Sequence[int] | IntArray) -> Mask:
     Raises:
         MaskError: A negative number or index, or no integers.
     """
-    if isinstance(n_or_indices, (int, np.integer)) and not isinstance(n_or_indices, bool):
+    if is_int(n_or_indices):
         row = _first(n_or_indices, "global_tokens")
         return Tokens(row, row, False, f"global_tokens({int(n_or_indices)})")
     tokens = int_array(n_or_indices, "global_tokens", "indices")
@@ -236,8 +233,7 @@ def end_tokens(first: int, last: int) -> Mask:
 
 
 def _first(n: int, name: str) -> RowRanges:
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n < 2**40:
-        raise MaskError(f"{name}: {n!r} must be an int ≥ 0")
+    n = checked_int(n, name, "n", least=0)
     return ranges.from_rows(1, np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([n], np.int64))
 
 
@@ -355,26 +351,5 @@ class DilatedBlocks(Mask):
 
 def dilated_2d(block: int, dilation: int) -> Mask:
     """Same diagonal block, and both `q % block` and `kv % block` multiples of `dilation`; other rows are empty."""
-    for name, value in (("block", block), ("dilation", dilation)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value < 2**31:
-            raise MaskError(f"dilated_2d: {name} = {value!r} must be an int ≥ 1")
-    return DilatedBlocks(int(block), int(min(dilation, block)))
-
-
-def int_array(values: object, name: str, what: str) -> IntArray:
-    """A one-dimensional int64 array of what the user gave.
-
-    Raises:
-        MaskError: Not a flat sequence of integers.
-    """
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise MaskError(f"{name}: {what} must be a flat sequence of ints ({error})") from error
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise MaskError(
-            f"{name}: {what} must be a flat sequence of ints, and is {array.dtype} with shape {array.shape}"
-        )
-    return array.astype(np.int64)
+    block = checked_int(block, "dilated_2d", "block")
+    return DilatedBlocks(block, min(block, checked_int(dilation, "dilated_2d", "dilation")))

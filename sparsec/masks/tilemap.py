@@ -1,8 +1,8 @@
 """Non-empty tiles of a mask, and the bit patterns of the partial ones.
 
-`TileMap` is the second exact view of a bound mask: block CSR of the tiles that hold at least one edge, with the number of
-edges in each. `TilePatterns` stores what a partial tile looks like, repeated shapes once. This file decides how both are
-built from rows, in time and memory of ranges and tiles; it must not know what a mask is.
+`TileMap` is the second exact view of a bound mask: block CSR of the tiles that hold at least one edge, with the number
+of edges in each. `TilePatterns` stores what a partial tile looks like, repeated shapes once. This file decides how both
+are built from rows, in time and memory of ranges and tiles; it must not know what a mask is.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class TileBits:
 
     Attributes:
         index: int32 `[n]`: the tile's entry in `bits`, or FULL or EMPTY.
-        bits: uint8 `[n_patterns, block_q, block_kv // 8]`, as in `TilePatterns`; entries may be unused, full, empty or equal.
+        bits: uint8 `[n_patterns, block_q, block_kv // 8]`, as in `TilePatterns`, but entries may be
+            unused, full, empty or equal.
     """
 
     index: npt.NDArray[np.int32]
@@ -173,8 +174,8 @@ def counts_from_weighted_rows(
     base = tile_rows.start * grid.n_kv_tiles
     n_tile_rows = len(tile_rows)
     if n_tile_rows * width <= 8 * len(at):
-        counts = np.bincount(at, weights=change, minlength=n_tile_rows * width).reshape(n_tile_rows, width)
-        counts = np.rint(np.cumsum(counts, axis=1)[:, :-1]).astype(np.int64).reshape(-1)
+        sums = np.bincount(at, weights=change, minlength=n_tile_rows * width).reshape(n_tile_rows, width)
+        counts = np.rint(np.cumsum(sums, axis=1)[:, :-1]).astype(np.int64).reshape(-1)
         keys = np.flatnonzero(counts)
         return keys + base, counts[keys]
     order = np.argsort(at, kind="stable")
@@ -189,9 +190,7 @@ def counts_from_weighted_rows(
     return place - place // width + base, total[held][item]
 
 
-def _changes(
-    block_kv: int, rows: RowRanges, base: IntArray, weight: IntArray | None
-) -> tuple[IntArray, IntArray]:
+def _changes(block_kv: int, rows: RowRanges, base: IntArray, weight: IntArray | None) -> tuple[IntArray, IntArray]:
     """Changes of the edge count from one tile column to the next: places (`base` + column), and by how much."""
     intervals = rows.step == 1
     start, stop, interval_base = rows.start, rows.stop, base
@@ -203,7 +202,12 @@ def _changes(
     in_last = stop - last * block_kv
     first, last = first + interval_base, last + interval_base
     places = [first, first + 1, last[~alone], last[~alone] + 1]
-    changes = [in_first, np.where(alone, -in_first, block_kv - in_first), (in_last - block_kv)[~alone], -in_last[~alone]]
+    changes = [
+        in_first,
+        np.where(alone, -in_first, block_kv - in_first),
+        (in_last - block_kv)[~alone],
+        -in_last[~alone],
+    ]
     if weight is not None:
         own = weight[intervals]
         changes = [change * by for change, by in zip(changes, (own, own, own[~alone], own[~alone]), strict=True)]
@@ -231,7 +235,8 @@ def _tiles_of_progressions(
 
     def keys_before(column: IntArray) -> IntArray:
         reached = -((start[item] - column * block_kv) // step[item])
-        return np.clip(reached, 0, n_keys[item])
+        below: IntArray = np.clip(reached, 0, n_keys[item])
+        return below
 
     counts = np.where(sparse[item], 1, keys_before(place + 1) - keys_before(place))
     return place + base[item], counts, item

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from operator import or_
+from operator import and_, or_
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,8 @@ import numpy.typing as npt
 from sparsec.errors import MaskError
 from sparsec.expr import Const, Expr, Var
 from sparsec.masks import ranges, tilemap
-from sparsec.masks.mask import MAX_LENGTH, Axis, Key, Mask, Not, Shape, complement_of
+from sparsec.masks.arguments import MAX_LENGTH, checked_int
+from sparsec.masks.mask import Axis, Key, Mask, Not, Shape, complement_of
 from sparsec.masks.ranges import IntArray, RowRanges, expand
 from sparsec.masks.tilemap import FULL, Grid, TileBits, TileMap
 
@@ -27,6 +28,8 @@ Align = Literal["top_left", "bottom_right"]
 
 # Offsets of a mask without lengths lie within ± this; lengths are shorter.
 LIMIT = MAX_LENGTH
+# Products of two steps stay within 64 bits.
+MAX_STEP = 2**31 - 1
 # Without lengths a set is split into at most this many progressions before it stays a composition.
 MAX_SYMBOLIC_RANGES = 2048
 # A finite set of so few offsets is brought to one form by listing it.
@@ -83,7 +86,9 @@ class Toeplitz(Mask):
         low, high = _bounds(shape)
         if shape is None and int(self.offsets.step.sum()) > MAX_SYMBOLIC_RANGES:
             return None
-        return Toeplitz(f"~({self.text})", _one_form(ranges.difference(_one_range(low, high), self.offsets)), self.align)
+        return Toeplitz(
+            f"~({self.text})", _one_form(ranges.difference(_one_range(low, high), self.offsets)), self.align
+        )
 
     def _merge(self, other: Mask, op: Literal["and", "or"], shape: Shape | None) -> Mask | None:
         if not isinstance(other, Toeplitz) or other.align != self.align:
@@ -347,17 +352,17 @@ class Toeplitz(Mask):
         low, high = _bounds(shape)
         offset = Var("kv_idx") - Var("q_idx")
         d = placed.offsets
-        tests = []
+        tests: list[Expr] = []
         for a, b, step in zip(d.start.tolist(), d.stop.tolist(), d.step.tolist(), strict=True):
             # Ends that every pair meets are not tested.
-            parts = []
+            parts: list[Expr] = []
             if a - step >= low:
                 parts.append(offset >= a)
             if b - 1 + step < high:
                 parts.append(offset < b)
             if step != 1:
                 parts.append(((offset - a % step) % step).eq(0))
-            tests.append(reduce(lambda x, y: x & y, parts))
+            tests.append(reduce(and_, parts))
         return reduce(or_, tests)
 
 
@@ -381,36 +386,25 @@ def window(left: int, right: int) -> Mask:
         left: Keys before the query, its own not counted.
         right: Keys after it. Either may be negative, as long as `left + right ≥ 0`.
     """
-    for name, value in (("left", left), ("right", right)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or abs(value) >= LIMIT:
-            raise MaskError(f"window: {name} = {value!r} must be an int below 2**40")
+    left, right = (
+        checked_int(value, "window", name, 1 - LIMIT, LIMIT - 1) for name, value in (("left", left), ("right", right))
+    )
     if left + right < 0:
         raise MaskError(f"window({left}, {right}) holds no key: left + right must be ≥ 0")
-    return Toeplitz(f"window({left}, {right})", _one_range(-int(left), int(right) + 1))
+    return Toeplitz(f"window({left}, {right})", _one_range(-left, right + 1))
 
 
 def dilated(reach: int, dilation: int) -> Mask:
     """`|q - kv| ≤ reach` and `(q - kv) % dilation == 0`; dilation is a step as in convolutions, 1 is dense."""
-    _positive("dilated", "dilation", dilation)
-    if isinstance(reach, bool) or not isinstance(reach, (int, np.integer)) or not 0 <= reach < LIMIT:
-        raise MaskError(f"dilated: reach = {reach!r} must be an int ≥ 0")
-    return Toeplitz(f"dilated({reach}, {dilation})", _multiples(int(dilation), int(reach)))
+    step = checked_int(dilation, "dilated", "dilation", most=MAX_STEP)
+    reach = checked_int(reach, "dilated", "reach", least=0)
+    return Toeplitz(f"dilated({reach}, {step})", _multiples(step, reach))
 
 
 def strided(stride: int) -> Mask:
     """`(q - kv) % stride == 0`."""
-    _positive("strided", "stride", stride)
-    return Toeplitz(f"strided({stride})", _multiples(int(stride), LIMIT))
-
-
-def empty() -> Mask:
-    """No query attends any key; written `~full()`."""
-    return Not(full())
-
-
-def _positive(name: str, argument: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value < 2**31:
-        raise MaskError(f"{name}: {argument} = {value!r} must be an int ≥ 1")
+    step = checked_int(stride, "strided", "stride", most=MAX_STEP)
+    return Toeplitz(f"strided({step})", _multiples(step, LIMIT))
 
 
 def _one_range(start: int, stop: int, step: int = 1) -> RowRanges:

@@ -25,7 +25,7 @@ class _Members(Mask):
 
     def _fixed_lengths(self) -> tuple[int | None, int | None]:
         pairs = [m._fixed_lengths() for m in self.members]
-        q_len, kv_len = (common(what, axis, self) for what, axis in zip(("queries", "keys"), zip(*pairs), strict=True))
+        q_len, kv_len = (common(what, (pair[i] for pair in pairs), self) for i, what in enumerate(("queries", "keys")))
         return q_len, kv_len
 
     def _check(self, shape: Shape) -> None:
@@ -101,7 +101,9 @@ def per_head(masks: Sequence[Mask]) -> Mask:
     if any(m.varies_by_head for m in members):
         raise MaskError("per_head: a member differs by head itself; give one plain mask a head")
     if any(m.varies_by_batch for m in members):
-        raise MaskError("per_head: a member differs by batch element; nest the other way: per_batch([per_head([...]), ...])")
+        raise MaskError(
+            "per_head: a member differs by batch element; nest the other way: per_batch([per_head([...]), ...])"
+        )
     return PerHead(members)
 
 
