@@ -1,6 +1,6 @@
 // row_traversal on a CPU: each query walks its own keys, so the work is exactly nnz dot products.
 //
-// A unit is a block of `block_q` consecutive queries; its entries are the edges of those queries, numbered from 0. The keys
+// A unit is a block of `block_q` consecutive queries; the edges of an item are numbered from the unit's first. The keys
 // come from CSR as they lie, or are produced a bufferful at a time from ranges, or from offsets with nothing stored.
 #include <vector>
 
@@ -20,16 +20,16 @@ template <class T> class RowForward {
   }
 
  private:
-  struct Head { const T* q; KeyRows<T> rows; T* out; float* lse; };
+  struct Head { const T* q; KeyRows<T> rows; void* out; float* lse; };
   // Keys of consecutive queries: those of query i are tokens[indptr[i]:indptr[i + 1]].
   struct Keys { const int32_t* tokens; const int64_t* indptr; };
   struct Buffers { std::vector<int32_t> tokens; std::vector<int64_t> indptr; };
 
   Head head(int64_t copy) const {
     const int64_t b = copy / a_.n_heads, h = a_.heads[copy % a_.n_heads], kv = h / group_;
-    auto at = [&](const Tensor& t, int64_t i) { return (T*)t.data + b * t.batch + i * t.head; };
-    return {at(a_.q, h), {at(a_.k, kv), at(a_.v, kv), a_.k.row, a_.v.row}, at(a_.out, h),
-            a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr};
+    auto at = [&](const Tensor& t, int64_t i, size_t size = sizeof(T)) { return (char*)t.data + (b * t.batch + i * t.head) * size; };
+    return {(T*)at(a_.q, h), {(T*)at(a_.k, kv), (T*)at(a_.v, kv), a_.k.row, a_.v.row},
+            at(a_.out, h, a_.out_is_fp32 ? 4 : sizeof(T)), a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr};
   }
   int64_t q_token(int64_t position) const { return a_.q_order ? a_.q_order[position] : position; }
   float* slot(int64_t copy, int64_t index, int64_t row) const {
@@ -40,7 +40,7 @@ template <class T> class RowForward {
     const Head h = head(copy);
     const int64_t first = a_.item_unit[index] * a_.block_q;
     const int64_t n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
-    const int64_t start = a_.item_start[index], stop = a_.item_stop[index], slot_index = a_.item_slot[index];
+    const int64_t start = a_.edge_start[index], stop = a_.edge_stop[index], slot_index = a_.item_slot[index];
     RowEngine<T> engine(a_.head_dim, a_.v_dim, (float)a_.scale);
     int64_t seen = 0;  // edges of the unit's earlier queries
     for (int64_t done = 0; done < n;) {
@@ -56,12 +56,12 @@ template <class T> class RowForward {
         }
         seen += degree;
         const int64_t token = q_token(first + done + i);
-        T* out = h.out + token * a_.out.row;
+        T* out = (T*)h.out + token * a_.out.row;
         float* lse = h.lse ? h.lse + token : nullptr;
-        if (slot_index < 0 && engine.attend_short(h.q + token * a_.q.row, h.rows, keys.tokens + from, to - from, end - from, out, lse)) continue;
+        if (slot_index < 0 && !a_.out_is_fp32 && engine.attend_short(h.q + token * a_.q.row, h.rows, keys.tokens + from, to - from, end - from, out, lse)) continue;
         engine.begin(h.q + token * a_.q.row);
         if (from < to) engine.add(h.rows, keys.tokens + from, to - from, end - from);
-        if (slot_index < 0) engine.finish(out, lse);
+        if (slot_index < 0) finish(engine, h, token);
         else engine.save(slot(copy, slot_index, done + i));
       }
       done += rows;
@@ -121,8 +121,13 @@ template <class T> class RowForward {
       const int64_t token = q_token(first + i);
       engine.begin(h.q + token * a_.q.row);
       for (int64_t s = a_.merge_indptr[index]; s < a_.merge_indptr[index + 1]; ++s) engine.join(slot(copy, s, i));
-      engine.finish(h.out + token * a_.out.row, h.lse ? h.lse + token : nullptr);
+      finish(engine, h, token);
     }
+  }
+  void finish(const RowEngine<T>& engine, const Head& h, int64_t token) const {
+    float* lse = h.lse ? h.lse + token : nullptr;
+    if (a_.out_is_fp32) engine.finish((float*)h.out + token * a_.out.row, lse);
+    else engine.finish((T*)h.out + token * a_.out.row, lse);
   }
 
   const Arguments& a_;

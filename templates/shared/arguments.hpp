@@ -23,15 +23,14 @@ struct Arguments {
   const int32_t* heads;  // the query heads of this launch
   int64_t n_heads;
   double scale;
+  int64_t out_is_fp32;  // rows of `out` are fp32 whatever the dtype: results that are joined with others'
 
-  // Tiles: block CSR; a pattern of -1 is a full tile. `patterns` is [n_patterns, block_kv]: the query bits of each key.
+  // Tiles; a pattern of -1 is a full tile. `patterns` is [n_patterns, block_kv]: the query bits of each key.
   int64_t block_q, block_kv;
-  const int64_t* tile_indptr;
   const int32_t* tile_columns;
   const int32_t* tile_pattern;
   const uint64_t* patterns;
-  // Gathered columns of each row block, with the query bits of each.
-  const int64_t* gathered_indptr;
+  // Gathered columns, with the query bits of each.
   const int32_t* gathered_columns;
   const uint64_t* gathered_lanes;
   // Rows: `row_form` 0 CSR (row_indptr, row_start = columns), 1 ranges (row_indptr, row_start, row_stop, row_step),
@@ -45,17 +44,22 @@ struct Arguments {
   const int64_t* offset_start;
   const int64_t* offset_stop;
   const int64_t* offset_step;
-  // Position -> token, or null where the order is the tokens' own.
+  // Position -> token, or null where the order is the tokens' own. `q_len` counts positions.
   const int32_t* q_order;
   const int32_t* kv_order;
 
-  // Work items, longest first: entries [start, stop) of a unit (a row of tiles, or a run of rows). A slot of -1 finishes
-  // the unit; otherwise its partial result goes to that slot and the unit's slots are merged afterwards, in order.
+  // Work items, longest first. An item belongs to a unit (a block of block_q queries) and covers a stretch of its tiles, of
+  // its gathered columns and of its edges, numbered as in the arrays above. A slot of -1 finishes the unit; otherwise the
+  // partial result goes to that slot, and the unit's slots are merged afterwards, in order.
   int64_t n_items;
   const int32_t* item_unit;
-  const int64_t* item_start;
-  const int64_t* item_stop;
   const int32_t* item_slot;
+  const int64_t* tile_start;
+  const int64_t* tile_stop;
+  const int64_t* column_start;
+  const int64_t* column_stop;
+  const int64_t* edge_start;
+  const int64_t* edge_stop;
   int64_t n_merges, n_slots;
   const int32_t* merge_unit;
   const int64_t* merge_indptr;

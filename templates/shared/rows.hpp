@@ -75,7 +75,7 @@ template <class T> class RowEngine {
   }
 
   // Writes the normalised row and its log-sum-exp (where not null).
-  void finish(T* out, float* lse) const {
+  template <class Out> void finish(Out* out, float* lse) const {
     const float l = sum(), inverse = l == 0 ? 0.0f : 1.0f / l;
     int64_t x = 0;
     for (; x + VL <= v_dim_; x += VL) store_as(out + x, load(acc_ + x) * inverse);

@@ -1,8 +1,9 @@
 // The forward pass over work items: tiles, then gathered columns, then row leftovers of each block of queries.
 //
-// Decides the order of a unit's entries and how split units are merged. A unit's entries are numbered from 0: its tiles,
-// then its gathered columns in runs of STRIP, then its leftover edges; an item is a range of these numbers.
+// Decides the order in which a unit's entries are added and how split units are merged.
 #pragma once
+
+#include <algorithm>
 
 #include "rows.hpp"
 #include "tiles.hpp"
@@ -21,12 +22,12 @@ template <class T> class TileForward {
   }
 
  private:
-  struct Head { const T *q, *k, *v; T* out; float* lse; };
+  struct Head { const T *q, *k, *v; void* out; float* lse; };
 
   Head head(int64_t copy) const {
     const int64_t b = copy / a_.n_heads, h = a_.heads[copy % a_.n_heads], kv = h / group_;
-    auto at = [&](const Tensor& t, int64_t i) { return (T*)t.data + b * t.batch + i * t.head; };
-    return {at(a_.q, h), at(a_.k, kv), at(a_.v, kv), at(a_.out, h), a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr};
+    auto at = [&](const Tensor& t, int64_t i, size_t size = sizeof(T)) { return (char*)t.data + (b * t.batch + i * t.head) * size; };
+    return {(T*)at(a_.q, h), (T*)at(a_.k, kv), (T*)at(a_.v, kv), at(a_.out, h, a_.out_is_fp32 ? 4 : sizeof(T)), a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr};
   }
   static Scratch& scratch() { thread_local Scratch s; return s; }
   int64_t q_token(int64_t position) const { return a_.q_order ? a_.q_order[position] : position; }
@@ -41,31 +42,24 @@ template <class T> class TileForward {
   }
   void finish(TileEngine<T>& engine, const Head& h, int64_t unit) const {
     const int64_t first = unit * a_.block_q;
-    engine.finish([&](int64_t i) { return h.out + q_token(first + i) * a_.out.row; },
-                  [&](int64_t i) { return h.lse ? h.lse + q_token(first + i) : nullptr; });
+    auto lse = [&](int64_t i) { return h.lse ? h.lse + q_token(first + i) : nullptr; };
+    if (a_.out_is_fp32) engine.finish([&](int64_t i) { return (float*)h.out + q_token(first + i) * a_.out.row; }, lse);
+    else engine.finish([&](int64_t i) { return (T*)h.out + q_token(first + i) * a_.out.row; }, lse);
   }
 
   void item(int64_t copy, int64_t index) const {
     const Head h = head(copy);
     const int64_t unit = a_.item_unit[index];
-    int64_t start = a_.item_start[index], stop = a_.item_stop[index];
     TileEngine<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale);
     begin(engine, h, unit);
 
-    const int64_t tile = a_.tile_indptr[unit], n_tiles = a_.tile_indptr[unit + 1] - tile;
-    for (int64_t t = start; t < stop && t < n_tiles; ++t) add_tile(engine, h, tile + t);
-    start = start > n_tiles ? start - n_tiles : 0, stop -= n_tiles;
-    if (a_.gathered_indptr && stop > 0) {
-      const int64_t column = a_.gathered_indptr[unit], n_columns = a_.gathered_indptr[unit + 1] - column;
-      const int64_t n_runs = (n_columns + STRIP - 1) / STRIP;
-      const int64_t last = stop < n_runs ? stop * STRIP : n_columns;
-      for (int64_t c = start * STRIP; c < last; ++c) {
-        const int64_t token = kv_token(a_.gathered_columns[column + c]);
-        engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, a_.gathered_lanes[column + c]);
+    for (int64_t t = a_.tile_start[index]; t < a_.tile_stop[index]; ++t) add_tile(engine, h, t);
+    if (a_.column_start)
+      for (int64_t c = a_.column_start[index]; c < a_.column_stop[index]; ++c) {
+        const int64_t token = kv_token(a_.gathered_columns[c]);
+        engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, a_.gathered_lanes[c]);
       }
-      start = start > n_runs ? start - n_runs : 0, stop -= n_runs;
-    }
-    if (a_.row_indptr && stop > 0) add_leftovers(engine, h, unit, start, stop);
+    if (a_.edge_start) add_leftovers(engine, h, unit, a_.edge_start[index], a_.edge_stop[index]);
 
     if (a_.item_slot[index] < 0) finish(engine, h, unit);
     else engine.save(slot(copy, a_.item_slot[index]));
@@ -90,28 +84,25 @@ template <class T> class TileForward {
     }
   }
 
-  // Edges [start, stop) of the unit's leftover rows, counted from the unit's first one.
+  // Edges [start, stop), all of this unit's queries.
   void add_leftovers(TileEngine<T>& engine, const Head& h, int64_t unit, int64_t start, int64_t stop) const {
+    if (start >= stop) return;
     const int64_t first = unit * a_.block_q, n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
-    const int64_t base = a_.row_indptr[first];
     RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale);
     const KeyRows<T> rows{h.k, h.v, a_.k.row, a_.v.row};
     engine.flush();
     for (int64_t i = 0; i < n; ++i) {
-      int64_t from = a_.row_indptr[first + i] - base, to = a_.row_indptr[first + i + 1] - base;
-      if (from < start) from = start;
-      if (to > stop) to = stop;
+      const int64_t from = std::max(a_.row_indptr[first + i], start), to = std::min(a_.row_indptr[first + i + 1], stop);
       if (from >= to) continue;
       row.begin(h.q + q_token(first + i) * a_.q.row);
-      const int32_t* tokens = a_.row_start + base;
       if (!a_.kv_order) {
-        row.add(rows, tokens + from, to - from, stop - from);
+        row.add(rows, a_.row_start + from, to - from, stop - from);
       } else {
-        int32_t buffer[LOOKAHEAD];
+        int32_t tokens[LOOKAHEAD];
         for (int64_t e = from; e < to; e += LOOKAHEAD) {
-          const int64_t count = to - e < LOOKAHEAD ? to - e : LOOKAHEAD;
-          for (int64_t j = 0; j < count; ++j) buffer[j] = a_.kv_order[tokens[e + j]];
-          row.add(rows, buffer, count, count);
+          const int64_t count = std::min<int64_t>(to - e, LOOKAHEAD);
+          for (int64_t j = 0; j < count; ++j) tokens[j] = a_.kv_order[a_.row_start[e + j]];
+          row.add(rows, tokens, count, count);
         }
       }
       engine.join(i, row.maximum_score(), row.sum(), row.accumulator());

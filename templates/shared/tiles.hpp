@@ -224,14 +224,15 @@ template <class T> class TileEngine {
       vf l = load(l_ + lane);
       vf inverse = l != 0.0f ? 1.0f / l : vf{};  // NaN is not 0: it goes through
       int count = (int)(n_ - lane < VL ? n_ - lane : VL);
+      vf log_sum = l == 0.0f ? splat(NEG_INF) : load(m_ + lane) * scale_ + log2(l) * (1 / LOG2_E);
       for (int i = 0; i < count; ++i)
-        if (float* to = lse(lane + i)) *to = l_[lane + i] == 0 ? NEG_INF : m_[lane + i] * scale_ + std::log(l_[lane + i]);
+        if (float* to = lse(lane + i)) *to = log_sum[i];
       for (int64_t c = 0; c < v_dim_; c += VL) {
         vf columns[VL];
         for (int j = 0; j < VL; ++j) columns[j] = load(acc_ + (c + j) * block_q_ + lane) * inverse;
         transpose(columns);
         for (int i = 0; i < count; ++i) {
-          T* to = row(lane + i) + c;
+          auto* to = row(lane + i) + c;
           if (c + VL <= v_dim_) store_as(to, columns[i]); else store_partial(to, columns[i], (int)(v_dim_ - c));
         }
       }

@@ -1,0 +1,287 @@
+"""What a launch should take: a cost for every tile, gathered column, edge and unit of work, on any device.
+
+This file decides the formulas and their coefficients; each coefficient says where it was measured or read. The same
+costs order a schedule, choose among candidates and are told by `explain`. It must not know how candidates are made, nor
+any record: a measurement, where there is one, wins over everything here.
+
+Costs are nanoseconds on one worker (a core, a streaming multiprocessor); an `Estimate` divides them among workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsec.analysis import MaskProfile
+from sparsec.backends.base import Problem, Work
+from sparsec.device import Device
+from sparsec.layout import BlockTiles, GatheredTiles
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one launch, or a whole plan, should take.
+
+    Attributes:
+        us: Wall time, microseconds.
+        compute_us: Arithmetic and fetching of keys, spread evenly over the workers.
+        idle_us: What uneven items add to that.
+        memory_us: The least time in which q, k, v, out and the index arrays can be moved; `us` is never below it.
+        launch_us: Starting the work.
+        flops: Useful floating-point operations (4·nnz·head_dim a head where v_dim = head_dim).
+    """
+
+    us: float
+    compute_us: float
+    idle_us: float
+    memory_us: float
+    launch_us: float
+    flops: float
+
+    @property
+    def limiter(self) -> str:
+        """What most of the time goes to, for a person."""
+        parts = {
+            "moving q, k, v and out": self.memory_us if self.memory_us >= self.compute_us + self.idle_us else 0.0,
+            "uneven work": self.idle_us,
+            "starting the kernel": self.launch_us,
+            "arithmetic and fetching keys": self.compute_us,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Two launches, one after the other."""
+        return Estimate(
+            self.us + other.us,
+            self.compute_us + other.compute_us,
+            self.idle_us + other.idle_us,
+            self.memory_us + other.memory_us,
+            self.launch_us + other.launch_us,
+            self.flops + other.flops,
+        )
+
+
+class CostModel(Protocol):
+    """Nanoseconds on one worker, for one head of one batch element."""
+
+    workers: int
+
+    def tiles(self, tiles: BlockTiles) -> FloatArray:
+        """Of each tile."""
+        ...
+
+    def rough_tiles(self, profile: MaskProfile) -> float:
+        """Of all tiles together, from the profile alone."""
+        ...
+
+    def columns(self, gathered: GatheredTiles) -> float:
+        """Of a gathered column, on average."""
+        ...
+
+    def edge(self, span_keys: float) -> float:
+        """Of a single edge whose keys are picked from among about so many."""
+        ...
+
+    def unit(self, block_q: int, *, is_rows: bool) -> float:
+        """Of taking up and writing out a block of queries."""
+        ...
+
+
+def cost_model(problem: Problem, device: Device) -> CostModel:
+    """The costs of a problem on a device."""
+    return _Cpu(problem, device) if device.kind == "cpu" else _Gpu(problem, device)
+
+
+def estimate(work: Work, problem: Problem, device: Device, heads: int) -> Estimate:
+    """What a launch over `work` should take, for so many heads of every batch element."""
+    copies = heads * problem.batch
+    busy_us = float(work.schedule.cost.sum(dtype=np.float64)) * copies * 1e-3
+    workers = cost_model(problem, device).workers
+    compute_us = busy_us / workers
+    idle_us = compute_us * (work.schedule.balance(workers) - 1.0)
+    memory_us = (problem.tensor_bytes * heads / problem.q_heads + work.nbytes) / device.memory_bandwidth * 1e6
+    us = max(compute_us + idle_us, memory_us) + device.launch_us
+    flops = problem.flops(work.bound.nnz) * heads / problem.q_heads
+    return Estimate(us, compute_us, idle_us, memory_us, device.launch_us, flops)
+
+
+def dense_estimate(problem: Problem, device: Device, share: float) -> Estimate:
+    """What torch's own attention should take on a `share` of all pairs (1 full, ½ causal).
+
+    Source: on 2 cores of a Zen 4 processor torch 2.13's SDPA reaches 68 % of the fp32 and 34 % of the bf16 peak; on an
+    H200 its best back end reaches about two thirds of the matrix peak.
+    """
+    matrix = device.matrix_flops.get(problem.dtype, device.vector_flops)
+    if device.kind == "cpu":
+        rate = 0.68 * device.vector_flops if problem.dtype == "fp32" else 0.34 * matrix
+    else:
+        rate = 0.66 * matrix
+    flops = problem.flops(problem.q_len * problem.kv_len) * share
+    compute_us = flops / rate * 1e6
+    memory_us = problem.tensor_bytes / device.memory_bandwidth * 1e6
+    launch_us = device.launch_us
+    return Estimate(max(compute_us, memory_us) + launch_us, compute_us, 0.0, memory_us, launch_us, flops)
+
+
+# The CPU kernels' costs, in clock cycles. Measured on Zen 4 with AVX-512 (one 512-bit multiply-add a cycle), one
+# thread, head_dim 32 to 128, all inputs in cache; other processors scale by clock, vector width and multiply-add rate.
+# Share of the multiply-add peak by the number of query vectors a register block holds:
+_VECTOR_EFFICIENCY = {
+    "fp32": (0.83, 0.87, 0.90, 0.94),
+    "fp16": (0.72, 0.78, 0.85, 0.91),
+    "bf16": (0.72, 0.78, 0.83, 0.88),
+}
+# Softmax of one vector of scores: maximum, 2^x, sum, stores.
+_SOFTMAX_CYCLES = 14.0
+# Taking up a block of queries and writing it out, per query and dimension.
+_PACK_CYCLES = 0.9
+# A tile whose pattern must be looked through, per key.
+_PATTERN_CYCLES = 1.0
+# The row kernel: per row, per edge, and per edge and vector of head_dim or v_dim.
+_ROW_CYCLES, _EDGE_CYCLES, _EDGE_VECTOR_CYCLES = 110.0, 6.0, 3.3
+# Keys fetched from beyond the second-level cache arrive at about this many bytes a cycle and core.
+_GATHER_BYTES_PER_CYCLE = 11.0
+# Consecutive keys of a pattern that share one decision about live query vectors (CHUNK_STEP of tiles.hpp).
+_CHUNK = 8
+
+
+class _Cpu:
+    """The C++ kernels of `templates/`."""
+
+    def __init__(self, problem: Problem, device: Device) -> None:
+        self.workers = device.units
+        self._problem, self._device = problem, device
+        self._ns_per_cycle = 1e9 / device.clock_hz
+        if "avx512f" in device.features:
+            self._lanes = 16
+        elif "avx2" in device.features:
+            self._lanes = 8
+        else:
+            self._lanes = 4
+        self._dims = problem.head_dim + problem.v_dim
+        has_dot = problem.dtype == "bf16" and "avx512_bf16" in device.features
+        # Multiply-adds a lane and cycle: two with bf16 dot products.
+        per_cycle = device.vector_flops / (2 * device.units * device.clock_hz * self._lanes)
+        self._cycles_per_dim = 1.0 / (per_cycle * (2.0 if has_dot else 1.0))
+
+    def _vector_key_ns(self, vectors: npt.NDArray[np.integer]) -> FloatArray:
+        """Of one key and a register block of `vectors` query vectors, together."""
+        efficiency = np.array([1.0, *_VECTOR_EFFICIENCY[self._problem.dtype]])
+        per_vector = self._dims * self._cycles_per_dim / efficiency[vectors.clip(0, 4)] + _SOFTMAX_CYCLES
+        return (vectors * per_vector * self._ns_per_cycle).astype(np.float32)
+
+    def tiles(self, tiles: BlockTiles) -> FloatArray:
+        tile_map = tiles.tile_map
+        vectors = -(-tile_map.block_q // self._lanes)
+        full = tile_map.block_kv * float(self._vector_key_ns(np.array([vectors]))[0])
+        if not tiles.n_patterns:
+            return np.full(tile_map.n_tiles, full, np.float32)
+        by_pattern = self._lanes_ns(tiles.lane_masks()) + tile_map.block_kv * _PATTERN_CYCLES * self._ns_per_cycle
+        return np.where(tiles.patterns.index < 0, np.float32(full), by_pattern[tiles.patterns.index])
+
+    def rough_tiles(self, profile: MaskProfile) -> float:
+        # Inside a tile, keys are skipped a vector of queries at a time: 16 × 16 tiles are near that.
+        vector_keys = profile.fill(16).n_tiles * 16.0 * 16 / self._lanes
+        return vector_keys * float(self._vector_key_ns(np.array([4]))[0]) / 4
+
+    def _lanes_ns(self, lanes: npt.NDArray[np.uint64]) -> FloatArray:
+        """Of adding the keys of each row of `lanes [n, keys]` that some query attends, in chunks as the kernel does."""
+        n, keys = lanes.shape
+        # The keys nobody attends are skipped before chunks are formed: live keys move to the front.
+        order = np.argsort(lanes == 0, axis=1, kind="stable")
+        packed = np.take_along_axis(lanes, order, axis=1)
+        padded = np.zeros((n, -(-keys // _CHUNK) * _CHUNK), np.uint64)
+        padded[:, :keys] = packed
+        chunks = padded.reshape(n, -1, _CHUNK)
+        live_keys = (chunks != 0).sum(axis=2)
+        spanned = _spanned_vectors(np.bitwise_or.reduce(chunks, axis=2), self._lanes)
+        return (self._vector_key_ns(spanned) * live_keys).sum(axis=1, dtype=np.float32)
+
+    def columns(self, gathered: GatheredTiles) -> float:
+        lanes = gathered.lanes
+        if not len(lanes):
+            return 0.0
+        sample = lanes[: len(lanes) // _CHUNK * _CHUNK][: 1 << 16].reshape(-1, _CHUNK)
+        total = self._lanes_ns(sample if len(sample) else lanes.reshape(1, -1)).sum()
+        fetched = self._fetch_ns(len(lanes) / max(len(gathered.indptr) - 1, 1) * 16)
+        return float(total) / max(sample.size, 1 if len(sample) else len(lanes)) + fetched
+
+    def edge(self, span_keys: float) -> float:
+        cycles = _EDGE_CYCLES + self._dims / self._lanes * _EDGE_VECTOR_CYCLES * self._row_slowdown()
+        return cycles * self._ns_per_cycle + self._fetch_ns(span_keys)
+
+    def _row_slowdown(self) -> float:
+        return 1.0 if self._problem.dtype == "fp32" else 0.95
+
+    def _fetch_ns(self, span_keys: float) -> float:
+        """Of fetching the K and V rows of one key picked from among `span_keys`, where they exceed the L2 cache."""
+        row_bytes = self._dims * self._problem.itemsize
+        if span_keys * row_bytes <= self._device.l2_bytes:
+            return 0.0
+        return row_bytes / _GATHER_BYTES_PER_CYCLE * self._ns_per_cycle
+
+    def unit(self, block_q: int, *, is_rows: bool) -> float:
+        cycles = _ROW_CYCLES * block_q if is_rows else _PACK_CYCLES * self._dims * block_q + 200.0
+        return cycles * self._ns_per_cycle
+
+
+def _spanned_vectors(lanes: npt.NDArray[np.uint64], width: int) -> npt.NDArray[np.int64]:
+    """From the first to the last live vector of `width` queries."""
+    n_vectors = 64 // width
+    mask = np.uint64((1 << width) - 1)
+    live = np.stack([(lanes >> np.uint64(i * width)) & mask != 0 for i in range(n_vectors)], axis=-1)
+    first = live.argmax(axis=-1)
+    last = n_vectors - 1 - live[..., ::-1].argmax(axis=-1)
+    spanned: npt.NDArray[np.int64] = np.where(live.any(axis=-1), last - first + 1, 0)
+    return spanned
+
+
+# GPU kernels, until a device has records. Shares of the matrix peak that published kernels of this kind reach: about
+# 523 of 990 TFLOP/s for a sliding window and 598 for 128-blocks on an H100 (FlashAttention 3, MagiAttention).
+_MATRIX_EFFICIENCY = 0.53
+# A partial tile costs this much more than a full one.
+_PARTIAL_FACTOR = 1.15
+# Rows of K and V gathered per edge move at this share of the memory bandwidth (Fused3S on GH200: 2.5 of 4.0 TB/s).
+_GATHER_SHARE = 0.62
+# A thread block's start, prologue and epilogue.
+_BLOCK_NS = 1500.0
+
+
+class _Gpu:
+    """Tile kernels on matrix units, row kernels bound by fetching."""
+
+    def __init__(self, problem: Problem, device: Device) -> None:
+        self.workers = device.units
+        self._dims = problem.head_dim + problem.v_dim
+        self._problem = problem
+        matrix = device.matrix_flops.get(problem.dtype, device.vector_flops)
+        self._flops_per_ns = matrix * _MATRIX_EFFICIENCY / device.units * 1e-9
+        self._vector_flops_per_ns = device.vector_flops * 0.5 / device.units * 1e-9
+        self._bytes_per_ns = device.memory_bandwidth * _GATHER_SHARE / device.units * 1e-9
+
+    def _pairs_ns(self, pairs: float) -> float:
+        return pairs * 2.0 * self._dims / self._flops_per_ns
+
+    def tiles(self, tiles: BlockTiles) -> FloatArray:
+        tile_map = tiles.tile_map
+        full = self._pairs_ns(tile_map.block_q * tile_map.block_kv)
+        return np.where(tile_map.is_full, np.float32(full), np.float32(full * _PARTIAL_FACTOR))
+
+    def rough_tiles(self, profile: MaskProfile) -> float:
+        return profile.fill(64).n_tiles * self._pairs_ns(64 * 64)
+
+    def columns(self, gathered: GatheredTiles) -> float:
+        fetched = self._dims * self._problem.itemsize / self._bytes_per_ns
+        return max(self._pairs_ns(gathered.block_q), fetched)
+
+    def edge(self, span_keys: float) -> float:
+        fetched = self._dims * self._problem.itemsize / self._bytes_per_ns
+        return max(fetched, 2.0 * self._dims / self._vector_flops_per_ns)
+
+    def unit(self, block_q: int, *, is_rows: bool) -> float:
+        return _BLOCK_NS / 8 if is_rows else _BLOCK_NS

@@ -1,0 +1,217 @@
+"""Plans: what was chosen for a mask on a device, what else was considered, and why each refusal.
+
+This file decides what a plan says, as text and as a dictionary. It must not know how the choice is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sparsec.analysis import MaskProfile
+from sparsec.backends.base import Launch, Problem
+from sparsec.cost import Estimate
+from sparsec.device import Device
+from sparsec.masks.mask import BoundMask
+from sparsec.template import Config
+
+PLAN_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Something that was not considered further, and why."""
+
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Something that could run, with what it should take.
+
+    Attributes:
+        template: Its name, or several joined by `+` for a mixed plan.
+        backend: Whose kernel.
+        config: Launch parameters of its first launch.
+        ordering: The order of tokens.
+        estimate: From the cost model; None where a rough figure was enough to pass over it.
+        rough_us: What it should take, roughly, where it was not worked out.
+        layout_bytes: Of its index arrays; 0 where they were not built.
+    """
+
+    template: str
+    backend: str
+    config: Config
+    ordering: str
+    estimate: Estimate | None
+    rough_us: float
+    layout_bytes: int
+
+    @property
+    def us(self) -> float:
+        return self.estimate.us if self.estimate is not None else self.rough_us
+
+    def __str__(self) -> str:
+        order = "" if self.ordering == "tokens' own order" else f", {self.ordering}"
+        return f"{self.template} on {self.backend} ({self.config}{order})"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One launch of a plan.
+
+    Attributes:
+        launch: What a back end is given.
+        edges: Which edges it does, for a person.
+        estimate: What it should take.
+    """
+
+    launch: Launch
+    edges: str
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The steps of heads and batch elements that share one mask.
+
+    Attributes:
+        bound: Their mask, in the tokens' own order.
+        heads: Which query heads.
+        batch: Which batch elements.
+        profile: What their mask looks like.
+        steps: Run one after the other. More than one is either joined by log-sum-exp (all partial), or each writes rows
+            of its own and later ones overwrite earlier ones.
+        estimate: Of all steps.
+        config_source: Where the configuration came from.
+        alternatives: Other candidates, cheapest first.
+        refusals: What could not run, and why.
+    """
+
+    bound: BoundMask
+    heads: tuple[int, ...]
+    batch: tuple[int, ...]
+    profile: MaskProfile
+    steps: tuple[Step, ...]
+    estimate: Estimate
+    config_source: str
+    alternatives: tuple[Candidate, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the steps' results are joined by log-sum-exp."""
+        return any(step.launch.is_partial for step in self.steps)
+
+    @property
+    def layout_bytes(self) -> int:
+        return sum(step.launch.work.nbytes for step in self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What runs for a mask and a problem on a device. `str()` is what `sparsec explain` prints.
+
+    Attributes:
+        mask: The mask, bound to its lengths.
+        problem: The shape.
+        device: What it is planned for.
+        groups: One for each distinct mask among heads and batch elements.
+        planning_us: How long planning took.
+    """
+
+    mask: BoundMask
+    problem: Problem
+    device: Device
+    groups: tuple[Group, ...]
+    planning_us: float = field(compare=False)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(step for group in self.groups for step in group.steps)
+
+    @property
+    def estimate(self) -> Estimate:
+        total = self.groups[0].estimate
+        for group in self.groups[1:]:
+            total = total + group.estimate
+        return total
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        return tuple(refusal for group in self.groups for refusal in group.refusals)
+
+    @property
+    def layout_bytes(self) -> int:
+        """Bytes of all index arrays."""
+        return sum(group.layout_bytes for group in self.groups)
+
+    def __str__(self) -> str:
+        from sparsec.planner.text import plan_text
+
+        return plan_text(self)
+
+    def to_dict(self) -> dict[str, Any]:  # JSON values
+        """What `str()` says, for programs."""
+        return {
+            "schema": PLAN_SCHEMA,
+            "mask": str(self.mask.mask),
+            "digest": self.mask.digest,
+            "problem": asdict(self.problem),
+            "device": {"name": self.device.name, "key": self.device.key, "label": self.device.label},
+            "planning_us": round(self.planning_us, 1),
+            "layout_bytes": self.layout_bytes,
+            "estimate": _estimate_dict(self.estimate),
+            "groups": [_group_dict(group) for group in self.groups],
+        }
+
+
+def _estimate_dict(estimate: Estimate) -> dict[str, Any]:
+    return {**{name: round(value, 3) for name, value in asdict(estimate).items()}, "limiter": estimate.limiter}
+
+
+def _group_dict(group: Group) -> dict[str, Any]:
+    return {
+        "heads": list(group.heads),
+        "batch": list(group.batch),
+        "profile": asdict(group.profile),
+        "config_source": group.config_source,
+        "is_joined": group.is_joined,
+        "estimate": _estimate_dict(group.estimate),
+        "steps": [_step_dict(step) for step in group.steps],
+        "alternatives": [
+            {
+                "template": candidate.template,
+                "backend": candidate.backend,
+                "config": candidate.config.to_dict(),
+                "ordering": candidate.ordering,
+                "us": round(candidate.us, 3),
+                "is_rough": candidate.estimate is None,
+                "layout_bytes": candidate.layout_bytes,
+            }
+            for candidate in group.alternatives
+        ],
+        "refusals": [asdict(refusal) for refusal in group.refusals],
+    }
+
+
+def _step_dict(step: Step) -> dict[str, Any]:
+    launch, work = step.launch, step.launch.work
+    return {
+        "template": launch.template.name,
+        "backend": launch.backend,
+        "config": launch.config.to_dict(),
+        "edges": step.edges,
+        "nnz": work.bound.nnz,
+        "ordering": work.ordering.name,
+        "is_partial": launch.is_partial,
+        "layout_bytes": work.nbytes,
+        "items": work.schedule.n_items,
+        "slots": work.schedule.n_slots,
+        "balance": round(work.schedule.balance(launch.device.units), 4),
+        "estimate": _estimate_dict(step.estimate),
+    }

@@ -1,0 +1,420 @@
+"""Chooses: every (template, back end, order of tokens, configuration) is a candidate with an estimate, or a refusal.
+
+This file decides what is considered and what wins. The decision, in a user's words:
+
+- Heads and batch elements with equal masks are planned together.
+- A back end that cannot serve a template, a dimension or a device refuses it, in one sentence.
+- Every remaining template gets a rough estimate from the mask's profile. One that is far behind the best is passed over
+  without building its index arrays, but listed.
+- The others' index arrays are built and costed exactly. The cheapest wins; where two are nearer than the cost model can
+  tell apart, the simpler one does.
+- An order of tokens (residue classes, clusters) competes like any other candidate, its index arrays' cost included.
+- A few rows that attend nearly everything may get a launch of their own, packed together; a dilated part of a union may
+  get one in residue order, joined with the rest by log-sum-exp.
+
+Naming a template or a back end only filters this list. This file must not know any kernel, nor the tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsec.analysis import MaskProfile, analyse, candidate_orderings, residue_ordering
+from sparsec.backends.base import BACKENDS, MAX_HEAD_DIM, Launch, Problem, Work, backend
+from sparsec.cost import CostModel, Estimate, cost_model, dense_estimate, estimate
+from sparsec.device import Device
+from sparsec.device import device as named_device
+from sparsec.errors import MaskError, UnsupportedError
+from sparsec.layout import Ordering, reordered
+from sparsec.masks.mask import BoundMask, Mask
+from sparsec.planner.parts import heavy_rows_apart, residue_part
+from sparsec.planner.plan import Candidate, Group, Plan, Refusal, Step
+from sparsec.planner.works import IDENTITY, build_work, span_of
+from sparsec.template import Config, Template, template, templates
+
+Reorder = Literal["auto", "off", "force"]
+
+# A template is passed over on its rough estimate when that is so many times the best.
+_FAR_BEHIND = 2.5
+# The cost model cannot tell apart what is nearer than this; the earlier of _SIMPLEST wins.
+_NEAR = 1.03
+_SIMPLEST = ("block_sparse", "row_traversal", "hybrid", "dense")
+# Index arrays may take this share of the device's memory.
+_LAYOUT_SHARE = 0.25
+# Gathered tiles can gain only where tiles leave this much empty.
+_HYBRID_FILL = 0.6
+
+
+def plan(
+    mask: Mask | BoundMask,
+    problem: Problem,
+    device: Device | str = "cpu",
+    *,
+    template: str | None = None,
+    backend: str | None = None,
+    reorder: Reorder = "auto",
+    scale: float | None = None,
+) -> Plan:
+    """What should run for a mask and a problem on a device; needs neither torch nor the device.
+
+    Args:
+        mask: Which query attends which key.
+        problem: Lengths, heads, dimensions and dtype.
+        device: A device, or its name: `cpu` (this machine) or one of `devices.yaml`.
+        template: Only this template.
+        backend: Only this back end.
+        reorder: `"auto"` lets orders of tokens compete, `"off"` keeps the tokens' own, `"force"` takes the best other.
+        scale: Of the scores; `1/√head_dim` by default.
+
+    Raises:
+        MaskError: The mask does not fit the lengths or heads.
+        UnsupportedError: Nothing can serve the request; carries every refusal.
+    """
+    started = time.perf_counter()
+    bound = mask if isinstance(mask, BoundMask) else mask.bind(problem.q_len, problem.kv_len)
+    _check(bound, problem)
+    target = named_device(device) if isinstance(device, str) else device
+    wanted = _Wanted(template, backend, reorder, problem.head_dim**-0.5 if scale is None else scale)
+    groups = [
+        _Search(each, problem, target, heads, batch, wanted).group()
+        for each, heads, batch in _distinct_masks(bound, problem)
+    ]
+    return Plan(bound, problem, target, tuple(groups), (time.perf_counter() - started) * 1e6)
+
+
+def _check(bound: BoundMask, problem: Problem) -> None:
+    if bound.shape != (problem.q_len, problem.kv_len):
+        raise MaskError(
+            f"the mask is bound to {bound.q_len} queries and {bound.kv_len} keys, "
+            f"and the problem has {problem.q_len} and {problem.kv_len}"
+        )
+    if problem.kv_heads < 1 or problem.q_heads % problem.kv_heads:
+        raise UnsupportedError(
+            f"{problem.q_heads} query heads over {problem.kv_heads} key heads: "
+            "the number of query heads must be a multiple of that of the key heads"
+        )
+    for name, dim in (("head_dim", problem.head_dim), ("v_dim", problem.v_dim)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise UnsupportedError(f"{name}={dim}: sparsec's kernels take 1 to {MAX_HEAD_DIM}")
+    for name, members, wanted in (
+        ("heads", bound.n_heads, problem.q_heads),
+        ("batch elements", bound.n_batch, problem.batch),
+    ):
+        if members is not None and members != wanted:
+            raise MaskError(f"the mask has one member for each of {members} {name}, and the problem has {wanted}")
+
+
+def _distinct_masks(
+    bound: BoundMask, problem: Problem
+) -> list[tuple[BoundMask, tuple[int, ...], tuple[int, ...]]]:
+    """`(mask, heads, batch elements)` for as few launches as the masks allow."""
+    heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
+    if not bound.varies_by_head and not bound.varies_by_batch:
+        return [(bound, heads, batch)]
+    masks: dict[str, BoundMask] = {}
+    heads_of: dict[tuple[int, str], list[int]] = {}
+    for b in batch if bound.varies_by_batch else batch[:1]:
+        for h in heads if bound.varies_by_head else heads[:1]:
+            chosen = bound.select(b, h)
+            masks.setdefault(chosen.digest, chosen)
+            heads_of.setdefault((b, chosen.digest), []).append(h)
+    batch_of: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for (b, digest), members in heads_of.items():
+        batch_of.setdefault((digest, tuple(members)), []).append(b)
+    return [
+        (
+            masks[digest],
+            members if bound.varies_by_head else heads,
+            tuple(elements) if bound.varies_by_batch else batch,
+        )
+        for (digest, members), elements in batch_of.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What the caller fixed."""
+
+    template: str | None
+    backend: str | None
+    reorder: Reorder
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A candidate with its index arrays: one or more launches."""
+
+    parts: tuple[tuple[Template, str, Config, Work, str], ...]
+    is_joined: bool
+    estimate: Estimate
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Simplest first."""
+        first = self.parts[0]
+        return len(self.parts), int(first[3].ordering.q_order is not None), _SIMPLEST.index(first[0].name)
+
+    def candidate(self) -> Candidate:
+        first = self.parts[0]
+        names = " + ".join(dict.fromkeys(part[0].name for part in self.parts))
+        orders = " + ".join(dict.fromkeys(part[3].ordering.name for part in self.parts))
+        layout_bytes = sum(part[3].nbytes for part in self.parts)
+        return Candidate(names, first[1], first[2], orders, self.estimate, self.estimate.us, layout_bytes)
+
+
+class _Search:
+    """One distinct mask."""
+
+    def __init__(
+        self,
+        bound: BoundMask,
+        problem: Problem,
+        device: Device,
+        heads: tuple[int, ...],
+        batch: tuple[int, ...],
+        wanted: _Wanted,
+    ) -> None:
+        self._bound, self._problem, self._device = bound, problem, device
+        self._heads, self._batch, self._wanted = heads, batch, wanted
+        self._model: CostModel = cost_model(problem, device)
+        self._profile = analyse(bound)
+        self._refusals: list[Refusal] = []
+        self._passed_over: list[Candidate] = []
+
+    def group(self) -> Group:
+        servers = list(self._servers())
+        drafts = list(self._drafts(servers))
+        if self._wanted.reorder == "force":
+            kept = [draft for draft in drafts if any(part[3].ordering.q_order is not None for part in draft.parts)]
+            self._refusals += [
+                Refusal(str(draft.candidate()), "the tokens' own order, and reorder='force' asks for another")
+                for draft in drafts
+                if draft not in kept
+            ]
+            drafts = kept
+        if not drafts:
+            asked = [name for name in (self._wanted.template, self._wanted.backend) if name is not None]
+            raise UnsupportedError(
+                f"nothing can run {self._bound.mask} on {self._device.name}"
+                + (f" with {' and '.join(asked)}" if asked else ""),
+                tuple(self._refusals),
+            )
+        fastest = min(draft.estimate.us for draft in drafts)
+        winner = min(
+            (draft for draft in drafts if draft.estimate.us <= fastest * _NEAR),
+            key=lambda draft: (draft.rank, draft.estimate.us),
+        )
+        others = [draft.candidate() for draft in drafts if draft is not winner] + self._passed_over
+        return Group(
+            bound=self._bound,
+            heads=self._heads,
+            batch=self._batch,
+            profile=self._profile,
+            steps=tuple(self._steps(winner)),
+            estimate=winner.estimate,
+            config_source="cost model",
+            alternatives=tuple(sorted(others, key=lambda candidate: candidate.us)),
+            refusals=tuple(self._refusals),
+        )
+
+    def _servers(self) -> Iterator[tuple[Template, str]]:
+        """Templates and back ends that can serve the problem; the others become refusals."""
+        if self._wanted.template is not None:
+            template(self._wanted.template)  # an unknown name is an error, not an empty list
+        for each in templates().values():
+            if self._wanted.template not in (None, each.name):
+                continue
+            names = [self._wanted.backend] if self._wanted.backend is not None else list(BACKENDS)
+            for name in names:
+                server = backend(name)
+                if name != "reference" and name not in each.backends():
+                    if name == self._wanted.backend:
+                        self._refusals.append(Refusal(f"{each.name} on {name}", "the template has no such kernel"))
+                    continue
+                reason = server.refusal(each, self._problem, self._device)
+                if name == "reference" and self._wanted.backend != name:
+                    continue
+                if each.layout == "none":
+                    reason = reason or self._dense_refusal()
+                if reason is not None:
+                    self._refusals.append(Refusal(f"{each.name} on {name}", reason))
+                else:
+                    yield each, name
+
+    def _dense_refusal(self) -> str | None:
+        if self._dense_share() is None:
+            return f"the mask is neither full nor causal (density {self._profile.density:.2%})"
+        return None
+
+    def _dense_share(self) -> float | None:
+        """The share of all pairs that torch's attention would compute: all, or those of a causal square; else None."""
+        q_len, kv_len = self._bound.shape
+        if self._profile.nnz == q_len * kv_len:
+            return 1.0
+        offsets = self._bound.offsets
+        is_causal = (
+            q_len == kv_len
+            and offsets is not None
+            and offsets.start.tolist() == [1 - q_len]
+            and offsets.stop.tolist() == [1]
+            and offsets.step.tolist() == [1]
+        )
+        return self._profile.nnz / (q_len * kv_len) if is_causal else None
+
+    def _drafts(self, servers: list[tuple[Template, str]]) -> Iterator[_Draft]:
+        own = list(self._drafts_in(self._bound, self._profile, IDENTITY, servers, float("inf")))
+        yield from own
+        if self._wanted.reorder == "off":
+            return
+        best = min((draft.estimate.us for draft in own), default=float("inf"))
+        for ordering in candidate_orderings(self._bound, self._profile):
+            moved = reordered(self._bound, ordering)
+            yield from self._drafts_in(moved, analyse(moved), ordering, servers, best)
+        if self._wanted.template is None:
+            yield from self._mixed(servers)
+
+    def _drafts_in(
+        self,
+        bound: BoundMask,
+        profile: MaskProfile,
+        ordering: Ordering,
+        servers: list[tuple[Template, str]],
+        best_us: float,
+    ) -> Iterator[_Draft]:
+        rough = {each.name: self._rough_us(each, profile) for each, _ in servers}
+        limit = min([best_us, *rough.values()], default=0.0) * _FAR_BEHIND
+        for each, name in servers:
+            if each.layout == "none" and ordering is not IDENTITY:
+                continue
+            title = f"{each.name} on {name}" + ("" if ordering is IDENTITY else f", {ordering.name}")
+            if rough[each.name] > limit and self._wanted.template is None:
+                self._passed_over.append(
+                    Candidate(each.name, name, each.default(name), ordering.name, None, rough[each.name], 0)
+                )
+                continue
+            reason = self._layout_refusal(each, profile)
+            if reason is not None:
+                self._refusals.append(Refusal(title, reason))
+                continue
+            for config in _shortlist(each, name):
+                work = build_work(
+                    each,
+                    config,
+                    bound,
+                    self._problem,
+                    self._device,
+                    heads=len(self._heads),
+                    ordering=ordering,
+                    span_keys=span_of(profile),
+                )
+                yield _Draft(((each, name, config, work, "all"),), False, self._estimate(each, work))
+
+    def _estimate(self, each: Template, work: Work) -> Estimate:
+        if each.layout == "none":
+            share = self._dense_share()
+            assert share is not None, "a dense launch of a mask that is not dense"
+            return dense_estimate(self._problem, self._device, share)
+        return estimate(work, self._problem, self._device, len(self._heads))
+
+    def _rough_us(self, each: Template, profile: MaskProfile) -> float:
+        """From the profile alone, microseconds."""
+        copies = len(self._heads) * self._problem.batch
+        per_worker = copies / self._model.workers * 1e-3
+        q_len = profile.shape[0]
+        if each.layout == "none":
+            return dense_estimate(self._problem, self._device, profile.density).us
+        by_rows = profile.nnz * self._model.edge(span_of(profile)) + self._model.unit(q_len, is_rows=True)
+        by_tiles = self._model.rough_tiles(profile) + self._model.unit(q_len, is_rows=False)
+        ns = {"rows": by_rows, "tiles": by_tiles}.get(each.layout, 0.8 * min(by_rows, by_tiles))
+        return ns * per_worker
+
+    def _layout_refusal(self, each: Template, profile: MaskProfile) -> str | None:
+        limit = _LAYOUT_SHARE * self._device.memory_bytes
+        if each.layout == "hybrid" and profile.fill(16).fill >= _HYBRID_FILL:
+            return f"tiles of 16 are {profile.fill(16).fill:.0%} full: nothing is left to gather"
+        if each.layout == "hybrid" and profile.nnz * 16 > limit:
+            return f"{profile.nnz:,} edges are too many to sort into tiles, columns and single edges"
+        if each.layout == "tiles" and not profile.is_toeplitz:
+            partial = profile.fill(64).n_tiles - profile.fill(64).n_full
+            bytes_at_most = partial * 2 * 64 * 64 // 8
+            if bytes_at_most > limit and partial * 64 > profile.nnz:
+                return f"{partial:,} partial tiles could need {bytes_at_most / 2**30:.1f} GiB of patterns"
+        return None
+
+    def _mixed(self, servers: list[tuple[Template, str]]) -> Iterator[_Draft]:
+        """Plans of two launches."""
+        apart = heavy_rows_apart(self._bound, self._profile)
+        if apart is not None:
+            rest, heavy, order = apart
+            drafts = self._best_of(rest, IDENTITY, servers), self._best_of(heavy, order, servers)
+            yield from self._together(drafts, ("all but the heavy rows", "heavy rows"), is_joined=False)
+        parts = residue_part(self._bound)
+        if parts is not None and self._bound.q_len == self._bound.kv_len:
+            progressing, rest, period = parts
+            ordering = residue_ordering(progressing, period)
+            drafts = (
+                self._best_of(reordered(progressing, ordering), ordering, servers),
+                self._best_of(rest, IDENTITY, servers),
+            )
+            yield from self._together(drafts, (f"offsets that are multiples of {period}", "the rest"), is_joined=True)
+
+    def _best_of(self, bound: BoundMask, ordering: Ordering, servers: list[tuple[Template, str]]) -> _Draft | None:
+        own = [pair for pair in servers if pair[0].layout != "none"]
+        refusals, passed_over = list(self._refusals), list(self._passed_over)
+        drafts = list(self._drafts_in(bound, analyse(bound), ordering, own, float("inf")))
+        self._refusals, self._passed_over = refusals, passed_over  # a part's are not the mask's
+        return min(drafts, key=lambda draft: draft.estimate.us, default=None)
+
+    def _together(
+        self, drafts: tuple[_Draft | None, _Draft | None], edges: tuple[str, str], *, is_joined: bool
+    ) -> Iterator[_Draft]:
+        first, second = drafts
+        if first is None or second is None:
+            return
+        parts = tuple(
+            (*draft.parts[0][:4], text) for draft, text in zip((first, second), edges, strict=True)
+        )
+        total = first.estimate + second.estimate
+        if is_joined:
+            # Two fp32 results are written, read again and joined.
+            moved = 5 * 4 * self._problem.q_heads * self._problem.q_len * self._problem.v_dim * self._problem.batch
+            total = total + _moving(moved / self._device.memory_bandwidth * 1e6)
+        yield _Draft(parts, is_joined, total)
+
+    def _steps(self, draft: _Draft) -> Iterator[Step]:
+        for each, name, config, work, edges in draft.parts:
+            launch = Launch(
+                template=each,
+                backend=name,
+                config=config,
+                problem=self._problem,
+                device=self._device,
+                work=work,
+                heads=self._heads,
+                batch=self._batch,
+                scale=self._wanted.scale,
+                is_partial=draft.is_joined,
+            )
+            yield Step(launch, edges, self._estimate(each, work))
+
+
+def _moving(us: float) -> Estimate:
+    return Estimate(us, 0.0, 0.0, us, 0.0, 0.0)
+
+
+def _shortlist(each: Template, name: str) -> list[Config]:
+    """The default, and for tiles the other heights: what changes the work most."""
+    default = each.default(name)
+    if each.layout != "tiles" or name == "reference":
+        return [default]
+    heights = next((t.values for t in each.tunables[name] if t.name == "block_q"), ())
+    others = [
+        Config(tuple((key, height if key == "block_q" else value) for key, value in default.items))
+        for height in heights
+    ]
+    legal = [config for config in others if config != default and each.violation(name, config) is None]
+    return [default, *legal]

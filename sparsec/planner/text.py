@@ -1,0 +1,158 @@
+"""A plan as plain text, 80 columns wide: what `print(attn.plan)` and `sparsec explain` show.
+
+This file decides the words and the order of what is told. It must not decide anything else: every figure is a plan's.
+"""
+
+from __future__ import annotations
+
+import textwrap
+
+from sparsec.planner.plan import Candidate, Group, Plan, Step
+
+WIDTH = 80
+_SHOWN_ALTERNATIVES = 6
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan, told in the order a reader asks: what it is for, what runs, what else was weighed, what could not."""
+    problem = plan.problem
+    lines = [
+        *_wrapped("mask     ", _shortened(str(plan.mask.mask))),
+        f"problem  {problem.q_len:,} queries × {problem.kv_len:,} keys, "
+        f"{problem.q_heads} heads over {problem.kv_heads}, head_dim {problem.head_dim}"
+        + (f", v_dim {problem.v_dim}" if problem.v_dim != problem.head_dim else "")
+        + f", {problem.dtype}"
+        + (f", batch {problem.batch}" if problem.batch > 1 else ""),
+        *_wrapped("device   ", f"{plan.device.name}: {plan.device.label} ({plan.device.key})"),
+    ]
+    for group in plan.groups:
+        lines += ["", *_group_lines(plan, group)]
+    lines += ["", f"planned in {duration(plan.planning_us)}"]
+    return "\n".join(lines)
+
+
+def _group_lines(plan: Plan, group: Group) -> list[str]:
+    lines = []
+    if len(plan.groups) > 1:
+        lines.append(f"heads {_listed(group.heads)} of batch elements {_listed(group.batch)}")
+        lines += _wrapped("mask     ", _shortened(str(group.bound.mask)))
+    lines += _profile_lines(group)
+    lines.append("")
+    lines.append("what runs" + (", joined by log-sum-exp" if group.is_joined else ""))
+    for number, step in enumerate(group.steps, 1):
+        lines += _step_lines(number, step)
+    estimate = group.estimate
+    rate = estimate.flops / estimate.us * 1e-3
+    lines += _wrapped(
+        "  total  ",
+        f"estimated {duration(estimate.us)}, {rate:,.0f} GFLOP/s of useful work; "
+        f"most of it goes to {estimate.limiter} (configuration from the {group.config_source})",
+    )
+    if group.alternatives:
+        lines += ["", "what else could run"]
+        for candidate in group.alternatives[:_SHOWN_ALTERNATIVES]:
+            lines += _candidate_lines(candidate, estimate.us)
+        hidden = len(group.alternatives) - _SHOWN_ALTERNATIVES
+        if hidden > 0:
+            lines.append(f"  and {hidden} slower {'one' if hidden == 1 else 'ones'}")
+    if group.refusals:
+        lines += ["", "what could not"]
+        for refusal in group.refusals:
+            lines += _wrapped("  ", str(refusal))
+    return lines
+
+
+def _profile_lines(group: Group) -> list[str]:
+    profile = group.profile
+    fills = ", ".join(f"{tile.fill:.0%} at {tile.block}" for tile in profile.tiles)
+    heavy = f"; {profile.q.n_heavy:,} heavy" if profile.q.n_heavy else ""
+    empty = f"; {profile.q.n_empty:,} empty" if profile.q.n_empty else ""
+    sampled = f" (from {profile.sampled:.0%} of the rows)" if profile.sampled is not None else ""
+    return [
+        f"edges    {profile.nnz:,}, density {profile.density:.3%}",
+        f"degrees  {profile.q.mean:,.1f} keys a query, at most {profile.q.max:,}{heavy}{empty}",
+        f"         {profile.kv.mean:,.1f} queries a key, at most {profile.kv.max:,}",
+        f"tiles    filled {fills}{sampled}",
+        f"reach    {profile.bandwidth_mean:,.0f} tokens from the diagonal, at most {profile.bandwidth_max:,.0f}",
+    ]
+
+
+def _step_lines(number: int, step: Step) -> list[str]:
+    launch, work = step.launch, step.launch.work
+    lines = [f"  {number}. {launch.template.name} on {launch.backend}: {launch.template.summary}"]
+    edges = f"{step.edges} ({work.bound.nnz:,} edges)" if launch.template.layout != "none" else step.edges
+    lines += _wrapped("     edges    ", edges)
+    if work.ordering.q_order is not None:
+        lines.append(f"     order    {work.ordering.name}")
+    if launch.config.items:
+        lines += _wrapped("     config   ", str(launch.config))
+    if launch.template.layout == "none":
+        return [*lines, f"     estimate {duration(step.estimate.us)}"]
+    lines += _wrapped("     walks    ", "; ".join(_work_parts(step)))
+    balance = work.schedule.balance(launch.device.units)
+    split = f", {len(work.schedule.merge_unit)} blocks split" if work.schedule.n_slots else ""
+    lines += _wrapped(
+        "     work     ",
+        f"{work.schedule.n_items:,} items a head{split}; {balance - 1:.1%} idle on {launch.device.units} workers",
+    )
+    return [*lines, f"     estimate {duration(step.estimate.us)}"]
+
+
+def _work_parts(step: Step) -> list[str]:
+    work = step.launch.work
+    parts = []
+    if work.tiles is not None:
+        tiles = work.tiles.tile_map
+        n_full = int(tiles.is_full.sum())
+        parts.append(
+            f"{tiles.n_tiles:,} tiles of {tiles.block_q}×{tiles.block_kv} ({n_full:,} full, "
+            f"{work.tiles.n_patterns:,} patterns)"
+        )
+    if work.gathered is not None:
+        parts.append(f"{len(work.gathered.columns):,} gathered columns ({work.gathered.nnz:,} edges)")
+    if work.rows is not None:
+        form = {
+            "offsets": f"{len(work.rows.start)} progressions of offsets",
+            "ranges": f"{len(work.rows.start):,} ranges of keys",
+            "edges": f"{len(work.rows.columns):,} single edges",
+        }[work.rows.form]
+        parts.append(form)
+    parts.append(f"{size(work.nbytes)} of index arrays")
+    return parts
+
+
+def _candidate_lines(candidate: Candidate, best_us: float) -> list[str]:
+    about = "about " if candidate.estimate is None else ""
+    return _wrapped("  ", f"{candidate}: {about}{duration(candidate.us)}, {candidate.us / best_us:.2f}×")
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
+    ) or [label.rstrip()]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:280]} … ({len(text):,} characters)"
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    if len(numbers) > 2 and numbers == tuple(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def duration(us: float) -> str:
+    """Microseconds as a person reads them."""
+    for unit, scale in (("s", 1e6), ("ms", 1e3)):
+        if us >= scale:
+            return f"{us / scale:.3g} {unit}"
+    return f"{us:.3g} µs"
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as a person reads them."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.3g} {unit}"
+    return f"{n_bytes} bytes"

@@ -1,0 +1,131 @@
+"""Index arrays for a template and configuration: a mask becomes the `Work` of a launch.
+
+This file decides how each layout is built and scheduled, at the costs of the device. It must not know which template,
+configuration or order is best.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from sparsec.analysis import MaskProfile
+from sparsec.backends.base import Problem, Work
+from sparsec.cost import CostModel, cost_model
+from sparsec.device import Device
+from sparsec.layout import Ordering, block_tiles, hybrid_split, row_lists, schedule
+from sparsec.masks.mask import BoundMask
+from sparsec.template import Config, Template
+
+IDENTITY = Ordering("tokens' own order", None, None)
+
+
+def build_work(
+    template: Template,
+    config: Config,
+    bound: BoundMask,
+    problem: Problem,
+    device: Device,
+    *,
+    heads: int,
+    ordering: Ordering = IDENTITY,
+    span_keys: float | None = None,
+) -> Work:
+    """The index arrays of a launch.
+
+    Args:
+        template: Decides the layout.
+        config: Its tile sizes and thresholds.
+        bound: The mask, already in position space.
+        problem: The shape, for the costs.
+        device: Whose costs.
+        heads: How many heads run it.
+        ordering: Which token stands at each position of `bound`.
+        span_keys: Among how many keys a row's keys lie, for the cost of fetching them; all by default.
+    """
+    model = cost_model(problem, device)
+    copies = heads * problem.batch
+    span = float(bound.kv_len) if span_keys is None else span_keys
+    if template.layout == "rows":
+        return _row_work(bound, config, model, copies, ordering, span)
+    if template.layout == "tiles":
+        return _tile_work(bound, config, model, copies, ordering)
+    if template.layout == "hybrid":
+        return _hybrid_work(bound, config, model, copies, ordering, span)
+    empty = schedule(np.zeros(2, np.int64), 0.0, workers=1, copies=copies)
+    return Work(bound, ordering, bound.q_len, empty)
+
+
+def span_of(profile: MaskProfile) -> float:
+    """Among about how many keys the keys of neighbouring rows lie."""
+    return min(float(profile.shape[1]), 2.0 * profile.bandwidth_mean + 256.0)
+
+
+def _row_work(
+    bound: BoundMask, config: Config, model: CostModel, copies: int, ordering: Ordering, span: float
+) -> Work:
+    rows = row_lists(bound)
+    block_q = config["block_q"]
+    before = np.concatenate(([0], np.cumsum(rows.degrees())))
+    n_units = -(-bound.q_len // block_q)
+    indptr = before[np.minimum(np.arange(n_units + 1) * block_q, bound.q_len)]
+    edge = model.edge(span)
+    planned = schedule(
+        indptr,
+        edge,
+        workers=model.workers,
+        copies=copies,
+        item_cost=model.unit(block_q, is_rows=True),
+        min_piece=4096 * edge,
+    )
+    # The kernel counts edges from the first of the unit.
+    base = indptr[planned.unit]
+    planned = replace(planned, start=planned.start - base, stop=planned.stop - base)
+    return Work(bound, ordering, block_q, planned, rows=rows)
+
+
+def _tile_work(bound: BoundMask, config: Config, model: CostModel, copies: int, ordering: Ordering) -> Work:
+    block_q = config["block_q"]
+    tiles = block_tiles(bound, block_q, config["block_kv"])
+    planned = schedule(
+        tiles.tile_map.indptr,
+        model.tiles(tiles),
+        workers=model.workers,
+        copies=copies,
+        item_cost=model.unit(block_q, is_rows=False),
+        min_piece=20.0 * model.unit(block_q, is_rows=False),
+    )
+    return Work(bound, ordering, block_q, planned, tiles=tiles)
+
+
+def _hybrid_work(
+    bound: BoundMask, config: Config, model: CostModel, copies: int, ordering: Ordering, span: float
+) -> Work:
+    block_q, block_kv = config["block_q"], config["block_kv"]
+    threshold = max(1, config["tile_percent"] * block_q * block_kv // 100)
+    layout = hybrid_split(bound, block_q, block_kv, threshold, config["column_queries"])
+    tile_costs = model.tiles(layout.tiles)
+    costs = layout.entry_costs(0.0, model.columns(layout.gathered), model.edge(span))
+    indptr = layout.entry_indptr()
+    # A unit's tiles are its first entries.
+    n_tiles = np.diff(layout.tiles.tile_map.indptr)
+    costs[np.arange(len(tile_costs)) + np.repeat(indptr[:-1] - layout.tiles.tile_map.indptr[:-1], n_tiles)] = tile_costs
+    planned = schedule(
+        indptr,
+        costs,
+        workers=model.workers,
+        copies=copies,
+        item_cost=model.unit(block_q, is_rows=False),
+        min_piece=20.0 * model.unit(block_q, is_rows=False),
+    )
+    return Work(
+        bound,
+        ordering,
+        block_q,
+        planned,
+        items=layout.items(planned),
+        tiles=layout.tiles,
+        gathered=layout.gathered,
+        rows=layout.leftovers,
+    )

@@ -1,0 +1,218 @@
+"""Templates: the ways attention can be computed, each a folder of `templates/`.
+
+This file decides what a template declares (its layout, its tunables for each back end, its constraints) and which
+configurations are legal. It must not know what a configuration costs, nor how a kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from sparsec import data
+from sparsec.errors import SparsecError
+
+LayoutKind = Literal["rows", "tiles", "hybrid", "none"]
+
+# The file that holds a template's kernels for each back end.
+KERNEL_FILES: Final[Mapping[str, str]] = {
+    "cpu": "kernel_cpu.cpp",
+    "triton": "kernel_triton.py",
+    "cuda": "kernel_cuda.cu",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Values of a template's tunables, hashable and in the order they were declared."""
+
+    items: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, **values: int) -> Config:
+        return cls(tuple(values.items()))
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.items)[name]
+
+    def get(self, name: str, default: int) -> int:
+        return dict(self.items).get(name, default)
+
+    def to_dict(self) -> dict[str, int]:
+        return dict(self.items)
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.items) or "(nothing to tune)"
+
+
+@dataclass(frozen=True, slots=True)
+class Tunable:
+    """One launch parameter: its values, its default, and what it means."""
+
+    name: str
+    values: tuple[int, ...]
+    default: int
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a configuration must satisfy, and why; `backend` None means all."""
+
+    require: str
+    because: str
+    backend: str | None
+
+    def holds(self, names: Mapping[str, int]) -> bool:
+        return bool(_evaluate(ast.parse(self.require, mode="eval").body, names))
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """One folder of `templates/`.
+
+    Attributes:
+        name: The folder's name.
+        summary: One line for a person.
+        layout: Which index arrays its kernels walk.
+        tunables: By back end.
+        constraints: Checked by `violation`.
+        declared_backends: Back ends that serve it without a kernel of ours.
+        folder: Where the sources are.
+        source_digest: Of everything its kernels are compiled from; a record made with other sources is not served.
+    """
+
+    name: str
+    summary: str
+    layout: LayoutKind
+    tunables: Mapping[str, tuple[Tunable, ...]]
+    constraints: tuple[Constraint, ...]
+    declared_backends: tuple[str, ...]
+    folder: Path
+    source_digest: str
+
+    def backends(self) -> tuple[str, ...]:
+        """The back ends that can serve this template."""
+        own = tuple(name for name, file in KERNEL_FILES.items() if (self.folder / file).is_file())
+        return own + self.declared_backends
+
+    def kernel_path(self, backend: str) -> Path:
+        return self.folder / KERNEL_FILES[backend]
+
+    def default(self, backend: str) -> Config:
+        return Config(tuple((t.name, t.default) for t in self.tunables.get(backend, ())))
+
+    def configs(self, backend: str) -> Iterator[Config]:
+        """Every legal configuration, the default first."""
+        first = self.default(backend)
+        yield first
+        tunables = self.tunables.get(backend, ())
+        for values in itertools.product(*(t.values for t in tunables)):
+            config = Config(tuple(zip((t.name for t in tunables), values, strict=True)))
+            if config != first and self.violation(backend, config) is None:
+                yield config
+
+    def violation(self, backend: str, config: Config) -> str | None:
+        """Why `config` is illegal, in one sentence, or None."""
+        tunables = {t.name: t for t in self.tunables.get(backend, ())}
+        values = config.to_dict()
+        if values.keys() != tunables.keys():
+            return f"{self.name} on {backend} takes {', '.join(tunables) or 'no parameters'}; got {config}"
+        for name, value in values.items():
+            if value not in tunables[name].values:
+                return f"{name}={value} is none of {', '.join(map(str, tunables[name].values))}"
+        for constraint in self.constraints:
+            if constraint.backend in (None, backend) and not constraint.holds(values):
+                return f"{config} breaks {constraint.require}: {constraint.because}"
+        return None
+
+
+@cache
+def templates() -> Mapping[str, Template]:
+    """All templates by name, in alphabetical order."""
+    root = data.templates_dir()
+    shared = sorted(path for path in (root / "shared").glob("*") if path.is_file())
+    folders = sorted(path.parent for path in root.glob("*/template.yaml"))
+    return {folder.name: _read(folder, shared) for folder in folders}
+
+
+def template(name: str) -> Template:
+    """The template of that name.
+
+    Raises:
+        SparsecError: There is none.
+    """
+    found = templates().get(name)
+    if found is None:
+        raise SparsecError(f"there is no template {name!r}; the templates are {', '.join(templates())}")
+    return found
+
+
+def _read(folder: Path, shared: list[Path]) -> Template:
+    declared = data.read_yaml(folder / "template.yaml")
+    tunables = {
+        backend: tuple(
+            Tunable(name, tuple(entry["values"]), int(entry["default"]), str(entry["meaning"]))
+            for name, entry in entries.items()
+        )
+        for backend, entries in declared.get("tunables", {}).items()
+    }
+    constraints = tuple(
+        Constraint(entry["require"], entry["because"], entry.get("backend"))
+        for entry in declared.get("constraints", ())
+    )
+    digest = hashlib.sha256()
+    for path in [*sorted(path for path in folder.iterdir() if path.suffix in _SOURCE_SUFFIXES), *shared]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return Template(
+        name=str(declared["name"]),
+        summary=str(declared["summary"]),
+        layout=declared["layout"],
+        tunables=tunables,
+        constraints=constraints,
+        declared_backends=tuple(declared.get("backends", ())),
+        folder=folder,
+        source_digest=digest.hexdigest()[:16],
+    )
+
+
+_SOURCE_SUFFIXES: Final = {".cpp", ".hpp", ".cu", ".cuh", ".py", ".yaml"}
+
+_OPERATORS: Final[Mapping[type[ast.AST], Callable[[Any, Any], Any]]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+
+
+def _evaluate(node: ast.expr, names: Mapping[str, int]) -> Any:  # int or bool, as Python has it
+    """The value of a constraint: arithmetic, comparisons, `and`, `or` over tunables."""
+    match node:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Name(id=name):
+            return names[name]
+        case ast.BinOp(left, op, right):
+            return _OPERATORS[type(op)](_evaluate(left, names), _evaluate(right, names))
+        case ast.Compare(left, [op], [right]):
+            return _OPERATORS[type(op)](_evaluate(left, names), _evaluate(right, names))
+        case ast.BoolOp(op, values):
+            combine = all if isinstance(op, ast.And) else any
+            return combine(_evaluate(value, names) for value in values)
+        case _:
+            raise SparsecError(f"a constraint cannot say {ast.unparse(node)!r}")
