@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sparsec.backends.base import Launch, Problem
+from sparsec.backends.base import Dtype, Launch, Problem
 from sparsec.device import Device
 from sparsec.masks.mask import BoundMask
 from sparsec.template import Template
@@ -76,6 +76,56 @@ def _dense_rows(bound: BoundMask, rows: npt.NDArray[np.integer]) -> npt.NDArray[
         for start, stop, step in zip(ranges.start, ranges.stop, ranges.step, strict=True):
             dense[i, start:stop:step] = True
     return dense
+
+
+def rounded(array: npt.NDArray[np.floating], dtype: Dtype) -> FloatArray:
+    """The nearest values a dtype can hold (ties to even), as fp64."""
+    if dtype == "fp32":
+        return array.astype(np.float32).astype(np.float64)
+    if dtype == "fp16":
+        return array.astype(np.float16).astype(np.float64)
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isfinite(array), bits.view(np.float32), array).astype(np.float64)
+
+
+def unit_roundoff(dtype: Dtype) -> float:
+    """Half the distance between 1 and the next number of a dtype."""
+    return {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}[dtype]
+
+
+def tolerances(
+    q: FloatArray, k: FloatArray, v: FloatArray, bound: BoundMask, scale: float, dtype: Dtype
+) -> tuple[float, float]:
+    """The largest errors of output and log-sum-exp that a correct kernel of a dtype may show on one head.
+
+    Twice the sum of what a plain attention in that dtype loses against fp64 (scores and sums in fp32, weights and output
+    rounded to the dtype) and one rounding unit of the largest result. The log-sum-exp is fp32 whatever the dtype; a
+    kernel may round scaled queries or sum products of the dtype in fp32, so its errors are those of fp32 dot products.
+
+    Source: the same-dtype reference of FlashAttention's tests, with the rounding emulated where NumPy lacks the type.
+    """
+    exact, exact_lse = attention(q, k, v, bound, scale)
+    attended = bound.to_dense()
+    q32, k32, v32 = (array.astype(np.float32) for array in (q, k, v))
+    scores = np.where(attended, q32 @ k32.T * np.float32(scale), np.float32(-np.inf))
+    peak = scores.max(axis=1, initial=-np.inf, keepdims=True)
+    weights = np.exp(scores - np.where(np.isneginf(peak), np.float32(0.0), peak))
+    total = weights.sum(axis=1, keepdims=True, dtype=np.float32)
+    attends = attended.any(axis=1)
+    plain = rounded(weights, dtype).astype(np.float32) @ v32 / np.where(total > 0, total, np.float32(1.0))
+    plain_error = np.abs(rounded(plain, dtype) - exact)[attends].max(initial=0.0)
+    largest = float(np.abs(exact).max(initial=0.0))
+    with np.errstate(divide="ignore"):
+        plain_lse = np.log(total[:, 0]) + np.where(np.isneginf(peak), np.float32(0.0), peak)[:, 0]
+    lse_error = np.abs(plain_lse[attends] - exact_lse[attends]).max(initial=0.0)
+    # Scores are summed in another order than NumPy's: their own size bounds what that can change.
+    largest_score = float(np.abs(np.where(attended, scores, 0.0)).max(initial=0.0)) + 1.0
+    fp32 = unit_roundoff("fp32")
+    return (
+        2.0 * (plain_error + unit_roundoff(dtype) * largest),
+        2.0 * (lse_error + 8.0 * fp32 * largest_score),
+    )
 
 
 @dataclass(frozen=True, slots=True)

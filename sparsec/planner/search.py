@@ -107,9 +107,7 @@ def _check(bound: BoundMask, problem: Problem) -> None:
             raise MaskError(f"the mask has one member for each of {members} {name}, and the problem has {wanted}")
 
 
-def _distinct_masks(
-    bound: BoundMask, problem: Problem
-) -> list[tuple[BoundMask, tuple[int, ...], tuple[int, ...]]]:
+def _distinct_masks(bound: BoundMask, problem: Problem) -> list[tuple[BoundMask, tuple[int, ...], tuple[int, ...]]]:
     """`(mask, heads, batch elements)` for as few launches as the masks allow."""
     heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
     if not bound.varies_by_head and not bound.varies_by_batch:
@@ -375,9 +373,7 @@ class _Search:
         first, second = drafts
         if first is None or second is None:
             return
-        parts = tuple(
-            (*draft.parts[0][:4], text) for draft, text in zip((first, second), edges, strict=True)
-        )
+        parts = tuple((*draft.parts[0][:4], text) for draft, text in zip((first, second), edges, strict=True))
         total = first.estimate + second.estimate
         if is_joined:
             # Two fp32 results are written, read again and joined.

@@ -62,9 +62,7 @@ def span_of(profile: MaskProfile) -> float:
     return min(float(profile.shape[1]), 2.0 * profile.bandwidth_mean + 256.0)
 
 
-def _row_work(
-    bound: BoundMask, config: Config, model: CostModel, copies: int, ordering: Ordering, span: float
-) -> Work:
+def _row_work(bound: BoundMask, config: Config, model: CostModel, copies: int, ordering: Ordering, span: float) -> Work:
     rows = row_lists(bound)
     block_q = config["block_q"]
     before = np.concatenate(([0], np.cumsum(rows.degrees())))

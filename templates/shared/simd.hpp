@@ -105,10 +105,7 @@ SX_INLINE bool any_greater(vf a, vf b) {
 
 // Coefficients of p(r) ≈ 2^r on [0, 1) with p(0) = 1, highest power first: weighted least squares driven to minimax.
 template <int DEGREE> struct Exp2Fit;
-template <> struct Exp2Fit<3> {  // relative error 8.6e-5
-  static constexpr float c[] = {0.0770669892f, 0.227645054f, 0.695116774f, 1.0f};
-};
-template <> struct Exp2Fit<4> {  // 3.0e-6
+template <> struct Exp2Fit<4> {  // relative error 3.0e-6
   static constexpr float c[] = {0.0134267012f, 0.0522424470f, 0.241280217f, 0.693044843f, 1.0f};
 };
 template <> struct Exp2Fit<5> {  // 1.4e-7 in fp32 arithmetic

@@ -44,7 +44,7 @@ template <> struct Dtype<bf16> {
   using Operand = uint32_t;        // two neighbours along the summed dimension
   static constexpr bool in_place = true;
   static constexpr int pack = 2;
-  static constexpr int exp2_degree = 3;
+  static constexpr int exp2_degree = 4;
 };
 #endif
 

@@ -1,0 +1,161 @@
+"""The verification gate: a kernel serves users only after it passed a hard case here, with this toolchain.
+
+This file decides what the hard cases are and how a pass is remembered: per template with its sources, back end with its
+toolchain, dtype, direction and device. A failure is never remembered as a pass, and never served. It must not know how
+kernels are chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+
+from sparsec import data
+from sparsec.backends import reference
+from sparsec.backends.base import Dtype, Launch, Problem, backend
+from sparsec.device import Device
+from sparsec.errors import CompileError, SparsecError
+from sparsec.masks import from_dense
+from sparsec.masks.mask import BoundMask, Mask
+from sparsec.planner.works import build_work
+from sparsec.template import Template
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Direction = Literal["forward"]
+
+# Lengths that divide nothing, grouped heads, a head_dim that fills no vector, and v of another dimension.
+_CASE: Final = {"q_len": 83, "kv_len": 151, "q_heads": 4, "kv_heads": 2, "head_dim": 40, "v_dim": 24}
+_passed: set[str] = set()
+
+
+def ensure(template: Template, backend_name: str, dtype: Dtype, device: Device) -> None:
+    """Returns when the kernel has passed its check here, now or earlier.
+
+    Raises:
+        CompileError: It does not compile, or its results are wrong.
+    """
+    if backend_name in ("reference", "torch"):
+        return
+    key = _key(template, backend_name, dtype, "forward", device)
+    if key in _passed or _is_remembered(key):
+        _passed.add(key)
+        return
+    error = check(template, backend_name, dtype, device)
+    if error is not None:
+        raise CompileError(
+            f"{template.name} on {backend_name} ({dtype}) gave wrong results on {device.name} and is not used: {error}; "
+            f"the toolchain is {backend(backend_name).toolchain()}",
+            template.kernel_path(backend_name),
+        )
+    _passed.add(key)
+    _remember(key, template, backend_name, dtype, device)
+
+
+def check(template: Template, backend_name: str, dtype: Dtype, device: Device) -> str | None:
+    """What is wrong with a kernel's results on the hard case, in one sentence, or None."""
+    import torch
+
+    problem = Problem(**_CASE, dtype=dtype, batch=2)
+    bound = hard_mask().bind(problem.q_len, problem.kv_len)
+    config = template.default(backend_name)
+    heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
+    work = build_work(template, config, bound, problem, device, heads=problem.q_heads)
+    scale = problem.head_dim**-0.5
+    launch = Launch(template, backend_name, config, problem, device, work, heads, batch, scale)
+    kernel = backend(backend_name).lower(launch)
+    q, k, v = _inputs(problem)
+    out = torch.full((problem.batch, problem.q_heads, problem.q_len, problem.v_dim), float("nan"), dtype=q.dtype)
+    lse = torch.full(out.shape[:3], float("nan"))
+    kernel(q, k, v, out, lse)
+    for b in batch:
+        for h in heads:
+            arrays = tuple(t.double().numpy() for t in (q[b, h], k[b, h // 2], v[b, h // 2]))
+            error = _error(arrays, out[b, h], lse[b, h], bound, scale, dtype)
+            if error is not None:
+                return f"head {h} of batch element {b}: {error}"
+    return None
+
+
+def hard_mask() -> Mask:
+    """Empty and full rows and columns, full and partial tiles, single edges."""
+    rng = np.random.default_rng(7)
+    mask = rng.random((_CASE["q_len"], _CASE["kv_len"])) < 0.15
+    mask[3:70, 10:90] = True
+    mask[5] = mask[64] = False
+    mask[17] = mask[66] = True
+    mask[:, 100] = False
+    mask[:, 101] = True
+    mask[:, 101] &= np.arange(_CASE["q_len"]) != 5
+    return from_dense(mask)
+
+
+def _inputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
+    generator = torch.Generator().manual_seed(11)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
+
+    def random(heads: int, length: int, dim: int) -> torch.Tensor:
+        return torch.randn(problem.batch, heads, length, dim, generator=generator).to(dtype)
+
+    return (
+        random(problem.q_heads, problem.q_len, problem.head_dim) * 2,
+        random(problem.kv_heads, problem.kv_len, problem.head_dim),
+        random(problem.kv_heads, problem.kv_len, problem.v_dim),
+    )
+
+
+def _error(
+    arrays: tuple[reference.FloatArray, ...],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bound: BoundMask,
+    scale: float,
+    dtype: Dtype,
+) -> str | None:
+    q, k, v = arrays
+    expected, expected_lse = reference.attention(q, k, v, bound, scale)
+    allowed, allowed_lse = reference.tolerances(q, k, v, bound, scale, dtype)
+    for name, got, wanted, limit in (
+        ("the output", out.double().numpy(), expected, allowed),
+        ("the log-sum-exp", lse.double().numpy(), expected_lse, allowed_lse),
+    ):
+        same = got == wanted  # equal infinities
+        error = float(np.where(same, 0.0, np.abs(got - np.where(same, 0.0, wanted))).max())
+        if not error <= limit:
+            return f"{name} is off by {error:.3g} where {limit:.3g} is allowed"
+    return None
+
+
+def _key(template: Template, backend_name: str, dtype: str, direction: Direction, device: Device) -> str:
+    parts = (template.source_digest, backend_name, backend(backend_name).toolchain(), dtype, direction, device.key)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _is_remembered(key: str) -> bool:
+    return (data.cache_dir() / "gate" / f"{key}.json").is_file()
+
+
+def _remember(key: str, template: Template, backend_name: str, dtype: str, device: Device) -> None:
+    passed = {
+        "template": template.name,
+        "backend": backend_name,
+        "dtype": dtype,
+        "direction": "forward",
+        "device": device.key,
+        "toolchain": backend(backend_name).toolchain(),
+    }
+    try:
+        folder = data.cache_dir() / "gate"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        data.publish(folder / f"{key}.json", json.dumps(passed, indent=1).encode())
+    except SparsecError as error:
+        logger.warning("the check of %s is not remembered: %s", template.name, error)

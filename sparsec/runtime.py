@@ -1,0 +1,473 @@
+"""`compile` and `Attention`: a mask becomes a callable on tensors.
+
+This file decides when a plan is made (once per signature of shapes, heads and dtype), how tensors are checked, laid out and
+handed to kernels, and how partial results are joined. It must not know how a plan is chosen, nor any kernel.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from sparsec import data, gate
+from sparsec.backends.base import DTYPES, Dtype, Kernel, Launch, Problem, backend
+from sparsec.device import Device, detect_cpu, detect_gpu
+from sparsec.device import device as named_device
+from sparsec.errors import BackendMissingError, MaskError, SparsecError, UnsupportedError
+from sparsec.masks.mask import BoundMask, Mask
+from sparsec.planner import Group, Plan, plan
+from sparsec.planner.search import Reorder
+
+if TYPE_CHECKING:
+    import torch
+
+Layout = Literal["bhsd", "bshd"]
+Tune = Literal["off", "cached", "auto", "quick", "full"]
+ScoreMod = Callable[..., Any]  # a user's function of symbolic values
+
+_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the caller of `compile` fixed; None is taken from the first tensors."""
+
+    q_heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    v_dim: int | None
+    dtype: Dtype | None
+    device: str | None
+    backend: str | None
+    template: str | None
+    scale: float | None
+    layout: Layout
+    tune: Tune
+    reorder: Reorder
+
+
+def compile(
+    mask: Mask | BoundMask,
+    seq_len: int | tuple[int, int] | None = None,
+    *,
+    kv_len: int | None = None,
+    q_heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    v_dim: int | None = None,
+    dtype: torch.dtype | Dtype | None = None,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+    template: str | None = None,
+    needs_grad: bool | None = None,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    layout: Layout = "bhsd",
+    tune: Tune | None = None,
+    reorder: Reorder = "auto",
+) -> Attention:
+    """The fastest exact attention for a mask on the machine at hand.
+
+    What is left None is taken from the first `q, k, v` seen and specialised once per signature. When heads, head_dim and
+    dtype are all given, the kernel is planned, compiled and checked at once.
+
+    Args:
+        mask: Which query attends which key (True means attend).
+        seq_len: Queries and keys, or `(q_len, kv_len)`; may be left out where the mask knows its lengths.
+        kv_len: Keys, where they are not as many as queries.
+        q_heads: Query heads; a multiple of `kv_heads`.
+        kv_heads: Key and value heads; `q_heads` by default.
+        head_dim: Of q and k, 1 to 256.
+        v_dim: Of v and the output; `head_dim` by default.
+        dtype: `torch.float32`, `torch.float16`, `torch.bfloat16`, or `"fp32"`, `"fp16"`, `"bf16"`.
+        device: Where the tensors will be; the first tensors' by default.
+        backend: Only this back end; nothing else is taken silently.
+        template: Only this template.
+        needs_grad: Whether a backward pass will follow.
+        scale: Of the scores; `1/√head_dim` by default.
+        score_mod: `fn(score, b, h, q_idx, kv_idx)`.
+        layout: Of q, k, v and the output: `"bhsd"` is `[batch, heads, length, dim]`, `"bshd"` has heads and length
+            swapped.
+        tune: `"off"`, `"cached"` or `"auto"` choose by records and the cost model; `SPARSEC_TUNE` sets the default.
+        reorder: `"auto"` lets orders of tokens compete, `"off"` keeps the tokens' own, `"force"` takes another.
+
+    Raises:
+        MaskError: The mask does not fit the lengths or heads.
+        UnsupportedError: Nothing here can serve the request; carries every refusal.
+        BackendMissingError: The back end that was named, or the only one that could serve, lacks something.
+        CompileError: The kernel does not compile or fails its check.
+    """
+    if score_mod is not None:
+        raise UnsupportedError("score_mod is not built yet: call compile without it")
+    if needs_grad:
+        raise UnsupportedError("the backward pass is not built yet: pass needs_grad=False")
+    chosen_tune = tune or data.forced_tune_mode() or "auto"
+    _check_choice("layout", layout, get_args(Layout))
+    _check_choice("tune", chosen_tune, get_args(Tune))
+    _check_choice("reorder", reorder, get_args(Reorder))
+    if chosen_tune in ("quick", "full"):
+        raise UnsupportedError(
+            f"tune={chosen_tune!r}: tuning by measurement is not built yet; use 'off', 'cached', 'auto'"
+        )
+    bound = _bound(mask, seq_len, kv_len)
+    request = Request(
+        q_heads,
+        kv_heads,
+        head_dim,
+        v_dim,
+        None if dtype is None else _dtype_name(dtype),
+        None if device is None else str(device),
+        backend,
+        template,
+        scale,
+        layout,
+        chosen_tune,  # type: ignore[arg-type]  # checked above
+        reorder,
+    )
+    made = Attention(bound, request)
+    if q_heads is not None and head_dim is not None and dtype is not None:
+        made.specialise()
+    return made
+
+
+class Attention:
+    """Exact attention under one mask: a callable on tensors, specialised once for each signature it meets.
+
+    Calls are thread-safe. Results are deterministic: the same inputs give the same bits with the same number of threads.
+    """
+
+    def __init__(self, bound: BoundMask, request: Request) -> None:
+        self._bound = bound
+        self._request = request
+        self._specialised: dict[tuple[Problem, str], _Specialisation] = {}
+        self._latest: _Specialisation | None = None
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of q to k and v under the mask.
+
+        Args:
+            q: `[batch, q_heads, q_len, head_dim]` (layout `"bhsd"`), fp32, fp16 or bf16; any strides.
+            k: `[batch, kv_heads, kv_len, head_dim]`, of the same dtype and device.
+            v: `[batch, kv_heads, kv_len, v_dim]`, likewise.
+            return_lse: Whether to return the log-sum-exp too.
+
+        Returns:
+            `out [batch, q_heads, q_len, v_dim]` in q's dtype and the layout of q; with `return_lse` also
+            `lse [batch, q_heads, q_len]`, fp32, natural logarithm. An empty row gives `out = 0`, `lse = -inf`.
+
+        Raises:
+            SparsecError: Shapes, dtypes or devices that do not fit.
+        """
+        import torch
+
+        _check_tensors(q, k, v)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise UnsupportedError(
+                "the inputs require gradients, and the backward pass is not built yet: call under torch.no_grad()"
+            )
+        is_bshd = self._request.layout == "bshd"
+        if is_bshd:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        special = self._for(q, k, v)
+        shape = (*q.shape[:3], v.shape[3])
+        if is_bshd:
+            out = torch.empty(shape[0], shape[2], shape[1], shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
+        else:
+            out = torch.empty(shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
+        special.run(_rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v), out, lse)
+        if is_bshd:
+            out = out.transpose(1, 2)
+        return out if lse is None else (out, lse)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the latest signature.
+
+        Raises:
+            SparsecError: No tensors have been seen yet, and `compile` was not told their signature.
+        """
+        return self._current().plan
+
+    def explain(self) -> str:
+        """The plan, as text."""
+        return str(self.plan)
+
+    def source(self) -> dict[str, dict[str, str]]:
+        """Source texts by launch, then by file name."""
+        return {
+            f"{number}. {kernel_launch.template.name} on {kernel_launch.backend}": kernel.source()
+            for number, (kernel_launch, kernel) in enumerate(self._current().kernels(), 1)
+        }
+
+    def update(self, mask: Mask | BoundMask) -> None:
+        """Takes another mask of the same lengths, for the same kernels: nothing is compiled again.
+
+        Raises:
+            MaskError: Its lengths are others.
+        """
+        bound = mask if isinstance(mask, BoundMask) else mask.bind(*self._bound.shape)
+        if bound.shape != self._bound.shape:
+            raise MaskError(f"update takes a mask of shape {self._bound.shape}; this one has {bound.shape}")
+        with self._lock:
+            problems = [key for key in self._specialised]
+            self._bound = bound
+            self._specialised = {}
+        for problem, device_name in problems:
+            self._specialise(problem, device_name)
+
+    def specialise(self) -> None:
+        """Plans, compiles and checks for the signature that `compile` was given."""
+        request = self._request
+        assert request.q_heads is not None and request.head_dim is not None and request.dtype is not None
+        problem = Problem(
+            q_len=self._bound.q_len,
+            kv_len=self._bound.kv_len,
+            q_heads=request.q_heads,
+            kv_heads=request.kv_heads or request.q_heads,
+            head_dim=request.head_dim,
+            v_dim=request.v_dim or request.head_dim,
+            dtype=request.dtype,
+            batch=self._bound.n_batch or 1,
+        )
+        self._specialise(problem, request.device or "cpu")
+
+    def __repr__(self) -> str:
+        q_len, kv_len = self._bound.shape
+        return f"sparsec.compile({self._bound.mask}, ({q_len}, {kv_len}))"
+
+    def _current(self) -> _Specialisation:
+        if self._latest is None:
+            raise SparsecError(
+                "there is no plan yet: call this attention on tensors, or give compile q_heads, head_dim and dtype"
+            )
+        return self._latest
+
+    def _for(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Specialisation:
+        problem = self._problem(q, k, v)
+        found = self._specialised.get((problem, str(q.device)))
+        if found is None:
+            found = self._specialise(problem, str(q.device))
+        self._latest = found
+        return found
+
+    def _problem(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Problem:
+        bound, request = self._bound, self._request
+        if (q.shape[2], k.shape[2]) != bound.shape:
+            raise MaskError(
+                f"the mask is bound to {bound.q_len} queries and {bound.kv_len} keys, and the tensors have "
+                f"{q.shape[2]} and {k.shape[2]}: compile another for these lengths"
+            )
+        # One plan serves every batch size, unless the mask has a member for each element.
+        batch = q.shape[0] if bound.varies_by_batch else 1
+        dtype = _dtype_name(q.dtype)
+        problem = Problem(*bound.shape, q.shape[1], k.shape[1], q.shape[3], v.shape[3], dtype, batch)
+        for name in ("q_heads", "kv_heads", "head_dim", "v_dim", "dtype"):
+            promised, found = getattr(request, name), getattr(problem, name)
+            if promised not in (None, found):
+                raise SparsecError(f"compile was told {name}={promised}, and the tensors have {found}")
+        return problem
+
+    def _specialise(self, problem: Problem, device_name: str) -> _Specialisation:
+        with self._lock:
+            key = (problem, device_name)
+            found = self._specialised.get(key)
+            if found is None:
+                request = self._request
+                made = plan(
+                    self._bound,
+                    problem,
+                    _device(device_name),
+                    template=request.template,
+                    backend=request.backend,
+                    reorder=request.reorder,
+                    scale=request.scale,
+                )
+                found = self._specialised[key] = _Specialisation(made)
+            self._latest = found
+            return found
+
+
+class _Specialisation:
+    """A plan with its kernels."""
+
+    def __init__(self, made: Plan) -> None:
+        self.plan = made
+        self._kernels = [[_lowered(step.launch) for step in group.steps] for group in made.groups]
+
+    def kernels(self) -> list[tuple[Launch, Kernel]]:
+        return [
+            (step.launch, kernel)
+            for group, kernels in zip(self.plan.groups, self._kernels, strict=True)
+            for step, kernel in zip(group.steps, kernels, strict=True)
+        ]
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        for group, kernels in zip(self.plan.groups, self._kernels, strict=True):
+            if group.is_joined:
+                _run_joined(group, kernels, q, k, v, out, lse)
+            else:
+                for kernel in kernels:
+                    kernel(q, k, v, out, lse)
+
+
+def _run_joined(
+    group: Group,
+    kernels: list[Kernel],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Partial results in fp32, weighed by their log-sum-exp: exact up to fp32 rounding."""
+    import torch
+
+    parts, log_sums = [], []
+    for kernel in kernels:
+        part = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        log_sum = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+        kernel(q, k, v, part, log_sum)
+        parts.append(part)
+        log_sums.append(log_sum)
+    total = torch.logsumexp(torch.stack(log_sums), dim=0)
+    # An empty row has -inf in every part, and no weight.
+    base = torch.where(torch.isneginf(total), torch.zeros_like(total), total)
+    joined = torch.zeros_like(parts[0])
+    for part, log_sum in zip(parts, log_sums, strict=True):
+        joined.addcmul_(part, (log_sum - base).exp_().unsqueeze(-1))
+    if len(group.heads) == out.shape[1] and len(group.batch) in (1, out.shape[0]):
+        out.copy_(joined)
+        if lse is not None:
+            lse.copy_(total)
+        return
+    for b in group.batch:
+        out[b, list(group.heads)] = joined[b, list(group.heads)].to(out.dtype)
+        if lse is not None:
+            lse[b, list(group.heads)] = total[b, list(group.heads)]
+
+
+def _lowered(launch: Launch) -> Kernel:
+    server = backend(launch.backend)
+    missing = server.missing(launch.device)
+    if missing is not None:
+        raise BackendMissingError(
+            f"{launch.template.name} was planned for the {launch.backend} back end, but {missing}"
+        )
+    gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device)
+    return server.lower(launch)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    layout: Layout = "bhsd",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention under a mask, with the compiled callable kept for the next call with an equal mask.
+
+    Args:
+        q: As in `Attention.__call__`, like the rest.
+        k: Keys.
+        v: Values.
+        mask: Which query attends which key.
+        scale: Of the scores; `1/√head_dim` by default.
+        return_lse: Whether to return the log-sum-exp too.
+        layout: Of the tensors.
+    """
+    _check_tensors(q, k, v)
+    length = 1 if layout == "bshd" else 2
+    compiled = _cached(mask, q.shape[length], k.shape[length], scale, layout)
+    return compiled(q, k, v, return_lse=return_lse)
+
+
+@lru_cache(maxsize=64)
+def _cached(mask: Mask, q_len: int, kv_len: int, scale: float | None, layout: Layout) -> Attention:
+    return compile(mask, (q_len, kv_len), scale=scale, layout=layout)
+
+
+def _bound(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None, kv_len: int | None) -> BoundMask:
+    if not isinstance(mask, (Mask, BoundMask)):
+        raise MaskError(
+            f"compile takes a mask of sparsec.masks; got {type(mask).__name__}: "
+            "use masks.from_dense, from_csr, from_mask_mod or from_block_mask"
+        )
+    if isinstance(seq_len, tuple):
+        if kv_len is not None and kv_len != seq_len[1]:
+            raise MaskError(f"seq_len={seq_len} and kv_len={kv_len} disagree: give the number of keys once")
+        q_len, kv_len = seq_len
+    else:
+        q_len = seq_len  # type: ignore[assignment]  # None lets the mask say
+    if isinstance(mask, BoundMask):
+        wanted = (mask.q_len if q_len is None else q_len, mask.kv_len if kv_len is None else kv_len)
+        if q_len is not None and kv_len is None and q_len == mask.q_len:
+            wanted = mask.shape
+        if mask.shape != wanted:
+            raise MaskError(f"the mask is bound to {mask.shape}, and compile was asked for {wanted}")
+        return mask
+    return mask.bind(q_len, kv_len)
+
+
+def _device(name: str) -> Device:
+    """The device a torch device string or a name of `devices.yaml` stands for."""
+    if name == "cpu":
+        return detect_cpu()
+    if name.split(":")[0] == "cuda":
+        index = int(name.split(":")[1]) if ":" in name else None
+        return detect_gpu(index)
+    return named_device(name)
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    import torch
+
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise SparsecError(f"{name} is a {type(tensor).__name__}; sparsec takes torch tensors")
+        if tensor.is_nested:
+            raise UnsupportedError(
+                f"{name} is a NestedTensor: pack the sequences into one and use masks.documents(lengths)"
+            )
+        if tensor.dim() != 4:
+            raise SparsecError(f"{name} has shape {tuple(tensor.shape)}; four dimensions are needed")
+        if tensor.layout != torch.strided:
+            raise SparsecError(f"{name} is a {tensor.layout} tensor; sparsec takes dense ones")
+        if tensor.dtype != q.dtype:
+            raise SparsecError(f"q is {q.dtype} and {name} is {tensor.dtype}: all three must have one dtype")
+        if tensor.device != q.device:
+            raise SparsecError(f"q is on {q.device} and {name} on {tensor.device}: all three must be on one device")
+        if tensor.shape[0] != q.shape[0]:
+            raise SparsecError(f"q has batch {q.shape[0]} and {name} has {tensor.shape[0]}")
+    if k.shape[:3] != v.shape[:3]:
+        raise SparsecError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: only the last may differ")
+    if q.shape[3] != k.shape[3]:
+        raise SparsecError(f"q has head_dim {q.shape[3]} and k has {k.shape[3]}")
+
+
+def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its last dimension is contiguous, else a copy."""
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
+
+
+def _dtype_name(dtype: torch.dtype | str) -> Dtype:
+    for name in DTYPES:
+        if dtype == name or str(dtype) == f"torch.{_TORCH_NAMES[name]}":
+            return name
+    raise UnsupportedError(f"dtype {dtype}: sparsec takes {', '.join(DTYPES)}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SparsecError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")
