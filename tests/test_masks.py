@@ -37,6 +37,8 @@ def test_neighborhood_is_the_published_one(arguments):
     assert bound.nnz == dense.sum()
     assert bound.degrees("q").tolist() == dense.sum(axis=1).tolist()
     assert bound.degrees("kv").tolist() == dense.sum(axis=0).tolist()
+    assert np.array_equal(bound.T.to_dense(), dense.T)
+    assert bound.T.degrees("q").tolist() == dense.sum(axis=0).tolist()
     q, kv = np.indices(bound.shape)
     assert np.array_equal(np.broadcast_to(bound.predicate.evaluate(q_idx=q, kv_idx=kv), bound.shape), dense)
     assert m.parse(repr(mask)) == mask

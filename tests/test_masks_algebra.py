@@ -40,6 +40,10 @@ def test_every_answer_is_the_dense_one(case, data):
         )
         for i in range(rows.n_rows)
     ]
+    row = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))
+    assert ((np.diff(rows.start) > 0) | (np.diff(row) > 0)).all()
+    assert ((rows.stop - 1 - rows.start) % rows.step == 0).all()
+    assert ((rows.stop - rows.start > 1) | (rows.step == 1)).all()
     assert listed == [np.flatnonzero(row).tolist() for row in dense[start:stop]]
 
 

@@ -11,7 +11,7 @@ queries share the window of their centre (causal: of their last), and a causal w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -30,13 +30,14 @@ Ints = int | Sequence[int]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Neighborhood(Mask):
-    """Tokens of a grid (the last dimension runs fastest) attend their neighbourhood."""
+    """Tokens of a grid (the last dimension runs fastest) attend their neighbourhood, or are attended by it."""
 
     grid: tuple[int, ...]
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     causal: tuple[bool, ...]
+    is_transposed: bool = False
 
     def _text(self, show: Callable[[object], str]) -> str:
         options: dict[str, object] = {}
@@ -48,7 +49,11 @@ class Neighborhood(Mask):
             if any(v != default for v in value):
                 options[name] = _short(value)
         shape = self.grid[0] if len(self.grid) == 1 else self.grid
-        return call_text(show, "neighborhood", shape, _short(self.kernel), **options)
+        text = call_text(show, "neighborhood", shape, _short(self.kernel), **options)
+        return f"{text}.T" if self.is_transposed else text
+
+    def _transpose(self, shape: Shape | None) -> Mask:
+        return replace(self, is_transposed=not self.is_transposed)
 
     def _fixed_lengths(self) -> tuple[int | None, int | None]:
         return prod(self.grid), prod(self.grid)
@@ -60,25 +65,24 @@ class Neighborhood(Mask):
         return prod(int(count.sum()) for _, count in self._windows)
 
     def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
-        if axis == "kv":
-            per_axis = [
-                np.bincount((first[item] + nth * step).astype(np.int64), minlength=len(first))
-                for (first, count), step in zip(self._windows, self.dilation, strict=True)
-                for item, nth in (expand(count),)
-            ]
-        else:
-            per_axis = [count for _, count in self._windows]
-        degrees = per_axis[0]
-        for other in per_axis[1:]:
-            degrees = (degrees[:, None] * other).reshape(-1)
+        sides = (
+            self._windows
+            if axis == "q"
+            else [_inverted(*axis) for axis in zip(self._windows, self.dilation, strict=True)]
+        )
+        degrees = sides[0][1]
+        for _, count in sides[1:]:
+            degrees = (degrees[:, None] * count).reshape(-1)
         return degrees
 
     @cached_property
-    def _windows(self) -> list[tuple[IntArray, IntArray]]:
-        """For each dimension, by coordinate: the first neighbour, and how many there are (`dilation` apart)."""
-        return [
-            _window(*axis) for axis in zip(self.grid, self.kernel, self.stride, self.dilation, self.causal, strict=True)
-        ]
+    def _windows(self) -> list[Window]:
+        """The window of each coordinate, dimension by dimension."""
+        axes = zip(self.grid, self.kernel, self.stride, self.dilation, self.causal, strict=True)
+        windows = [_window(*axis) for axis in axes]
+        if self.is_transposed:
+            return [_inverted(window, step) for window, step in zip(windows, self.dilation, strict=True)]
+        return windows
 
     def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
         q = np.arange(start, stop, dtype=np.int64)
@@ -117,7 +121,29 @@ class Neighborhood(Mask):
         return result
 
 
-def _window(size: int, kernel: int, stride: int, dilation: int, causal: bool) -> tuple[IntArray, IntArray]:
+# By coordinate: the first neighbour, and how many there are, `dilation` apart.
+Window = tuple[IntArray, IntArray]
+
+
+def _inverted(window: Window, dilation: int) -> Window:
+    """Who has each coordinate in its window.
+
+    Along a residue class neither end of the windows ever moves back, so these too are runs.
+    """
+    first, count = window
+    inverse_first, inverse_count = np.zeros_like(first), np.zeros_like(count)
+    for residue in range(dilation):
+        own_first = (first[residue::dilation] - residue) // dilation
+        own_stop = own_first + count[residue::dilation]
+        coordinate = np.arange(len(own_first), dtype=np.int64)
+        begin = np.searchsorted(own_stop, coordinate, side="right")
+        end = np.searchsorted(own_first, coordinate, side="right")
+        inverse_first[residue::dilation] = begin * dilation + residue
+        inverse_count[residue::dilation] = np.maximum(0, end - begin)
+    return inverse_first, inverse_count
+
+
+def _window(size: int, kernel: int, stride: int, dilation: int, causal: bool) -> Window:
     coordinate = np.arange(size, dtype=np.int64)
     # Within a residue class tokens are numbered anew, and the class may be one shorter than the others.
     residue, own = coordinate % dilation, coordinate // dilation

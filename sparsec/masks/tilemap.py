@@ -103,10 +103,12 @@ class TileBits:
         index: int32 `[n]`: the tile's entry in `bits`, or FULL or EMPTY.
         bits: uint8 `[n_patterns, block_q, block_kv // 8]`, as in `TilePatterns`, but entries may be
             unused, full, empty or equal.
+        is_distinct: No two entries are known to be equal.
     """
 
     index: npt.NDArray[np.int32]
     bits: npt.NDArray[np.uint8]
+    is_distinct: bool = False
 
 
 FULL, EMPTY = -1, -2
@@ -299,10 +301,11 @@ def distinct(bits: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], IntArr
     wide = flat.view(np.uint64)
     # Odd multipliers from a fixed generator; equal hashes are compared byte by byte below.
     factors = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, wide.shape[1], dtype=np.uint64) * 2 + 1
-    mixed = wide ^ (wide >> np.uint64(29))
-    hashes = (mixed * factors).sum(axis=1, dtype=np.uint64)
+    hashes = np.einsum("ij,j->i", wide ^ (wide >> np.uint64(29)), factors)
     _, first, entry = np.unique(hashes, return_index=True, return_inverse=True)
-    if not np.array_equal(flat[first][entry], flat):
+    repeats = np.ones(n, np.bool_)
+    repeats[first] = False
+    if not np.array_equal(wide[first[entry[repeats]]], wide[repeats]):
         void = flat.view(f"V{flat.shape[1]}").reshape(-1)
         _, first, entry = np.unique(void, return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -325,7 +328,7 @@ def classify(grid: Grid, keys: IntArray, bits: npt.NDArray[np.uint8]) -> TileBit
     if len(keys):
         index[counts[entry] == 0] = EMPTY
         index[counts[entry] == grid.areas(keys)] = FULL
-    return TileBits(index, patterns)
+    return TileBits(index, patterns, is_distinct=True)
 
 
 def gather(parts: Sequence[TileBits], grid: Grid) -> TileBits:
@@ -342,7 +345,7 @@ def gather(parts: Sequence[TileBits], grid: Grid) -> TileBits:
         index[named] = entry[base + index[named]]
         indices.append(index)
         base += len(part.bits)
-    return TileBits(np.concatenate(indices), patterns)
+    return TileBits(np.concatenate(indices), patterns, is_distinct=True)
 
 
 def only_used(tile_bits: TileBits) -> TileBits:
@@ -350,16 +353,22 @@ def only_used(tile_bits: TileBits) -> TileBits:
     named = np.flatnonzero(tile_bits.index >= 0)
     if not len(named):
         return TileBits(tile_bits.index, tile_bits.bits[:0])
-    used, back = np.unique(tile_bits.index[named], return_inverse=True)
-    patterns, entry = distinct(tile_bits.bits[used])
-    tile_entry = entry[back]
-    _, first = np.unique(tile_entry, return_index=True)
+    is_used = np.zeros(len(tile_bits.bits), np.bool_)
+    is_used[tile_bits.index[named]] = True
+    patterns = tile_bits.bits if is_used.all() else tile_bits.bits[is_used]
+    tile_entry = (np.cumsum(is_used) - 1)[tile_bits.index[named]]
+    if not tile_bits.is_distinct:
+        patterns, entry = distinct(patterns)
+        tile_entry = entry[tile_entry]
+    first = np.full(len(patterns), len(named), np.int64)
+    np.minimum.at(first, tile_entry, np.arange(len(named)))
     order = np.argsort(first)
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
     index = tile_bits.index.copy()
     index[named] = rank[tile_entry]
-    return TileBits(index, patterns[order])
+    in_order = bool((order[1:] > order[:-1]).all())
+    return TileBits(index, patterns if in_order else patterns[order], is_distinct=True)
 
 
 def merge_counts(parts: Sequence[tuple[IntArray, IntArray]]) -> tuple[IntArray, IntArray]:

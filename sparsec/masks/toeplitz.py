@@ -22,7 +22,7 @@ from sparsec.masks import ranges, tilemap
 from sparsec.masks.arguments import MAX_LENGTH, checked_int
 from sparsec.masks.mask import Axis, Key, Mask, Not, Shape, complement_of
 from sparsec.masks.ranges import IntArray, RowRanges, expand
-from sparsec.masks.tilemap import FULL, Grid, TileBits, TileMap
+from sparsec.masks.tilemap import EMPTY, FULL, Grid, TileBits, TileMap
 
 Align = Literal["top_left", "bottom_right"]
 
@@ -296,11 +296,8 @@ class Toeplitz(Mask):
             entry = number[shift_class - low]
         else:
             classes, entry = np.unique(shift_class, return_inverse=True)
-        unit = min(grid.block_q, grid.block_kv)
-        painted = self._paint(grid, classes * unit)
-        whole = tilemap.gather(painted, grid)
-        index = whole.index[entry]
-        bits = whole.bits
+        whole = self._paint(grid, classes * min(grid.block_q, grid.block_kv))
+        index, bits, is_distinct = whole.index[entry], whole.bits, whole.is_distinct
         ragged = _ragged(grid, row, column)
         if len(ragged):
             # A ragged tile is its class's pattern cut to the shape; the few different cuts get entries of their own.
@@ -308,29 +305,30 @@ class Toeplitz(Mask):
             inner = index[ragged]
             named = inner >= 0
             own[named] &= bits[inner[named]]
-            own[inner == tilemap.EMPTY] = 0
+            own[inner == EMPTY] = 0
             cut = tilemap.classify(grid, keys[ragged], own)
             index[ragged] = np.where(cut.index >= 0, cut.index + len(bits), cut.index)
-            bits = np.concatenate((bits, cut.bits))
-        return TileBits(index, bits)
+            bits, is_distinct = np.concatenate((bits, cut.bits)), False
+        return TileBits(index, bits, is_distinct)
 
-    def _paint(self, grid: Grid, shifts: IntArray) -> list[TileBits]:
+    def _paint(self, grid: Grid, shifts: IntArray) -> TileBits:
         """Whole tiles of the given shifts."""
-        limit = max(1, tilemap.PAINT_BYTES // (grid.block_q * grid.block_kv))
+        area = grid.block_q * grid.block_kv
+        counts = self._pairs(shifts, grid.block_q, grid.block_kv)
+        index = np.where(counts == 0, EMPTY, FULL).astype(np.int32)
+        partial = np.flatnonzero((counts > 0) & (counts < area))
+        limit = max(1, tilemap.PAINT_BYTES // area)
         parts = []
-        for begin in range(0, len(shifts), limit):
-            some = shifts[begin : begin + limit]
-            diagonal = some[:, None] + np.arange(1 - grid.block_q, grid.block_kv, dtype=np.int64)
-            held = self._contains(diagonal)
+        for begin in range(0, len(partial), limit):
+            some = shifts[partial[begin : begin + limit]]
+            held = self._contains(some[:, None] + np.arange(1 - grid.block_q, grid.block_kv, dtype=np.int64))
             # Row x of a tile is the diagonal strip seen from block_q - 1 - x on.
             windows = np.lib.stride_tricks.sliding_window_view(held, grid.block_kv, axis=1)[:, ::-1]
             patterns, entry = tilemap.distinct(np.packbits(windows, axis=2, bitorder="little"))
-            index = entry.astype(np.int32)
-            counts = tilemap.popcounts(patterns)[entry]
-            index[counts == grid.block_q * grid.block_kv] = FULL
-            index[counts == 0] = tilemap.EMPTY
-            parts.append(TileBits(index, patterns))
-        return parts
+            parts.append(TileBits(entry.astype(np.int32), patterns, is_distinct=True))
+        painted = tilemap.gather(parts, grid)
+        index[partial] = painted.index
+        return TileBits(index, painted.bits, painted.is_distinct)
 
     def _contains(self, offset: IntArray) -> npt.NDArray[np.bool_]:
         held = np.zeros(offset.shape, np.bool_)
