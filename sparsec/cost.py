@@ -173,7 +173,8 @@ class _Cpu:
         """Of one key and a register block of `vectors` query vectors, together."""
         efficiency = np.array([1.0, *_VECTOR_EFFICIENCY[self._problem.dtype]])
         per_vector = self._dims * self._cycles_per_dim / efficiency[vectors.clip(0, 4)] + _SOFTMAX_CYCLES
-        return (vectors * per_vector * self._ns_per_cycle).astype(np.float32)
+        costs: FloatArray = (vectors * per_vector * self._ns_per_cycle).astype(np.float32)
+        return costs
 
     def tiles(self, tiles: BlockTiles) -> FloatArray:
         tile_map = tiles.tile_map
@@ -181,8 +182,10 @@ class _Cpu:
         full = tile_map.block_kv * float(self._vector_key_ns(np.array([vectors]))[0])
         if not tiles.n_patterns:
             return np.full(tile_map.n_tiles, full, np.float32)
-        by_pattern = self._lanes_ns(tiles.lane_masks()) + tile_map.block_kv * _PATTERN_CYCLES * self._ns_per_cycle
-        return np.where(tiles.patterns.index < 0, np.float32(full), by_pattern[tiles.patterns.index])
+        looking = np.float32(tile_map.block_kv * _PATTERN_CYCLES * self._ns_per_cycle)
+        by_pattern = self._lanes_ns(tiles.lane_masks()) + looking
+        costs: FloatArray = np.where(tiles.patterns.index < 0, np.float32(full), by_pattern[tiles.patterns.index])
+        return costs
 
     def rough_tiles(self, profile: MaskProfile) -> float:
         # Inside a tile, keys are skipped a vector of queries at a time: 16 × 16 tiles are near that.
@@ -200,7 +203,8 @@ class _Cpu:
         chunks = padded.reshape(n, -1, _CHUNK)
         live_keys = (chunks != 0).sum(axis=2)
         spanned = _spanned_vectors(np.bitwise_or.reduce(chunks, axis=2), self._lanes)
-        return (self._vector_key_ns(spanned) * live_keys).sum(axis=1, dtype=np.float32)
+        costs: FloatArray = (self._vector_key_ns(spanned) * live_keys).sum(axis=1, dtype=np.float32)
+        return costs
 
     def columns(self, gathered: GatheredTiles) -> float:
         lanes = gathered.lanes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 Direction = Literal["forward"]
 
 # Lengths that divide nothing, grouped heads, a head_dim that fills no vector, and v of another dimension.
-_CASE: Final = {"q_len": 83, "kv_len": 151, "q_heads": 4, "kv_heads": 2, "head_dim": 40, "v_dim": 24}
+_CASE: Final = Problem(q_len=83, kv_len=151, q_heads=4, kv_heads=2, head_dim=40, v_dim=24, batch=2)
 _passed: set[str] = set()
 
 
@@ -51,8 +52,8 @@ def ensure(template: Template, backend_name: str, dtype: Dtype, device: Device) 
     error = check(template, backend_name, dtype, device)
     if error is not None:
         raise CompileError(
-            f"{template.name} on {backend_name} ({dtype}) gave wrong results on {device.name} and is not used: {error}; "
-            f"the toolchain is {backend(backend_name).toolchain()}",
+            f"{template.name} on {backend_name} ({dtype}) gave wrong results on {device.name} and is not used: "
+            f"{error}; the toolchain is {backend(backend_name).toolchain()}",
             template.kernel_path(backend_name),
         )
     _passed.add(key)
@@ -63,7 +64,7 @@ def check(template: Template, backend_name: str, dtype: Dtype, device: Device) -
     """What is wrong with a kernel's results on the hard case, in one sentence, or None."""
     import torch
 
-    problem = Problem(**_CASE, dtype=dtype, batch=2)
+    problem = replace(_CASE, dtype=dtype)
     bound = hard_mask().bind(problem.q_len, problem.kv_len)
     config = template.default(backend_name)
     heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
@@ -87,13 +88,13 @@ def check(template: Template, backend_name: str, dtype: Dtype, device: Device) -
 def hard_mask() -> Mask:
     """Empty and full rows and columns, full and partial tiles, single edges."""
     rng = np.random.default_rng(7)
-    mask = rng.random((_CASE["q_len"], _CASE["kv_len"])) < 0.15
+    mask = rng.random((_CASE.q_len, _CASE.kv_len)) < 0.15
     mask[3:70, 10:90] = True
     mask[5] = mask[64] = False
     mask[17] = mask[66] = True
     mask[:, 100] = False
     mask[:, 101] = True
-    mask[:, 101] &= np.arange(_CASE["q_len"]) != 5
+    mask[:, 101] &= np.arange(_CASE.q_len) != 5
     return from_dense(mask)
 
 

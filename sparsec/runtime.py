@@ -1,14 +1,14 @@
 """`compile` and `Attention`: a mask becomes a callable on tensors.
 
-This file decides when a plan is made (once per signature of shapes, heads and dtype), how tensors are checked, laid out and
-handed to kernels, and how partial results are joined. It must not know how a plan is chosen, nor any kernel.
+This file decides when a plan is made (once per signature of shapes, heads and dtype), how tensors are checked, laid out
+and handed to kernels, and how partial results are joined. It must not know how a plan is chosen, nor any kernel.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -71,8 +71,8 @@ def compile(
 ) -> Attention:
     """The fastest exact attention for a mask on the machine at hand.
 
-    What is left None is taken from the first `q, k, v` seen and specialised once per signature. When heads, head_dim and
-    dtype are all given, the kernel is planned, compiled and checked at once.
+    What is left None is taken from the first `q, k, v` seen and specialised once per signature. When heads, head_dim
+    and dtype are all given, the kernel is planned, compiled and checked at once.
 
     Args:
         mask: Which query attends which key (True means attend).
@@ -136,7 +136,7 @@ def compile(
 class Attention:
     """Exact attention under one mask: a callable on tensors, specialised once for each signature it meets.
 
-    Calls are thread-safe. Results are deterministic: the same inputs give the same bits with the same number of threads.
+    Calls are thread-safe. Results are deterministic: the same inputs give the same bits with the same plan.
     """
 
     def __init__(self, bound: BoundMask, request: Request) -> None:
@@ -216,7 +216,7 @@ class Attention:
         if bound.shape != self._bound.shape:
             raise MaskError(f"update takes a mask of shape {self._bound.shape}; this one has {bound.shape}")
         with self._lock:
-            problems = [key for key in self._specialised]
+            problems = list(self._specialised)
             self._bound = bound
             self._specialised = {}
         for problem, device_name in problems:
@@ -225,7 +225,9 @@ class Attention:
     def specialise(self) -> None:
         """Plans, compiles and checks for the signature that `compile` was given."""
         request = self._request
-        assert request.q_heads is not None and request.head_dim is not None and request.dtype is not None
+        assert request.q_heads is not None, "specialise needs q_heads"
+        assert request.head_dim is not None, "specialise needs head_dim"
+        assert request.dtype is not None, "specialise needs a dtype"
         problem = Problem(
             q_len=self._bound.q_len,
             kv_len=self._bound.kv_len,
@@ -405,26 +407,25 @@ def _bound(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None, kv_len
             "use masks.from_dense, from_csr, from_mask_mod or from_block_mask"
         )
     if isinstance(seq_len, tuple):
-        if kv_len is not None and kv_len != seq_len[1]:
+        q_len: int | None = seq_len[0]
+        if kv_len not in (None, seq_len[1]):
             raise MaskError(f"seq_len={seq_len} and kv_len={kv_len} disagree: give the number of keys once")
-        q_len, kv_len = seq_len
+        kv_len = seq_len[1]
     else:
-        q_len = seq_len  # type: ignore[assignment]  # None lets the mask say
-    if isinstance(mask, BoundMask):
-        wanted = (mask.q_len if q_len is None else q_len, mask.kv_len if kv_len is None else kv_len)
-        if q_len is not None and kv_len is None and q_len == mask.q_len:
-            wanted = mask.shape
-        if mask.shape != wanted:
-            raise MaskError(f"the mask is bound to {mask.shape}, and compile was asked for {wanted}")
-        return mask
-    return mask.bind(q_len, kv_len)
+        q_len = seq_len
+    if isinstance(mask, Mask):
+        return mask.bind(q_len, kv_len)
+    # A bound mask knows its lengths; those given must agree, and a single length stands for the queries.
+    if q_len not in (None, mask.q_len) or kv_len not in (None, mask.kv_len):
+        raise MaskError(f"the mask is bound to {mask.shape}, and compile was asked for {(q_len, kv_len)}")
+    return mask
 
 
 def _device(name: str) -> Device:
     """The device a torch device string or a name of `devices.yaml` stands for."""
     if name == "cpu":
         return detect_cpu()
-    if name.split(":")[0] == "cuda":
+    if name.split(":", maxsplit=1)[0] == "cuda":
         index = int(name.split(":")[1]) if ":" in name else None
         return detect_gpu(index)
     return named_device(name)

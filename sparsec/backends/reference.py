@@ -100,8 +100,8 @@ def tolerances(
     """The largest errors of output and log-sum-exp that a correct kernel of a dtype may show on one head.
 
     Twice the sum of what a plain attention in that dtype loses against fp64 (scores and sums in fp32, weights and output
-    rounded to the dtype) and one rounding unit of the largest result. The log-sum-exp is fp32 whatever the dtype; a
-    kernel may round scaled queries or sum products of the dtype in fp32, so its errors are those of fp32 dot products.
+    rounded to the dtype) and one rounding unit of the largest result. The log-sum-exp is fp32 whatever the dtype: its
+    errors are those of fp32 dot products.
 
     Source: the same-dtype reference of FlashAttention's tests, with the rounding emulated where NumPy lacks the type.
     """
@@ -147,8 +147,10 @@ class ReferenceKernel:
         group = launch.problem.q_heads // launch.problem.kv_heads
         for b in launch.batch:
             for h in launch.heads:
-                arrays = (t.detach().double().cpu().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group]))
-                values, log_sums = attention(*arrays, launch.work.bound, launch.scale)
+                q64, k64, v64 = (
+                    t.detach().double().cpu().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group])
+                )
+                values, log_sums = attention(q64, k64, v64, launch.work.bound, launch.scale)
                 out[b, h] = torch.from_numpy(values).to(out)
                 if lse is not None:
                     lse[b, h] = torch.from_numpy(log_sums).to(lse)

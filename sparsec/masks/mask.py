@@ -1,146 +1,59 @@
-"""Masks as immutable expressions, and masks bound to lengths.
+"""Masks as immutable expressions.
 
-This file decides what a mask is: the operators that build expressions, the protocol a leaf fulfils, the normal form
-that equality, hash and digest speak about, and what a bound mask can answer. It must not know any particular leaf:
-those are one file each beside it, and what they cannot answer themselves is derived from their rows (`derive.py`).
+This file decides how masks are combined: the operators, the nodes they build, and the normal form that equality, hash
+and digest speak about. It must not know any particular leaf: those are one file each beside it, and fulfil the protocol of
+`leaf.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import and_, or_
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from sparsec.errors import MaskError
 from sparsec.expr import Expr, Var
 from sparsec.masks import derive, ranges
-from sparsec.masks.arguments import checked_int, is_int
+from sparsec.masks.arguments import checked_int
+from sparsec.masks.bound import BoundMask, slice_pair
+from sparsec.masks.leaf import Axis, Key, Leaf, Shape, call_text, common, digest_array, identity
 from sparsec.masks.ranges import IntArray, RowRanges
-from sparsec.masks.tilemap import Grid, TileBits, TileMap, TilePatterns
+from sparsec.masks.tilemap import Grid, TileBits, TileMap
 
-if TYPE_CHECKING:
-    import scipy.sparse
-
-Shape = tuple[int, int]
-Axis = Literal["q", "kv"]
-# Nested tuples of names, numbers and array hashes: comparable, hashable, the same in every process.
-Key = tuple[Any, ...]
+__all__ = [
+    "And",
+    "Axis",
+    "BoundMask",
+    "Key",
+    "Mask",
+    "Named",
+    "Not",
+    "Or",
+    "Shape",
+    "Slice",
+    "Transpose",
+    "call_text",
+    "common",
+    "complement_of",
+    "digest_array",
+    "transpose_of",
+]
 
 # A mask, whether its complement is meant, and whether its transpose is.
 Term = tuple["Mask", bool, bool]
 
-MAX_DENSE_ELEMENTS = 2**28
 
-
-class Mask:
+class Mask(Leaf):
     """Which query attends which key, before the lengths are known.
 
     A leaf is a frozen dataclass below this class; `_rows` is its one obligation, everything else has a default that is
     derived from it. Methods with a leading underscore are the leaf protocol. `shape` is always `(q_len, kv_len)` and
     has passed `_check`.
     """
-
-    # What a leaf may state about itself.
-    n_heads: int | None = None
-    n_batch: int | None = None
-    varies_by_head: bool = False
-    varies_by_batch: bool = False
-    _depends_on_lengths: bool = False
-
-    # -- The leaf protocol: the one obligation -------------------------------------------------------------------
-
-    def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
-        """The keys of queries `start:stop`."""
-        raise NotImplementedError
-
-    # -- The leaf protocol: facts with defaults ------------------------------------------------------------------
-
-    def _fixed_lengths(self) -> tuple[int | None, int | None]:
-        """The lengths this mask knows by itself, None where it takes any."""
-        return None, None
-
-    def _check(self, shape: Shape) -> None:
-        """Raises MaskError when the mask cannot have this shape; fixed lengths are checked already."""
-
-    def _row_weight(self, shape: Shape) -> float:
-        """About how many ranges a row has: sizes the chunks in which rows are visited."""
-        return 4.0
-
-    def _nnz(self, shape: Shape) -> int:
-        return derive.nnz(self, shape)
-
-    def _nnz_bound(self, shape: Shape) -> int:
-        """At most this many edges: cheap, orders the operands of an intersection."""
-        return self._nnz(shape)
-
-    def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
-        return derive.degrees(self, shape, axis)
-
-    def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
-        return derive.tiles(self, Grid(shape, block_q, block_kv), tile_rows)
-
-    def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
-        """Edges in each tile `keys = tile_row * grid.n_kv_tiles + tile_column` (ascending)."""
-        return derive.counts_at(self, grid, keys)
-
-    def _bits_at(self, grid: Grid, keys: IntArray) -> TileBits:
-        """The contents of the tiles `keys` (ascending)."""
-        return derive.bits_at(self, grid, keys)
-
-    def _patterns(self, shape: Shape, tile_map: TileMap) -> TilePatterns:
-        return derive.patterns(self, tile_map)
-
-    def _offsets(self, shape: Shape) -> RowRanges | None:
-        """The attended `kv - q` as one row, for a mask that depends on nothing else."""
-        return None
-
-    def _predicate(self, shape: Shape) -> Expr | None:
-        """An expression in `q_idx` and `kv_idx` that is true on the edges."""
-        return None
-
-    # -- The leaf protocol: the algebra --------------------------------------------------------------------------
-
-    def _transpose(self, shape: Shape | None) -> Mask | None:
-        """The mask with queries and keys swapped, `shape` being this mask's; None: through its edges."""
-        return None
-
-    def _complement(self, shape: Shape | None) -> Mask | None:
-        """The mask of all other pairs when it is again such a leaf."""
-        return None
-
-    def _merge(self, other: Mask, op: Literal["and", "or"], shape: Shape | None) -> Mask | None:
-        """One leaf that means `self op other`, when there is one."""
-        return None
-
-    def _sliced(self, shape: Shape, q: tuple[int, int], kv: tuple[int, int]) -> Mask | None:
-        """One leaf that means this mask (of `shape`) restricted to the given queries and keys, renumbered from 0."""
-        return None
-
-    def _constant(self, shape: Shape | None) -> bool | None:
-        """True for the full mask, False for the empty one, None for any other or where it is dear to know."""
-        return None
-
-    def _lean(self, shape: Shape) -> Mask:
-        """A normal form that means the same and is quicker to read."""
-        operands = self._operands()
-        return self._with_operands(tuple(operand._lean(shape) for operand in operands)) if operands else self
-
-    def _operands(self) -> tuple[Mask, ...]:
-        return ()
-
-    def _with_operands(self, operands: tuple[Mask, ...]) -> Mask:
-        return self
-
-    def _select(self, batch: int, head: int) -> Mask:
-        """The mask of one batch element and one query head."""
-        operands = self._operands()
-        return self._with_operands(tuple(operand._select(batch, head) for operand in operands)) if operands else self
 
     def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
         """The normal form: flat, sorted `And` and `Or` over leaves, their transposes and their complements.
@@ -157,12 +70,6 @@ class Mask:
     def _terms(self, kind: type[_Junction], negated: bool, transposed: bool) -> Iterator[Term]:
         """The operands of this mask seen as a `kind` of others; itself where it is none."""
         yield self, negated, transposed
-
-    def _key(self) -> Key:
-        """What the leaf means, as nested tuples. Only called on normal forms."""
-        return (type(self).__name__, *(_key_of(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
-
-    # -- What users see ------------------------------------------------------------------------------------------
 
     def bind(self, q_len: int | None = None, kv_len: int | None = None) -> BoundMask:
         """This mask with its lengths fixed.
@@ -205,8 +112,11 @@ class Mask:
                 f"cannot slice {self}: its edges depend on the lengths, which are not known yet; "
                 "bind it first: mask.bind(q_len, kv_len)[q0:q1, k0:k1]"
             )
-        q, kv = _slice_pair(item, fixed, str(self))
-        return Slice(self, q, kv, (fixed[0] or q[1], fixed[1] or kv[1]))
+        q, kv = slice_pair(item, fixed, str(self))
+        return self._slice(q, kv, (fixed[0] or q[1], fixed[1] or kv[1]))
+
+    def _slice(self, q: tuple[int, int], kv: tuple[int, int], within: Shape) -> Mask:
+        return Slice(self, q, kv, within)
 
     def __eq__(self, other: object) -> bool:
         return self._canonical == other._canonical if isinstance(other, Mask) else NotImplemented
@@ -225,10 +135,6 @@ class Mask:
     def __str__(self) -> str:
         return self._text(str)
 
-    def _text(self, show: Callable[[object], str]) -> str:
-        """Python text of this mask; `show` is `repr` (evaluates back) or `str` (may shorten arrays)."""
-        raise NotImplementedError
-
     @cached_property
     def _canonical(self) -> Key:
         heads, batch = self.n_heads, self.n_batch
@@ -237,7 +143,7 @@ class Mask:
                 lengths: Key = self._fixed_lengths()
             except MaskError:
                 lengths = ("disagree",)
-            return (*lengths, *_identity(self._normal(None, False, False), None))
+            return (*lengths, *identity(self._normal(None, False, False), None))
         members = [self._select(b, h)._canonical for b in range(batch or 1) for h in range(heads or 1)]
         if all(member == members[0] for member in members):
             members = members[:1]
@@ -321,6 +227,9 @@ class _Junction(Mask):
             return
         for operand in self.operands:
             yield from operand._terms(kind, negated, transposed)
+
+    def _postfixed(self, show: Callable[[object], str]) -> str:
+        return f"({show(self)})"
 
     def _kind(self, negated: bool) -> type[_Junction]:
         """`And` or `Or`, as De Morgan has it."""
@@ -491,6 +400,9 @@ class _Wrapper(Mask):
 class Not(_Wrapper):
     """Pairs not in the operand."""
 
+    def _postfixed(self, show: Callable[[object], str]) -> str:
+        return f"({show(self)})"
+
     def _text(self, show: Callable[[object], str]) -> str:
         return f"~({show(self.operand)})" if isinstance(self.operand, _Junction) else f"~{show(self.operand)}"
 
@@ -550,7 +462,7 @@ class Transpose(_Wrapper):
         return Transpose(self.operand._lean((shape[1], shape[0])))
 
     def _text(self, show: Callable[[object], str]) -> str:
-        return f"{_postfixed(self.operand, show)}.T"
+        return f"{self.operand._postfixed(show)}.T"
 
     def _fixed_lengths(self) -> tuple[int | None, int | None]:
         q_len, kv_len = self.operand._fixed_lengths()
@@ -630,7 +542,7 @@ class Slice(_Wrapper):
 
     def _text(self, show: Callable[[object], str]) -> str:
         part = f"[{self.q[0]}:{self.q[1]}, {self.kv[0]}:{self.kv[1]}]"
-        inner = _postfixed(self.operand, show)
+        inner = self.operand._postfixed(show)
         open_lengths = (self.q[1], self.kv[1])
         known = self.operand._fixed_lengths()
         implied = (known[0] or open_lengths[0], known[1] or open_lengths[1])
@@ -680,169 +592,6 @@ class Slice(_Wrapper):
         return inner.substitute({"q_idx": Var("q_idx") + self.q[0], "kv_idx": Var("kv_idx") + self.kv[0]})
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class BoundMask:
-    """A mask with its lengths: what analysis, layout and kernels ask."""
-
-    mask: Mask
-    shape: Shape
-
-    @property
-    def q_len(self) -> int:
-        return self.shape[0]
-
-    @property
-    def kv_len(self) -> int:
-        return self.shape[1]
-
-    @property
-    def n_heads(self) -> int | None:
-        return self.mask.n_heads
-
-    @property
-    def n_batch(self) -> int | None:
-        return self.mask.n_batch
-
-    @property
-    def varies_by_head(self) -> bool:
-        return self.mask.varies_by_head
-
-    @property
-    def varies_by_batch(self) -> bool:
-        return self.mask.varies_by_batch
-
-    def select(self, batch: int = 0, head: int = 0) -> BoundMask:
-        """The plain mask of one batch element and one query head.
-
-        Raises:
-            MaskError: There is no such head or batch element.
-        """
-        for name, index, count in (("head", head, self.n_heads), ("batch element", batch, self.n_batch)):
-            if index < 0 or (count is not None and index >= count):
-                raise MaskError(f"{self.mask} has no {name} {index}: it has {count}, counted from 0")
-        return BoundMask(self.mask._select(batch, head), self.shape)
-
-    @cached_property
-    def nnz(self) -> int:
-        """The number of edges, exact."""
-        return int(self._body._nnz(self.shape))
-
-    def degrees(self, axis: Axis) -> IntArray:
-        """Keys of each query (`"q"`) or queries of each key (`"kv"`): int64."""
-        if axis not in ("q", "kv"):
-            raise MaskError(f'degrees({axis!r}): the axis is "q" or "kv"')
-        return self._body._degrees(self.shape, axis)
-
-    def rows(self, start: int = 0, stop: int | None = None) -> RowRanges:
-        """The keys of queries `start:stop`."""
-        stop = self.q_len if stop is None else stop
-        if not 0 <= start <= stop <= self.q_len:
-            raise MaskError(f"rows({start}, {stop}) of a mask with q_len = {self.q_len}: give 0 ≤ start ≤ stop ≤ q_len")
-        return self._body._rows(self.shape, start, stop)
-
-    def tiles(self, block_q: int, block_kv: int, tile_rows: range | None = None) -> TileMap:
-        """The non-empty tiles.
-
-        Args:
-            block_q: Queries a tile, a power of two ≥ 8.
-            block_kv: Keys a tile, a power of two ≥ 8.
-            tile_rows: Only these rows of tiles (a run with step 1); the others come out empty.
-        """
-        for name, block in (("block_q", block_q), ("block_kv", block_kv)):
-            if block < 8 or block & (block - 1):
-                raise MaskError(f"tiles: {name} = {block} must be a power of two ≥ 8")
-        n_q_tiles = -(-self.q_len // block_q)
-        wanted = range(n_q_tiles) if tile_rows is None else tile_rows
-        if wanted and (wanted.step != 1 or wanted[0] < 0 or wanted[-1] >= n_q_tiles):
-            raise MaskError(f"tiles: tile_rows = {tile_rows} must be a run within range({n_q_tiles})")
-        return self._body._tiles(self.shape, block_q, block_kv, wanted)
-
-    def patterns(self, tile_map: TileMap) -> TilePatterns:
-        """What the partial tiles of `tile_map` (one of this mask's) look like."""
-        if tile_map.shape != self.shape:
-            raise MaskError(f"patterns: the tile map has shape {tile_map.shape}, the mask {self.shape}")
-        return self._body._patterns(self.shape, tile_map)
-
-    @property
-    def offsets(self) -> RowRanges | None:
-        """The attended `kv - q` (one row) where edges depend on nothing else, within `(-q_len, kv_len)`."""
-        return self._normal._offsets(self.shape)
-
-    @property
-    def predicate(self) -> Expr | None:
-        """An expression in `q_idx`, `kv_idx` (`h`, `b`), true on the edges; None for explicit edges."""
-        return self.mask._predicate(self.shape)
-
-    @cached_property
-    def digest(self) -> str:
-        """Names what the mask means at these lengths: equal in every process."""
-        return hashlib.sha256(repr((self._identity, self.shape)).encode()).hexdigest()
-
-    @property
-    def T(self) -> BoundMask:
-        return BoundMask(Transpose(self.mask), (self.kv_len, self.q_len))
-
-    def __getitem__(self, item: object) -> BoundMask:
-        """`bound[q0:q1, k0:k1]`: that part of the mask, renumbered from 0."""
-        q, kv = _slice_pair(item, self.shape, repr(self))
-        return BoundMask(Slice(self.mask, q, kv, self.shape), (q[1] - q[0], kv[1] - kv[0]))
-
-    def to_csr(self) -> scipy.sparse.csr_array:
-        """All edges as a SciPy CSR array of bool, columns sorted."""
-        return derive.to_csr(self._body, self.shape)
-
-    def to_dense(self) -> npt.NDArray[np.bool_]:
-        """bool `[q_len, kv_len]`, for small masks.
-
-        Raises:
-            MaskError: More than 2**28 elements.
-        """
-        if self.q_len * self.kv_len > MAX_DENSE_ELEMENTS:
-            raise MaskError(
-                f"to_dense of a {self.q_len} × {self.kv_len} mask: {self.q_len * self.kv_len:,} elements are more than "
-                f"{MAX_DENSE_ELEMENTS:,}; take rows(), tiles() or to_csr(), or slice the mask first"
-            )
-        return derive.to_dense(self._body, self.shape)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, BoundMask):
-            return NotImplemented
-        return self.shape == other.shape and self._identity == other._identity
-
-    def __hash__(self) -> int:
-        return hash((self._identity, self.shape))
-
-    def __repr__(self) -> str:
-        return f"{_postfixed(self.mask, repr)}.bind({self.q_len}, {self.kv_len})"
-
-    def __str__(self) -> str:
-        return f"{_postfixed(self.mask, str)}.bind({self.q_len}, {self.kv_len})"
-
-    @cached_property
-    def _identity(self) -> Key:
-        if self.varies_by_head or self.varies_by_batch:
-            return self.mask._canonical
-        return _identity(self._normal, self.shape)
-
-    @cached_property
-    def _body(self) -> Mask:
-        """What answers everything: the normal form, made quick to read."""
-        return self._normal._lean(self.shape)
-
-    @cached_property
-    def _normal(self) -> Mask:
-        """The mask's normal form at these lengths."""
-        if self.varies_by_head or self.varies_by_batch:
-            axis = "head" if self.varies_by_head else "batch element"
-            raise MaskError(f"{self} differs by {axis}; ask the mask of one of them: bound.select(batch, head)")
-        return self.mask._normal(self.shape, False, False)
-
-
-def _identity(normal: Mask, shape: Shape | None) -> Key:
-    constant = normal._constant(shape)
-    return normal._key() if constant is None else ("constant", constant)
-
-
 def transpose_of(leaf: Mask, shape: Shape | None) -> Mask:
     """The transpose of a leaf of `shape`: a leaf again where it can be one."""
     transposed = leaf._transpose(shape)
@@ -855,84 +604,9 @@ def complement_of(leaf: Mask, shape: Shape | None) -> Mask:
     return Not(leaf) if complement is None else complement
 
 
-def call_text(show: Callable[[object], str], name: str, *arguments: object, **options: object) -> str:
-    """`name(arguments)`; with `show=str` long arrays are cut short."""
-    shown = [argument_text(show, argument) for argument in arguments]
-    shown += [f"{key}={argument_text(show, value)}" for key, value in options.items()]
-    return f"{name}({', '.join(shown)})"
-
-
-def argument_text(show: Callable[[object], str], argument: object) -> str:
-    if isinstance(argument, Mask):
-        return show(argument)
-    if not isinstance(argument, np.ndarray):
-        return repr(argument)
-    if show is str and argument.size > 8:
-        ends = (argument[:3].tolist(), argument[-1:].tolist())
-        return f"[{str(ends[0])[1:-1]}, …, {str(ends[1])[1:-1]}]"
-    return repr(argument.tolist())
-
-
-def digest_array(array: npt.NDArray[Any]) -> str:
-    """A hash of an array's contents, type and shape."""
-    content = np.ascontiguousarray(array)
-    head = f"{content.dtype.str}{content.shape}".encode()
-    return hashlib.sha256(head + content.tobytes()).hexdigest()
-
-
-def _key_of(value: object) -> object:
-    if isinstance(value, Mask):
-        return value._key()
-    if isinstance(value, np.ndarray):
-        return digest_array(value)
-    if isinstance(value, RowRanges):
-        return tuple(digest_array(part) for part in (value.indptr, value.start, value.stop, value.step))
-    return value
-
-
 def _swapped(shape: Shape | None) -> Shape | None:
     return None if shape is None else (shape[1], shape[0])
 
 
-def _postfixed(mask: Mask, show: Callable[[object], str]) -> str:
-    return f"({show(mask)})" if isinstance(mask, (_Junction, Not)) else show(mask)
-
-
 def _union_rows(masks: Sequence[Mask], shape: Shape, start: int, stop: int) -> RowRanges:
     return reduce(ranges.union, (m._rows(shape, start, stop) for m in masks))
-
-
-def common(what: str, counts: Iterable[int | None], mask: Mask) -> int | None:
-    """The one number of `what` that all who state it agree on, or None."""
-    known = sorted({count for count in counts if count is not None})
-    if len(known) > 1:
-        raise MaskError(
-            f"a composition joins masks with {known[0]} and {known[1]} {what}; all operands must have the same number"
-        )
-    return known[0] if known else None
-
-
-def _slice_pair(item: object, lengths: tuple[int | None, int | None], text: str) -> tuple[Shape, Shape]:
-    if not (isinstance(item, tuple) and len(item) == 2 and all(isinstance(part, slice) for part in item)):
-        raise MaskError(f"{text}[{item!r}]: give two slices, mask[q0:q1, k0:k1]")
-    q, kv = (
-        _slice_bounds(part, length, name, text) for part, length, name in zip(item, lengths, ("q", "kv"), strict=True)
-    )
-    return q, kv
-
-
-def _slice_bounds(part: slice, length: int | None, name: str, text: str) -> Shape:
-    if part.step not in (None, 1):
-        raise MaskError(f"{text}: the {name} slice has step {part.step}; only runs (step 1) can be sliced")
-    start = 0 if part.start is None else part.start
-    stop = length if part.stop is None else part.stop
-    if stop is None:
-        raise MaskError(
-            f"{text}: the {name} slice has no stop and the mask no length yet; give the stop, or bind first"
-        )
-    if not is_int(start) or not is_int(stop):
-        raise MaskError(f"{text}: the {name} slice {start!r}:{stop!r} must be of ints")
-    if not 0 <= start < stop or (length is not None and stop > length):
-        limit = "" if length is None else f" ≤ {length}"
-        raise MaskError(f"{text}: the {name} slice {start}:{stop} must satisfy 0 ≤ start < stop{limit}")
-    return int(start), int(stop)
