@@ -1,8 +1,8 @@
 """Masks as immutable expressions.
 
 This file decides how masks are combined: the operators, the nodes they build, and the normal form that equality, hash
-and digest speak about. It must not know any particular leaf: those are one file each beside it, and fulfil the protocol of
-`leaf.py`.
+and digest speak about. It must not know any particular leaf: those are one file each beside it, and fulfil the protocol
+of `leaf.py`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,22 @@ class Mask(Leaf):
     derived from it. Methods with a leading underscore are the leaf protocol. `shape` is always `(q_len, kv_len)` and
     has passed `_check`.
     """
+
+    def _lean(self, shape: Shape) -> Mask:
+        """A normal form that means the same and is quicker to read."""
+        operands = self._operands()
+        return self._with_operands(tuple(operand._lean(shape) for operand in operands)) if operands else self
+
+    def _operands(self) -> tuple[Mask, ...]:
+        return ()
+
+    def _with_operands(self, operands: tuple[Mask, ...]) -> Mask:
+        return self
+
+    def _select(self, batch: int, head: int) -> Mask:
+        """The mask of one batch element and one query head."""
+        operands = self._operands()
+        return self._with_operands(tuple(operand._select(batch, head) for operand in operands)) if operands else self
 
     def _normal(self, shape: Shape | None, negated: bool, transposed: bool) -> Mask:
         """The normal form: flat, sorted `And` and `Or` over leaves, their transposes and their complements.
@@ -499,6 +515,9 @@ class Transpose(_Wrapper):
     def _nnz(self, shape: Shape) -> int:
         return self.operand._nnz((shape[1], shape[0]))
 
+    def _nnz_bound(self, shape: Shape) -> int:
+        return self.operand._nnz_bound((shape[1], shape[0]))
+
     def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
         return self.operand._degrees((shape[1], shape[0]), "kv" if axis == "q" else "q")
 
@@ -580,6 +599,9 @@ class Slice(_Wrapper):
 
     def _row_weight(self, shape: Shape) -> float:
         return self.operand._row_weight(self.within)
+
+    def _nnz_bound(self, shape: Shape) -> int:
+        return min(shape[0] * shape[1], self.operand._nnz_bound(self.within))
 
     def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
         rows = self.operand._rows(self.within, self.q[0] + start, self.q[0] + stop)

@@ -328,6 +328,10 @@ class DilatedBlocks(Mask):
     def _text(self, show: Callable[[object], str]) -> str:
         return call_text(show, "dilated_2d", self.block, self.dilation)
 
+    def _nnz_bound(self, shape: Shape) -> int:
+        in_block = -(-self.block // self.dilation)
+        return -(-shape[0] // self.block) * in_block**2
+
     def _transpose(self, shape: Shape | None) -> Mask | None:
         return self
 
