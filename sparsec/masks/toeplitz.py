@@ -359,7 +359,7 @@ class Toeplitz(Mask):
             if b - 1 + step < high:
                 parts.append(offset < b)
             if step != 1:
-                parts.append(((offset - a % step) % step).eq(0))
+                parts.append(((offset - a % step if a % step else offset) % step).eq(0))
             tests.append(reduce(and_, parts))
         return reduce(or_, tests)
 
