@@ -1,0 +1,78 @@
+"""block_sparse on GPUs: contiguous tiles on matrix units, full ones unmasked, partial ones by their bit pattern.
+
+A program takes one work item: a block of queries and a stretch of its tiles, which the back end has put in the order
+full, then partial, so that the loop over full tiles carries no mask at all. A tile is taken STEP_KV keys at a time.
+With PACK > 1 the rows of the query tile are PACK heads of one group for each query: they share keys and pattern.
+"""
+
+import triton
+import triton.language as tl
+
+from ..shared.kernel_triton import (
+    add_full_tiles,
+    add_partial_tiles,
+    empty_state,
+    finish,
+    load_rows,
+    locate,
+    merge,
+    save,
+    tokens_at,
+)
+
+__all__ = ["forward", "merge"]
+
+
+@triton.jit(do_not_specialize=["n_items", "n_slots", "n_heads", "abreast", "q_len", "kv_len"])
+def forward(
+    q, k, v, out, lse, partial,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    lse_batch, lse_head,
+    batches, heads, item_unit, item_slot, item_tile, item_full, item_partial, tile_column, tile_pattern, patterns,
+    q_order, kv_order,
+    n_items, n_slots, n_heads, abreast, q_len, kv_len, scale,
+    GROUP: tl.constexpr, PACK: tl.constexpr, NEGATE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """`out` and `lse` of the launch's rows; a split unit goes to `partial`, for `merge`.
+
+    Strides count elements. Index arrays: item_* [n_items] (first tile, number of full and of partial tiles after it),
+    tile_column and tile_pattern by tile, patterns [n, BLOCK_Q, words] as int64 words. DIMS is (head_dim, head_width,
+    v_dim, v_width), a width being the power of two that holds a dimension.
+    """
+    ROWS: tl.constexpr = BLOCK_Q * PACK
+    item, copy, batch, first_head = locate(n_items, n_heads, abreast, batches, heads)
+    kv_head = first_head // GROUP
+    row = tl.arange(0, ROWS)
+    lane = row // PACK
+    position = tl.load(item_unit + item) * BLOCK_Q + lane
+    inside = position < q_len
+    token = tokens_at(q_order, position, inside)
+    head = first_head + row % PACK
+    queries = load_rows(q, batch * q_batch + head * q_head + token * q_row, inside, DIMS[0], DIMS[1])
+    if NEGATE:
+        queries = -queries
+    k_base = k + batch * k_batch + kv_head * k_head
+    v_base = v + batch * v_batch + kv_head * v_head
+
+    first_tile = tl.load(item_tile + item)
+    n_full = tl.load(item_full + item)
+    m, l, acc = empty_state(ROWS, DIMS[3])
+    m, l, acc = add_full_tiles(
+        queries, k_base, k_row, v_base, v_row, tile_column + first_tile, n_full, kv_order, m, l, acc, scale,
+        BLOCK_KV, STEP_KV, DIMS,
+    )  # fmt: skip
+    first_partial = first_tile + n_full
+    m, l, acc = add_partial_tiles(
+        queries, k_base, k_row, v_base, v_row, tile_column + first_partial, tile_pattern + first_partial,
+        tl.load(item_partial + item), patterns, lane, kv_order, kv_len, m, l, acc, scale,
+        BLOCK_Q, BLOCK_KV, STEP_KV, DIMS,
+    )  # fmt: skip
+
+    slot = tl.load(item_slot + item)
+    if slot < 0:
+        out_offsets = batch * out_batch + head * out_head + token * out_row
+        lse_offsets = batch * lse_batch + head * lse_head + token
+        finish(out, lse, out_offsets, lse_offsets, inside, m, l, acc, DIMS[2], DIMS[3])
+    else:
+        save(partial, (copy * n_slots + slot) * ROWS, m, l, acc, ROWS, DIMS[2], DIMS[3])
