@@ -49,8 +49,9 @@ class TorchKernel:
                     qs, ks, vs, is_causal=is_causal, scale=launch.scale
                 )
             else:
+                # In half precision torch's exponentials are good for the output, and not for an fp32 log-sum-exp.
                 values, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    qs, ks, vs, 0.0, is_causal, scale=launch.scale
+                    qs.float(), ks.float(), vs.float(), 0.0, is_causal, scale=launch.scale
                 )
                 lse[batch, heads] = log_sums
             out[batch, heads] = values.to(out.dtype)
