@@ -87,8 +87,8 @@ class CostModel(Protocol):
         """Of a single edge whose keys are picked from among about so many."""
         ...
 
-    def unit(self, block_q: int, *, is_rows: bool) -> float:
-        """Of taking up and writing out a block of queries."""
+    def unit(self, block_q: int, *, is_rows: bool, is_scattered: bool = False) -> float:
+        """Of taking up and writing out a block of queries, which may be scattered over the sequence."""
         ...
 
 
@@ -142,10 +142,11 @@ _SOFTMAX_CYCLES = 14.0
 _PACK_CYCLES = 0.9
 # A tile whose pattern must be looked through, per key.
 _PATTERN_CYCLES = 1.0
-# The row kernel: per row, per edge, and per edge and vector of head_dim or v_dim.
-_ROW_CYCLES, _EDGE_CYCLES, _EDGE_VECTOR_CYCLES = 110.0, 6.0, 3.3
-# Keys fetched from beyond the second-level cache arrive at about this many bytes a cycle and core.
-_GATHER_BYTES_PER_CYCLE = 11.0
+# The row kernel: per row, per edge, and per edge and vector of head_dim or v_dim. A row that continues where tiles left it
+# costs the same again.
+_ROW_CYCLES, _EDGE_CYCLES, _EDGE_VECTOR_CYCLES = 110.0, 5.0, 2.4
+# Keys fetched from beyond the second- and the third-level cache arrive at about so many bytes a cycle and core.
+_L3_BYTES_PER_CYCLE, _MEMORY_BYTES_PER_CYCLE = 60.0, 12.0
 # Consecutive keys of a pattern that share one decision about live query vectors (CHUNK_STEP of tiles.hpp).
 _CHUNK = 8
 
@@ -227,11 +228,14 @@ class _Cpu:
         row_bytes = self._dims * self._problem.itemsize
         if span_keys * row_bytes <= self._device.l2_bytes:
             return 0.0
-        return row_bytes / _GATHER_BYTES_PER_CYCLE * self._ns_per_cycle
+        is_far = span_keys * row_bytes > self._device.l3_bytes / 2
+        return row_bytes / (_MEMORY_BYTES_PER_CYCLE if is_far else _L3_BYTES_PER_CYCLE) * self._ns_per_cycle
 
-    def unit(self, block_q: int, *, is_rows: bool) -> float:
+    def unit(self, block_q: int, *, is_rows: bool, is_scattered: bool = False) -> float:
         cycles = _ROW_CYCLES * block_q if is_rows else _PACK_CYCLES * self._dims * block_q + 200.0
-        return cycles * self._ns_per_cycle
+        # Rows of q and out in no order are fetched without help from the hardware's prefetcher.
+        fetched = 2.0 * block_q * self._fetch_ns(float(self._problem.q_len)) if is_scattered else 0.0
+        return cycles * self._ns_per_cycle + fetched
 
 
 def _spanned_vectors(lanes: npt.NDArray[np.uint64], width: int) -> npt.NDArray[np.int64]:
@@ -287,5 +291,5 @@ class _Gpu:
         fetched = self._dims * self._problem.itemsize / self._bytes_per_ns
         return max(fetched, 2.0 * self._dims / self._vector_flops_per_ns)
 
-    def unit(self, block_q: int, *, is_rows: bool) -> float:
+    def unit(self, block_q: int, *, is_rows: bool, is_scattered: bool = False) -> float:
         return _BLOCK_NS / 8 if is_rows else _BLOCK_NS

@@ -44,6 +44,8 @@ _NEAR = 1.03
 _SIMPLEST = ("block_sparse", "row_traversal", "hybrid", "dense")
 # Index arrays may take this share of the device's memory.
 _LAYOUT_SHARE = 0.25
+# An irregular order must save on so many keys a query what it costs on the query itself.
+_MIN_ORDER_DEGREE = 16.0
 # Gathered tiles can gain only where tiles leave this much empty.
 _HYBRID_FILL = 0.6
 
@@ -269,6 +271,13 @@ class _Search:
         if self._wanted.reorder == "off":
             return
         best = min((draft.estimate.us for draft in own), default=float("inf"))
+        profile = self._profile
+        is_regular = profile.period > 1 or profile.common_step > 1
+        if not is_regular and profile.q.mean < _MIN_ORDER_DEGREE and self._wanted.reorder == "auto":
+            if not profile.is_toeplitz:
+                reason = f"with {profile.q.mean:.1f} keys a query, fetching q and out in it costs more than it saves"
+                self._refusals.append(Refusal("another order of tokens", reason))
+            return
         for ordering in candidate_orderings(self._bound, self._profile):
             moved = reordered(self._bound, ordering)
             yield from self._drafts_in(moved, analyse(moved), ordering, servers, best)

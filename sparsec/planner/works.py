@@ -20,6 +20,9 @@ from sparsec.template import Config, Template
 
 IDENTITY = Ordering("tokens' own order", None, None)
 
+# An order is scattered when more than this share of its steps differ from the first.
+_IRREGULAR_SHARE = 0.1
+
 
 def build_work(
     template: Template,
@@ -57,6 +60,15 @@ def build_work(
     return Work(bound, ordering, bound.q_len, empty)
 
 
+def is_scattered(ordering: Ordering) -> bool:
+    """Whether neighbouring positions are tokens far apart in no regular way."""
+    order = ordering.q_order
+    if order is None or len(order) < 3:
+        return False
+    steps = np.diff(order[: 1 << 12])
+    return bool((steps != steps[0]).mean() > _IRREGULAR_SHARE)
+
+
 def span_of(profile: MaskProfile) -> float:
     """Among about how many keys the keys of neighbouring rows lie."""
     return min(float(profile.shape[1]), 2.0 * profile.bandwidth_mean + 256.0)
@@ -74,7 +86,7 @@ def _row_work(bound: BoundMask, config: Config, model: CostModel, copies: int, o
         edge,
         workers=model.workers,
         copies=copies,
-        item_cost=model.unit(block_q, is_rows=True),
+        item_cost=model.unit(block_q, is_rows=True, is_scattered=is_scattered(ordering)),
         min_piece=4096 * edge,
     )
     # The kernel counts edges from the first of the unit.
@@ -86,13 +98,14 @@ def _row_work(bound: BoundMask, config: Config, model: CostModel, copies: int, o
 def _tile_work(bound: BoundMask, config: Config, model: CostModel, copies: int, ordering: Ordering) -> Work:
     block_q = config["block_q"]
     tiles = block_tiles(bound, block_q, config["block_kv"])
+    unit = model.unit(block_q, is_rows=False, is_scattered=is_scattered(ordering))
     planned = schedule(
         tiles.tile_map.indptr,
         model.tiles(tiles),
         workers=model.workers,
         copies=copies,
-        item_cost=model.unit(block_q, is_rows=False),
-        min_piece=20.0 * model.unit(block_q, is_rows=False),
+        item_cost=unit,
+        min_piece=20.0 * unit,
     )
     return Work(bound, ordering, block_q, planned, tiles=tiles)
 
@@ -109,13 +122,19 @@ def _hybrid_work(
     # A unit's tiles are its first entries.
     n_tiles = np.diff(layout.tiles.tile_map.indptr)
     costs[np.arange(len(tile_costs)) + np.repeat(indptr[:-1] - layout.tiles.tile_map.indptr[:-1], n_tiles)] = tile_costs
+    # A row with single edges is taken up again by the row kernel; its block's last entry bears that.
+    has_edges = np.flatnonzero(layout.leftovers.degrees())
+    rows_again = np.bincount(has_edges // block_q, minlength=len(indptr) - 1)
+    blocks = np.flatnonzero(rows_again)
+    costs[indptr[blocks + 1] - 1] += (rows_again[blocks] * model.unit(1, is_rows=True)).astype(np.float32)
+    unit = model.unit(block_q, is_rows=False, is_scattered=is_scattered(ordering))
     planned = schedule(
         indptr,
         costs,
         workers=model.workers,
         copies=copies,
-        item_cost=model.unit(block_q, is_rows=False),
-        min_piece=20.0 * model.unit(block_q, is_rows=False),
+        item_cost=unit,
+        min_piece=20.0 * unit,
     )
     return Work(
         bound,

@@ -15,7 +15,7 @@
 
 namespace sx {
 
-constexpr int LOOKAHEAD = 16;
+constexpr int LOOKAHEAD = 32;
 constexpr int SHORT = VL < 8 ? 4 : 8;  // queries of so few keys stay in registers
 constexpr int MAX_DIM = 256;  // of head_dim and v_dim
 
@@ -51,6 +51,14 @@ template <class T> class RowEngine {
     l_ = vf{};
   }
 
+  // Takes up a query some of whose keys were added elsewhere: maximum (in scores), sum, unnormalised output.
+  void resume(const T* q, float m, float l, const float* acc) {
+    begin(q);
+    m_ = m;
+    l_[0] = l;
+    std::memcpy(acc_, acc, v_dim_ * 4);
+  }
+
   // Adds the keys `tokens[0:n]`; tokens up to `tokens[ahead]` may be looked at early.
   void add(const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
     const int64_t vectors = (head_dim_ + VL - 1) / VL;
@@ -67,10 +75,9 @@ template <class T> class RowEngine {
   SX_INLINE bool attend_short(const T* q, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead, T* out,
                               float* lse) const {
     if (n > SHORT || n == 0 || v_dim_ != head_dim_) return false;
-    look_ahead(rows, tokens, n, ahead);
-    if (head_dim_ == 2 * VL) return attend_short<2>(q, rows, tokens, n, out, lse);
-    if (head_dim_ == 4 * VL) return attend_short<4>(q, rows, tokens, n, out, lse);
-    if (head_dim_ == 8 * VL) return attend_short<8>(q, rows, tokens, n, out, lse);
+    if (head_dim_ == 2 * VL) return attend_short<2>(q, rows, tokens, n, ahead, out, lse);
+    if (head_dim_ == 4 * VL) return attend_short<4>(q, rows, tokens, n, ahead, out, lse);
+    if (head_dim_ == 8 * VL) return attend_short<8>(q, rows, tokens, n, ahead, out, lse);
     return false;
   }
 
@@ -109,7 +116,9 @@ template <class T> class RowEngine {
   static constexpr int EXP2_DEGREE = std::is_same_v<T, float> ? 5 : 4;
 
   template <int VECTORS>
-  SX_INLINE bool attend_short(const T* q, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, T* out, float* lse) const {
+  SX_INLINE bool attend_short(const T* q, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead, T* out,
+                              float* lse) const {
+    look_ahead<VECTORS>(rows, tokens, n, ahead);
     switch (n) {
       case 1: attend_exactly<VECTORS, 1>(q, rows, tokens, out, lse); return true;
       case 2: attend_exactly<VECTORS, 2>(q, rows, tokens, out, lse); return true;
@@ -173,19 +182,27 @@ template <class T> class RowEngine {
   template <int VECTORS> void add_all(const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
     for (int64_t first = 0; first < n; first += VL) {
       const int count = (int)(n - first < VL ? n - first : VL);
-      look_ahead(rows, tokens + first, count, ahead - first);
+      look_ahead<VECTORS>(rows, tokens + first, count, ahead - first);
       step<VECTORS>(rows, tokens + first, count);
     }
   }
   // Prefetches what is needed LOOKAHEAD keys after tokens[0:n], as far as tokens[ahead].
+  template <int VECTORS>
   SX_INLINE void look_ahead(const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) const {
     for (int64_t i = LOOKAHEAD, last = i + n < ahead ? i + n : ahead; i < last; ++i) {
-      prefetch(rows.k + tokens[i] * rows.k_pitch, head_dim_);
-      prefetch(rows.v + tokens[i] * rows.v_pitch, v_dim_);
+      prefetch<VECTORS>(rows.k + tokens[i] * rows.k_pitch, head_dim_);
+      prefetch<VECTORS>(rows.v + tokens[i] * rows.v_pitch, v_dim_);
     }
   }
-  SX_INLINE static void prefetch(const T* row, int64_t n) {
-    for (int64_t x = 0; x < n * (int64_t)sizeof(T); x += 64) __builtin_prefetch((const char*)row + x, 0, 2);
+  // Into the second-level cache: the first cannot have enough lines on their way.
+  template <int VECTORS> SX_INLINE static void prefetch(const T* row, int64_t n) {
+    const char* at = (const char*)row;
+    if constexpr (VECTORS > 0) {
+#pragma GCC unroll 16
+      for (size_t x = 0; x < VECTORS * VL * sizeof(T); x += 64) __builtin_prefetch(at + x, 0, 2);
+    } else {
+      for (int64_t x = 0; x < n * (int64_t)sizeof(T); x += 64) __builtin_prefetch(at + x, 0, 2);
+    }
   }
 
   // q · k as VL partial sums.

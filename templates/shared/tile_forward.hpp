@@ -50,19 +50,30 @@ template <class T> class TileForward {
   void item(int64_t copy, int64_t index) const {
     const Head h = head(copy);
     const int64_t unit = a_.item_unit[index];
+    const bool is_whole = a_.item_slot[index] < 0;
+    const bool has_columns = a_.column_start && a_.column_start[index] < a_.column_stop[index];
+    const bool has_edges = a_.edge_start && a_.edge_start[index] < a_.edge_stop[index];
+    if (is_whole && has_edges && !has_columns && a_.tile_start[index] == a_.tile_stop[index]) {
+      walk_rows(h, unit, nullptr);
+      return;
+    }
     TileEngine<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale);
     begin(engine, h, unit);
-
     for (int64_t t = a_.tile_start[index]; t < a_.tile_stop[index]; ++t) add_tile(engine, h, t);
-    if (a_.column_start)
+    if (has_columns)
       for (int64_t c = a_.column_start[index]; c < a_.column_stop[index]; ++c) {
         const int64_t token = kv_token(a_.gathered_columns[c]);
         engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, a_.gathered_lanes[c]);
       }
-    if (a_.edge_start) add_leftovers(engine, h, unit, a_.edge_start[index], a_.edge_stop[index]);
-
-    if (a_.item_slot[index] < 0) finish(engine, h, unit);
-    else engine.save(slot(copy, a_.item_slot[index]));
+    if (!is_whole) {
+      if (has_edges) join_rows(engine, h, unit, a_.edge_start[index], a_.edge_stop[index]);
+      engine.save(slot(copy, a_.item_slot[index]));
+    } else if (has_edges) {
+      engine.unpack();
+      walk_rows(h, unit, &engine);
+    } else {
+      finish(engine, h, unit);
+    }
   }
 
   void add_tile(TileEngine<T>& engine, const Head& h, int64_t tile) const {
@@ -84,28 +95,54 @@ template <class T> class TileForward {
     }
   }
 
-  // Edges [start, stop), all of this unit's queries.
-  void add_leftovers(TileEngine<T>& engine, const Head& h, int64_t unit, int64_t start, int64_t stop) const {
-    if (start >= stop) return;
-    const int64_t first = unit * a_.block_q, n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
+  // Finishes each query of a unit with its single edges, from where `tiles` left it (or from nothing).
+  void walk_rows(const Head& h, int64_t unit, const TileEngine<T>* tiles) const {
+    const int64_t first = unit * a_.block_q, n = std::min(a_.q_len - first, a_.block_q);
+    const int64_t end = a_.row_indptr[first + n];
     RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale);
-    const KeyRows<T> rows{h.k, h.v, a_.k.row, a_.v.row};
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t from = a_.row_indptr[first + i], count = a_.row_indptr[first + i + 1] - from, token = q_token(first + i);
+      const T* q = h.q + token * a_.q.row;
+      float* lse = h.lse ? h.lse + token : nullptr;
+      const bool is_fresh = !tiles || tiles->sum(i) == 0;
+      if (is_fresh && !a_.out_is_fp32 && !a_.kv_order &&
+          row.attend_short(q, rows(h), a_.row_start + from, count, end - from, (T*)h.out + token * a_.out.row, lse))
+        continue;
+      if (is_fresh) row.begin(q);
+      else row.resume(q, tiles->maximum_score(i), tiles->sum(i), tiles->accumulator(i));
+      add_edges(row, h, from, count, end);
+      if (a_.out_is_fp32) row.finish((float*)h.out + token * a_.out.row, lse);
+      else row.finish((T*)h.out + token * a_.out.row, lse);
+    }
+  }
+
+  // Adds edges [start, stop), all of this unit's queries, to a state that will be merged with others.
+  void join_rows(TileEngine<T>& engine, const Head& h, int64_t unit, int64_t start, int64_t stop) const {
+    const int64_t first = unit * a_.block_q, n = std::min(a_.q_len - first, a_.block_q);
+    RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale);
     engine.flush();
     for (int64_t i = 0; i < n; ++i) {
       const int64_t from = std::max(a_.row_indptr[first + i], start), to = std::min(a_.row_indptr[first + i + 1], stop);
       if (from >= to) continue;
       row.begin(h.q + q_token(first + i) * a_.q.row);
-      if (!a_.kv_order) {
-        row.add(rows, a_.row_start + from, to - from, stop - from);
-      } else {
-        int32_t tokens[LOOKAHEAD];
-        for (int64_t e = from; e < to; e += LOOKAHEAD) {
-          const int64_t count = std::min<int64_t>(to - e, LOOKAHEAD);
-          for (int64_t j = 0; j < count; ++j) tokens[j] = a_.kv_order[a_.row_start[e + j]];
-          row.add(rows, tokens, count, count);
-        }
-      }
+      add_edges(row, h, from, to - from, stop);
       engine.join(i, row.maximum_score(), row.sum(), row.accumulator());
+    }
+  }
+
+  KeyRows<T> rows(const Head& h) const { return {h.k, h.v, a_.k.row, a_.v.row}; }
+
+  // Adds edges [from, from + count) to a query; edges before `end` follow.
+  void add_edges(RowEngine<T>& row, const Head& h, int64_t from, int64_t count, int64_t end) const {
+    if (!a_.kv_order) {
+      row.add(rows(h), a_.row_start + from, count, end - from);
+      return;
+    }
+    int32_t tokens[LOOKAHEAD];
+    for (int64_t e = 0; e < count; e += LOOKAHEAD) {
+      const int64_t some = std::min<int64_t>(count - e, LOOKAHEAD);
+      for (int64_t j = 0; j < some; ++j) tokens[j] = a_.kv_order[a_.row_start[from + e + j]];
+      row.add(rows(h), tokens, some, some);
     }
   }
 

@@ -133,7 +133,7 @@ template <class T> class TileEngine {
     int64_t rows = STRIP + MAX_KEY_GROUP + 2;
     int64_t v_padded = (v_dim + VL - 1) / VL * VL + VL;
     int64_t words = padded_ * block_q + v_padded * block_q + 3 * block_q + 2 * rows * block_q + rows * padded_ + rows * v_padded +
-                    block_q * padded_ * PACK;
+                    block_q * padded_ * PACK + block_q * v_padded;
     char* at = scratch.reserve(words * 4 + 16 * 64);
     auto take = [&](int64_t n) {
       char* p = at;
@@ -150,6 +150,7 @@ template <class T> class TileEngine {
     k_rows_ = (Operand*)take(rows * padded_);
     v_rows_ = (Operand*)take(rows * v_padded);
     q_rows_ = (float*)take(block_q * padded_ * PACK);
+    unpacked_ = (float*)take(block_q * v_padded);
     v_pitch_ = v_padded;
   }
 
@@ -239,7 +240,21 @@ template <class T> class TileEngine {
     }
   }
 
-  int64_t partial_words() const { return (v_dim_ + 2) * block_q_; }
+  // The state of query i, for one who goes on with it elsewhere; `unpack` first.
+  float maximum_score(int64_t i) const { return m_[i]; }
+  float sum(int64_t i) const { return l_[i]; }
+  const float* accumulator(int64_t i) const { return unpacked_ + i * v_pitch_; }
+  void unpack() {
+    flush();
+    for (int64_t lane = 0; lane < n_; lane += VL)
+      for (int64_t c = 0; c < v_dim_; c += VL) {
+        vf columns[VL];
+        for (int j = 0; j < VL; ++j) columns[j] = load(acc_ + (c + j) * block_q_ + lane);
+        transpose(columns);
+        for (int i = 0; i < VL; ++i) store(unpacked_ + (lane + i) * v_pitch_ + c, columns[i]);
+      }
+  }
+
   void save(float* to) {
     flush();
     std::memcpy(to, m_, block_q_ * 4);
@@ -462,6 +477,7 @@ template <class T> class TileEngine {
   Operand* p_;      // [STRIP / pack, block_q]
   Operand *k_rows_, *v_rows_;
   float* q_rows_;   // [block_q, head_dim padded]
+  float* unpacked_; // [block_q, v_dim padded]
   const T *k_[STRIP], *v_[STRIP];
   uint64_t lanes_[STRIP + MAX_KEY_GROUP];
   const Operand *kp_[STRIP + MAX_KEY_GROUP], *vp_[STRIP];
