@@ -52,9 +52,10 @@ class Shape:
     """What a launch's kernel is specialised on beyond its problem; follows from launch and device alone.
 
     Attributes:
-        dims: `(head_dim, head_width, v_dim, v_width)`; a width is the power of two, at least 16, that holds a dimension.
+        dims: `(head_dim, head_width, v_dim, v_width)`; a width is a power of two, at least 16, that holds a dimension.
         pack: Query heads packed into the query tile.
         step_kv: Keys that go to the matrix units at a time.
+        chunk: Dimensions of q and k that go at a time; head_width on matrix units.
         keys: Keys a row that go to the vector units at a time.
         num_warps: At least what the configuration says; more where the accumulator would not fit the registers.
         num_stages: At most what the configuration says; fewer where the stages would not fit the shared memory.
@@ -64,6 +65,7 @@ class Shape:
     dims: tuple[int, int, int, int]
     pack: int
     step_kv: int
+    chunk: int
     keys: int
     num_warps: int
     num_stages: int
@@ -85,9 +87,12 @@ def shape_of(launch: Launch) -> Shape:
     # K or V rows in flight, as fp32, among the threads.
     keys = max(1, config.get("fetch", 32) * threads // (rows * max(dims[1], dims[3])))
     if launch.template.layout == "rows":
-        return Shape(dims, pack, 0, keys, warps, 1, 0)
+        return Shape(dims, pack, 0, dims[1], keys, warps, 1, 0)
     step = min(config["block_kv"], max(16, _SCORES_PER_THREAD * threads // rows))
-    stages = config["num_stages"]
+    stages, chunk = config["num_stages"], dims[1]
+    if launch.device.kind == "nvidia" and problem.dtype == "fp32":
+        # No matrix units: operands are held by threads, so they are cut small, and nothing is staged.
+        step, stages, chunk = 16, 1, 16
     limit = launch.device.shared_bytes_per_block
     while shared_bytes(rows, step, dims, stages, problem.itemsize) > limit and step > 16:
         if stages > 2:
@@ -96,7 +101,8 @@ def shape_of(launch: Launch) -> Shape:
             step //= 2
     while shared_bytes(rows, step, dims, stages, problem.itemsize) > limit and stages > 1:
         stages -= 1
-    return Shape(dims, pack, step, keys, warps, stages, shared_bytes(rows, step, dims, stages, problem.itemsize))
+    needed = shared_bytes(rows, step, dims, stages, problem.itemsize)
+    return Shape(dims, pack, step, chunk, keys, warps, stages, needed)
 
 
 def shared_bytes(rows: int, step_kv: int, dims: tuple[int, int, int, int], stages: int, itemsize: int) -> int:
@@ -229,7 +235,7 @@ def _tile_lists(launch: Launch, shape: Shape) -> Lists:
     tiles, schedule = launch.work.tiles, launch.work.schedule
     assert tiles is not None, "block_sparse walks tiles"
     arrays = _tile_arrays(tiles, schedule.start, schedule.stop)
-    return arrays, {"PACK": shape.pack, "BLOCK_KV": tiles.tile_map.block_kv, "STEP_KV": shape.step_kv}
+    return arrays, {"PACK": shape.pack, "BLOCK_KV": tiles.tile_map.block_kv, **_steps(shape)}
 
 
 def _hybrid_lists(launch: Launch, shape: Shape) -> Lists:
@@ -250,7 +256,11 @@ def _hybrid_lists(launch: Launch, shape: Shape) -> Lists:
         "row_indptr": rows.indptr,
         "row_first": rows.columns,
     }
-    return arrays, {"BLOCK_KV": tiles.tile_map.block_kv, "STEP_KV": shape.step_kv, "KEYS": shape.keys}
+    return arrays, {"BLOCK_KV": tiles.tile_map.block_kv, **_steps(shape), "KEYS": shape.keys}
+
+
+def _steps(shape: Shape) -> dict[str, object]:
+    return {"STEP_KV": shape.step_kv, "CHUNK": shape.chunk}
 
 
 _LISTS: Final = {"rows": _row_lists, "tiles": _tile_lists, "hybrid": _hybrid_lists}
@@ -324,8 +334,7 @@ class TritonKernel:
                     **arrays,
                     **call.numbers,
                     **call.constants,
-                    num_warps=call.num_warps,
-                    num_stages=call.num_stages,
+                    **_options(call),
                 )
 
     def source(self) -> dict[str, str]:
@@ -360,6 +369,11 @@ class TritonKernel:
                 {name: upload(array) for name, array in call.arrays.items()} for call in self._calls
             ]
         return self._uploaded[device]
+
+
+def _options(call: Call) -> dict[str, Any]:  # what Triton's compiler takes
+    # Fused multiply-adds are stated: Triton's default for them is about to change.
+    return {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True}
 
 
 def _strides(
@@ -508,9 +522,7 @@ def _lower_call(launch: Launch, call: Call, kernel: Any) -> LoweredSource:  # a 
     signature, constants, attributes = _signature(launch, call, kernel)
     try:
         source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(
-            source, target=target, options={"num_warps": call.num_warps, "num_stages": call.num_stages}
-        )
+        compiled = triton.compile(source, target=target, options=_options(call))
     except Exception as error:  # Triton raises its own errors, MLIR's RuntimeError and ptxas failures alike
         raise CompileError(
             f"{launch.template.name} ({call.name}, {launch.config}) does not compile for {device.name}: {error}",

@@ -13,7 +13,7 @@ from ..shared.kernel_triton import (
     add_partial_tiles,
     empty_state,
     finish,
-    load_rows,
+    load_queries,
     locate,
     merge,
     save,
@@ -33,12 +33,14 @@ def forward(
     n_items, n_slots, n_heads, abreast, q_len, kv_len, scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`out` and `lse` of the launch's rows; a split unit goes to `partial`, for `merge`.
 
     Strides count elements. Index arrays: item_* [n_items] (first tile, number of full and of partial tiles after it),
     tile_column and tile_pattern by tile, patterns [n, BLOCK_Q, words] as int64 words. DIMS is (head_dim, head_width,
-    v_dim, v_width), a width being the power of two that holds a dimension.
+    v_dim, v_width), a width being the power of two that holds a dimension; CHUNK is head_width, or what
+    goes at a time where there are no matrix units.
     """
     ROWS: tl.constexpr = BLOCK_Q * PACK
     item, copy, batch, first_head = locate(n_items, n_heads, abreast, batches, heads)
@@ -49,30 +51,29 @@ def forward(
     inside = position < q_len
     token = tokens_at(q_order, position, inside)
     head = first_head + row % PACK
-    queries = load_rows(q, batch * q_batch + head * q_head + token * q_row, inside, DIMS[0], DIMS[1])
-    if NEGATE:
-        queries = -queries
+    q_offsets = batch * q_batch + head * q_head + token * q_row
+    queries = load_queries(q, q_offsets, inside, DIMS, CHUNK)
     k_base = k + batch * k_batch + kv_head * k_head
     v_base = v + batch * v_batch + kv_head * v_head
 
     first_tile = tl.load(item_tile + item)
     n_full = tl.load(item_full + item)
-    m, l, acc = empty_state(ROWS, DIMS[3])
-    m, l, acc = add_full_tiles(
-        queries, k_base, k_row, v_base, v_row, tile_column + first_tile, n_full, kv_order, m, l, acc, scale,
-        BLOCK_KV, STEP_KV, DIMS,
+    peak, total, acc = empty_state(ROWS, DIMS[3])
+    peak, total, acc = add_full_tiles(
+        queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_tile, n_full, kv_order,
+        peak, total, acc, scale, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
     first_partial = first_tile + n_full
-    m, l, acc = add_partial_tiles(
-        queries, k_base, k_row, v_base, v_row, tile_column + first_partial, tile_pattern + first_partial,
-        tl.load(item_partial + item), patterns, lane, kv_order, kv_len, m, l, acc, scale,
-        BLOCK_Q, BLOCK_KV, STEP_KV, DIMS,
+    peak, total, acc = add_partial_tiles(
+        queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_partial,
+        tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
+        peak, total, acc, scale, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
 
     slot = tl.load(item_slot + item)
     if slot < 0:
         out_offsets = batch * out_batch + head * out_head + token * out_row
         lse_offsets = batch * lse_batch + head * lse_head + token
-        finish(out, lse, out_offsets, lse_offsets, inside, m, l, acc, DIMS[2], DIMS[3])
+        finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, DIMS[2], DIMS[3])
     else:
-        save(partial, (copy * n_slots + slot) * ROWS, m, l, acc, ROWS, DIMS[2], DIMS[3])
+        save(partial, (copy * n_slots + slot) * ROWS, peak, total, acc, ROWS, DIMS[2], DIMS[3])

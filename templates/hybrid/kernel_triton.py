@@ -14,10 +14,12 @@ from ..shared.kernel_triton import (
     empty_state,
     finish,
     join,
+    load_queries,
     load_rows,
     locate,
     merge,
     save,
+    score,
     tokens_at,
     walk_block,
 )
@@ -27,20 +29,21 @@ __all__ = ["forward", "merge"]
 
 @triton.jit
 def add_columns(
-    q, k_base, k_row, v_base, v_row, columns, lanes, n_columns, lane, kv_order, m, l, acc, scale,
-    STEP_KV: tl.constexpr, DIMS: tl.constexpr,
+    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, lanes, n_columns, lane, kv_order,
+    peak, total, acc, scale,
+    NEGATE: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The state after gathered columns; bit `i` of a column's lanes says that query `i` of the block attends it."""
     for done in range(0, n_columns, STEP_KV):
         nth = done + tl.arange(0, STEP_KV)
-        inside = nth < n_columns
-        token = tokens_at(kv_order, tl.load(columns + nth, mask=inside, other=0), inside)
-        k = load_rows(k_base, token * k_row, inside, DIMS[0], DIMS[1])
-        v = load_rows(v_base, token * v_row, inside, DIMS[2], DIMS[3])
-        bits = tl.load(lanes + nth, mask=inside, other=0)
+        live = nth < n_columns
+        token = tokens_at(kv_order, tl.load(columns + nth, mask=live, other=0), live)
+        scores = score(q, q_base, q_offsets, inside, k_base, token * k_row, live, NEGATE, STEP_KV, DIMS, CHUNK)
+        v = load_rows(v_base, token * v_row, live, DIMS[2], DIMS[3])
+        bits = tl.load(lanes + nth, mask=live, other=0)
         attended = ((bits[None, :] >> lane[:, None].to(tl.int64)) & 1) != 0
-        m, l, acc = attend(q, k, v, attended, m, l, acc, scale)
-    return m, l, acc
+        peak, total, acc = attend(scores, v, attended, peak, total, acc, scale)
+    return peak, total, acc
 
 
 @triton.jit(do_not_specialize=["n_items", "n_slots", "n_heads", "abreast", "q_len", "kv_len"])
@@ -55,11 +58,13 @@ def forward(
     n_items, n_slots, n_heads, abreast, q_len, kv_len, scale,
     GROUP: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`out` and `lse` of the launch's rows; a split unit goes to `partial`, for `merge`.
 
     Index arrays: as in `block_sparse`, `GatheredTiles` and `RowLists` (edges). DIMS is (head_dim, head_width, v_dim,
-    v_width), a width being the power of two that holds a dimension.
+    v_width), a width being the power of two that holds a dimension; CHUNK is head_width, or what goes at a time where
+    there are no matrix units.
     """
     item, copy, batch, head = locate(n_items, n_heads, abreast, batches, heads)
     kv_head = head // GROUP
@@ -68,30 +73,29 @@ def forward(
     inside = position < q_len
     token = tokens_at(q_order, position, inside)
     q_base = q + batch * q_batch + head * q_head
-    queries = load_rows(q_base, token * q_row, inside, DIMS[0], DIMS[1])
-    if NEGATE:
-        queries = -queries
+    q_offsets = token * q_row
+    queries = load_queries(q_base, q_offsets, inside, DIMS, CHUNK)
     k_base = k + batch * k_batch + kv_head * k_head
     v_base = v + batch * v_batch + kv_head * v_head
 
     first_tile = tl.load(item_tile + item)
     n_full = tl.load(item_full + item)
-    m, l, acc = empty_state(BLOCK_Q, DIMS[3])
-    m, l, acc = add_full_tiles(
-        queries, k_base, k_row, v_base, v_row, tile_column + first_tile, n_full, kv_order, m, l, acc, scale,
-        BLOCK_KV, STEP_KV, DIMS,
+    peak, total, acc = empty_state(BLOCK_Q, DIMS[3])
+    peak, total, acc = add_full_tiles(
+        queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_tile, n_full, kv_order,
+        peak, total, acc, scale, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
     first_partial = first_tile + n_full
-    m, l, acc = add_partial_tiles(
-        queries, k_base, k_row, v_base, v_row, tile_column + first_partial, tile_pattern + first_partial,
-        tl.load(item_partial + item), patterns, lane, kv_order, kv_len, m, l, acc, scale,
-        BLOCK_Q, BLOCK_KV, STEP_KV, DIMS,
+    peak, total, acc = add_partial_tiles(
+        queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_partial,
+        tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
+        peak, total, acc, scale, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
     column = tl.load(item_column + item)
     n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
-    m, l, acc = add_columns(
-        queries, k_base, k_row, v_base, v_row, gathered_columns + column, gathered_lanes + column, n_columns, lane,
-        kv_order, m, l, acc, scale, STEP_KV, DIMS,
+    peak, total, acc = add_columns(
+        queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, gathered_columns + column,
+        gathered_lanes + column, n_columns, lane, kv_order, peak, total, acc, scale, NEGATE, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
 
     edge, edge_stop = tl.load(item_edge + item), tl.load(item_edge_stop + item)
@@ -101,19 +105,17 @@ def forward(
         start = tl.minimum(tl.maximum(edge - first_edge, 0), degree)
         stop = tl.minimum(tl.maximum(edge_stop - first_edge, 0), degree)
         # The same queries again, in the layout of the vector units and in fp32.
-        singles = load_rows(q_base, token * q_row, inside, DIMS[0], DIMS[1]).to(tl.float32)
-        if NEGATE:
-            singles = -singles
-        edge_m, edge_l, edge_acc = walk_block(
-            singles, q_base, token * q_row, k_base, k_row, v_base, v_row, position.to(tl.int64), start, stop,
+        singles = load_rows(q_base, q_offsets, inside, DIMS[0], DIMS[1]).to(tl.float32)
+        edge_peak, edge_total, edge_acc = walk_block(
+            singles, q_base, q_offsets, k_base, k_row, v_base, v_row, position.to(tl.int64), start, stop,
             row_indptr, row_first, None, None, 0, kv_order, kv_len, scale, "edges", BLOCK_Q, KEYS, NEGATE, DIMS,
         )  # fmt: skip
-        m, l, acc = join(m, l, acc, edge_m, edge_l, edge_acc)
+        peak, total, acc = join(peak, total, acc, edge_peak, edge_total, edge_acc)
 
     slot = tl.load(item_slot + item)
     if slot < 0:
         out_offsets = batch * out_batch + head * out_head + token * out_row
         lse_offsets = batch * lse_batch + head * lse_head + token
-        finish(out, lse, out_offsets, lse_offsets, inside, m, l, acc, DIMS[2], DIMS[3])
+        finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, DIMS[2], DIMS[3])
     else:
-        save(partial, (copy * n_slots + slot) * BLOCK_Q, m, l, acc, BLOCK_Q, DIMS[2], DIMS[3])
+        save(partial, (copy * n_slots + slot) * BLOCK_Q, peak, total, acc, BLOCK_Q, DIMS[2], DIMS[3])

@@ -36,8 +36,6 @@ def forward(
     token = tokens_at(q_order, row, inside)
     q_base = q + batch * q_batch + head * q_head
     queries = load_rows(q_base, token * q_row, inside, DIMS[0], DIMS[1]).to(tl.float32)
-    if NEGATE:
-        queries = -queries
 
     degree = degrees(row, inside, row_indptr, row_first, row_last, row_step, n_offsets, kv_len, FORM)
     slot = tl.load(item_slot + item)
@@ -47,7 +45,7 @@ def forward(
         before = tl.cumsum(degree, 0) - degree
         start = tl.minimum(tl.maximum(tl.load(item_start + item) - before, 0), degree)
         stop = tl.minimum(tl.maximum(tl.load(item_stop + item) - before, 0), degree)
-    m, l, acc = walk_block(
+    peak, total, acc = walk_block(
         queries, q_base, token * q_row, k + batch * k_batch + kv_head * k_head, k_row,
         v + batch * v_batch + kv_head * v_head, v_row, row, start, stop, row_indptr, row_first, row_last, row_step,
         n_offsets, kv_order, kv_len, scale, FORM, BLOCK_Q, KEYS, NEGATE, DIMS,
@@ -56,6 +54,6 @@ def forward(
     if slot < 0:
         out_offsets = batch * out_batch + head * out_head + token * out_row
         lse_offsets = batch * lse_batch + head * lse_head + token
-        finish(out, lse, out_offsets, lse_offsets, inside, m, l, acc, DIMS[2], DIMS[3])
+        finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, DIMS[2], DIMS[3])
     else:
-        save(partial, (copy * n_slots + slot) * BLOCK_Q, m, l, acc, BLOCK_Q, DIMS[2], DIMS[3])
+        save(partial, (copy * n_slots + slot) * BLOCK_Q, peak, total, acc, BLOCK_Q, DIMS[2], DIMS[3])

@@ -1,9 +1,9 @@
 """Device code that the Triton templates share: fetching rows, the online softmax, walking rows, writing, merging.
 
 This file decides how scores become a running state and how a state becomes output; it must not know schedules or tile
-lists. A state is, for each query of a block, `m` (the highest score, in units of log 2), `l` (the sum of weights
-`2^(score - m)`) and `acc` (the weighted sum of values, not yet divided), all fp32. A query that has met no key has
-`m = -inf, l = 0, acc = 0`; it yields `out = 0`, `lse = -inf`.
+lists. A state is, for each query of a block, `peak` (the highest score, in units of log 2), `total` (the sum of weights
+`2^(score - peak)`) and `acc` (the weighted sum of values, not yet divided), all fp32. A query that has met no key has
+`peak = -inf, total = 0, acc = 0`; it yields `out = 0`, `lse = -inf`.
 
 Offsets into tensors are 64-bit throughout. Lengths and positions are below 2³¹.
 """
@@ -46,10 +46,7 @@ def load_rows(base, offsets, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)
     at = base + offsets[:, None] + column[None, :]
     if live is None:
-        if DIM == WIDTH:
-            rows = tl.load(at)
-        else:
-            rows = tl.load(at, mask=column[None, :] < DIM, other=0.0)
+        rows = tl.load(at) if DIM == WIDTH else tl.load(at, mask=column[None, :] < DIM, other=0.0)
     elif DIM == WIDTH:
         rows = tl.load(at, mask=live[:, None], other=0.0)
     else:
@@ -59,58 +56,99 @@ def load_rows(base, offsets, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def empty_state(ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    m = tl.full([ROWS], NEG_INF, tl.float32)
-    return m, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+    peak = tl.full([ROWS], NEG_INF, tl.float32)
+    return peak, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
 
 
 @triton.jit
-def attend(q, k, v, attended, m, l, acc, scale):
+def load_queries(q_base, q_offsets, inside, DIMS: tl.constexpr, CHUNK: tl.constexpr):
+    """`[queries, head_width]` kept through all tiles, or None where they are read again a CHUNK at a time."""
+    queries = None
+    if DIMS[1] == CHUNK:
+        queries = load_rows(q_base, q_offsets, inside, DIMS[0], DIMS[1])
+    return queries
+
+
+@triton.jit
+def score(
+    q, q_base, q_offsets, inside, k_base, k_offsets, live,
+    NEGATE: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """`[queries, keys]`, fp32, not yet scaled.
+
+    On matrix units the whole head_dim goes at once. Without them (fp32 on NVIDIA) a thread would have to hold all of it,
+    for its queries and its keys: there, CHUNK dimensions go at a time, and q comes from the cache.
+    """
+    if DIMS[1] == CHUNK:
+        k = load_rows(k_base, k_offsets, live, DIMS[0], DIMS[1])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    else:
+        scores = tl.zeros([q_offsets.shape[0], STEP_KV], tl.float32)
+        for first in tl.range(0, DIMS[1], CHUNK, num_stages=1):
+            column = first + tl.arange(0, CHUNK)
+            is_q, is_k = (column < DIMS[0])[None, :], (column < DIMS[0])[None, :]
+            if inside is not None:
+                is_q = is_q & inside[:, None]
+            if live is not None:
+                is_k = is_k & live[:, None]
+            q_part = tl.load(q_base + q_offsets[:, None] + column[None, :], mask=is_q, other=0.0)
+            k_part = tl.load(k_base + k_offsets[:, None] + column[None, :], mask=is_k, other=0.0)
+            scores = tl.dot(q_part, tl.trans(k_part), scores, input_precision="ieee")
+    if NEGATE:
+        scores = -scores
+    return scores
+
+
+@triton.jit
+def attend(scores, v, attended, peak, total, acc, scale):
     """The state after a block of keys on matrix units.
 
-    q: [queries, head_dim], k: [keys, head_dim], v: [keys, v_dim], attended: bool [queries, keys] or None for all;
-    scale > 0 takes scores to units of log 2.
+    scores: fp32 [queries, keys], v: [keys, v_dim], attended: bool [queries, keys] or None for all; scale > 0 takes
+    scores to units of log 2.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if attended is not None:
         scores = tl.where(attended, scores, NEG_INF)
-    highest = tl.maximum(m, tl.max(scores, 1) * scale)
+    highest = tl.maximum(peak, tl.max(scores, 1) * scale)
     base = highest
     if attended is not None:
         # A query without a key so far: -inf less -inf is not a number, -inf less 0 is a weight of 0.
         base = tl.where(highest == NEG_INF, 0.0, highest)
     weights = tl.exp2(scores * scale - base[:, None])
-    shrink = tl.exp2(m - base)
-    l = l * shrink + tl.sum(weights, 1)
+    shrink = tl.exp2(peak - base)
+    total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return highest, l, acc
+    return highest, total, acc
 
 
 @triton.jit
 def add_full_tiles(
-    q, k_base, k_row, v_base, v_row, columns, n_tiles, kv_order, m, l, acc, scale,
-    BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
+    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, n_tiles, kv_order, peak, total, acc, scale,
+    NEGATE: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The state after tiles whose every pair is attended, all inside the key sequence."""
     steps: tl.constexpr = BLOCK_KV // STEP_KV
     within = tl.arange(0, STEP_KV)
-    for i in range(0, n_tiles * steps):
+    for i in range(n_tiles * steps):
         first = tl.load(columns + i // steps) * BLOCK_KV + i % steps * STEP_KV
         if kv_order is None:
             # One 64-bit addition a tile; the offsets inside it stay what they are.
-            k = load_rows(k_base + first.to(tl.int64) * k_row, within.to(tl.int64) * k_row, None, DIMS[0], DIMS[1])
-            v = load_rows(v_base + first.to(tl.int64) * v_row, within.to(tl.int64) * v_row, None, DIMS[2], DIMS[3])
+            k_tile, v_tile = k_base + first.to(tl.int64) * k_row, v_base + first.to(tl.int64) * v_row
+            token = within.to(tl.int64)
         else:
+            k_tile, v_tile = k_base, v_base
             token = tl.load(kv_order + first + within).to(tl.int64)
-            k = load_rows(k_base, token * k_row, None, DIMS[0], DIMS[1])
-            v = load_rows(v_base, token * v_row, None, DIMS[2], DIMS[3])
-        m, l, acc = attend(q, k, v, None, m, l, acc, scale)
-    return m, l, acc
+        scores = score(q, q_base, q_offsets, inside, k_tile, token * k_row, None, NEGATE, STEP_KV, DIMS, CHUNK)
+        v = load_rows(v_tile, token * v_row, None, DIMS[2], DIMS[3])
+        peak, total, acc = attend(scores, v, None, peak, total, acc, scale)
+    return peak, total, acc
 
 
 @triton.jit
 def add_partial_tiles(
-    q, k_base, k_row, v_base, v_row, columns, which, n_tiles, patterns, lane, kv_order, kv_len, m, l, acc, scale,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
+    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, which, n_tiles, patterns, lane, kv_order,
+    kv_len, peak, total, acc, scale,
+    NEGATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The state after tiles that attend by pattern.
 
@@ -120,13 +158,13 @@ def add_partial_tiles(
     steps: tl.constexpr = BLOCK_KV // STEP_KV
     words: tl.constexpr = (BLOCK_KV + 63) // 64
     within = tl.arange(0, STEP_KV)
-    for i in range(0, n_tiles * steps):
+    for i in range(n_tiles * steps):
         offset = i % steps * STEP_KV
         key = tl.load(columns + i // steps) * BLOCK_KV + offset + within
-        inside = key < kv_len
-        token = tokens_at(kv_order, key, inside)
-        k = load_rows(k_base, token * k_row, inside, DIMS[0], DIMS[1])
-        v = load_rows(v_base, token * v_row, inside, DIMS[2], DIMS[3])
+        live = key < kv_len
+        token = tokens_at(kv_order, key, live)
+        scores = score(q, q_base, q_offsets, inside, k_base, token * k_row, live, NEGATE, STEP_KV, DIMS, CHUNK)
+        v = load_rows(v_base, token * v_row, live, DIMS[2], DIMS[3])
         at = patterns + (tl.load(which + i // steps).to(tl.int64) * BLOCK_Q + lane) * words + offset // 64
         bit = (offset % 64 + within)[None, :]
         word = tl.load(at)[:, None]
@@ -134,12 +172,15 @@ def add_partial_tiles(
             word = tl.where(bit < 64, word, tl.load(at + 1)[:, None])
             bit = bit % 64
         attended = ((word >> bit.to(tl.int64)) & 1) != 0
-        m, l, acc = attend(q, k, v, attended, m, l, acc, scale)
-    return m, l, acc
+        peak, total, acc = attend(scores, v, attended, peak, total, acc, scale)
+    return peak, total, acc
 
 
 @triton.jit
-def attend_singly(q, k_base, k_row, v_base, v_row, tokens, live, m, l, acc, scale, DIMS: tl.constexpr):
+def attend_singly(
+    q, k_base, k_row, v_base, v_row, tokens, live, peak, total, acc, scale,
+    NEGATE: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
     """The state after each query met keys of its own, without matrix units.
 
     q: fp32 [queries, head_width], tokens and live: [queries, keys]. DIMS is (head_dim, head_width, v_dim, v_width).
@@ -152,28 +193,30 @@ def attend_singly(q, k_base, k_row, v_base, v_row, tokens, live, m, l, acc, scal
     k = tl.load(k_at, mask=live[:, :, None] & (column < DIMS[0]), other=0.0)
     v = tl.load(v_at, mask=live[:, :, None] & (v_column < DIMS[2]), other=0.0)
     scores = tl.sum(q[:, None, :] * k.to(tl.float32), 2)
+    if NEGATE:
+        scores = -scores
     scores = tl.where(live, scores, NEG_INF)
-    highest = tl.maximum(m, tl.max(scores, 1) * scale)
+    highest = tl.maximum(peak, tl.max(scores, 1) * scale)
     base = tl.where(highest == NEG_INF, 0.0, highest)
     weights = tl.exp2(scores * scale - base[:, None])
-    shrink = tl.exp2(m - base)
-    l = l * shrink + tl.sum(weights, 1)
+    shrink = tl.exp2(peak - base)
+    total = total * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * v.to(tl.float32), 1)
-    return highest, l, acc
+    return highest, total, acc
 
 
 @triton.jit
-def join(m, l, acc, other_m, other_l, other_acc):
+def join(peak, total, acc, other_peak, other_total, other_acc):
     """The state of both key sets together."""
-    highest = tl.maximum(m, other_m)
+    highest = tl.maximum(peak, other_peak)
     base = tl.where(highest == NEG_INF, 0.0, highest)
-    mine, theirs = tl.exp2(m - base), tl.exp2(other_m - base)
-    return highest, l * mine + other_l * theirs, acc * mine[:, None] + other_acc * theirs[:, None]
+    mine, theirs = tl.exp2(peak - base), tl.exp2(other_peak - base)
+    return highest, total * mine + other_total * theirs, acc * mine[:, None] + other_acc * theirs[:, None]
 
 
 @triton.jit
 def progression(p, rows, live, indptr, first, last, step, kv_len, FORM: tl.constexpr):
-    """`(begin, step, count)` of the p-th run of keys of some rows: begin, begin + step, … below a bound; int64 [rows]."""
+    """`(begin, step, count)` of the p-th run of keys of some rows; int64 [rows]."""
     if FORM == "offsets":
         by = tl.load(step + p) + rows * 0
         begin = rows + tl.load(first + p)
@@ -210,8 +253,8 @@ def degrees(rows, live, indptr, first, last, step, n_offsets, kv_len, FORM: tl.c
         total = high - tl.load(indptr + rows, mask=live, other=0)
     else:
         total = rows * 0
-        for p in range(0, n_progressions(rows, live, indptr, n_offsets, FORM)):
-            begin, by, count = progression(p, rows, live, indptr, first, last, step, kv_len, FORM)
+        for p in range(n_progressions(rows, live, indptr, n_offsets, FORM)):
+            _, _, count = progression(p, rows, live, indptr, first, last, step, kv_len, FORM)
             total += count
     return total
 
@@ -219,14 +262,14 @@ def degrees(rows, live, indptr, first, last, step, n_offsets, kv_len, FORM: tl.c
 @triton.jit
 def walk(
     q, k_base, k_row, v_base, v_row, rows, start, stop, indptr, first, last, step, n_offsets, kv_order, kv_len, scale,
-    FORM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
+    FORM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, NEGATE: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """The state of rows that meet their keys `start … stop - 1`, KEYS at a time.
 
     q: fp32 [ROWS, head_width]; rows, start, stop: int64 [ROWS]. The keys of a row are numbered in the order of its
     progressions; FORM "edges" has them in `first`.
     """
-    m, l, acc = empty_state(ROWS, DIMS[3])
+    peak, total, acc = empty_state(ROWS, DIMS[3])
     nth = tl.arange(0, KEYS).to(tl.int64)[None, :]
     live = start < stop
     if FORM == "edges":
@@ -236,10 +279,12 @@ def walk(
             is_key = nth + done < count[:, None]
             position = tl.load(first + begin[:, None] + (nth + done), mask=is_key, other=0)
             tokens = tokens_at(kv_order, position, is_key)
-            m, l, acc = attend_singly(q, k_base, k_row, v_base, v_row, tokens, is_key, m, l, acc, scale, DIMS)
+            peak, total, acc = attend_singly(
+                q, k_base, k_row, v_base, v_row, tokens, is_key, peak, total, acc, scale, NEGATE, DIMS
+            )
     else:
         passed = rows * 0
-        for p in range(0, n_progressions(rows, live, indptr, n_offsets, FORM)):
+        for p in range(n_progressions(rows, live, indptr, n_offsets, FORM)):
             begin, by, count = progression(p, rows, live, indptr, first, last, step, kv_len, FORM)
             low = tl.minimum(tl.maximum(start - passed, 0), count)
             high = tl.minimum(tl.maximum(stop - passed, 0), count)
@@ -249,8 +294,10 @@ def walk(
                 is_key = key < high[:, None]
                 position = tl.where(is_key, begin[:, None] + key * by[:, None], 0)
                 tokens = tokens_at(kv_order, position, is_key)
-                m, l, acc = attend_singly(q, k_base, k_row, v_base, v_row, tokens, is_key, m, l, acc, scale, DIMS)
-    return m, l, acc
+                peak, total, acc = attend_singly(
+                    q, k_base, k_row, v_base, v_row, tokens, is_key, peak, total, acc, scale, NEGATE, DIMS
+                )
+    return peak, total, acc
 
 
 @triton.jit
@@ -259,19 +306,19 @@ def walk_block(
     kv_order, kv_len, scale,
     FORM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, NEGATE: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """The state of a block of rows: side by side as far as the first keys go, then what long rows have left, one by one.
+    """The state of a block of rows: their first keys side by side, then what long rows have left, one row at a time.
 
     One long row among short ones would otherwise leave the rest of the program idle. Arguments as in `walk`;
     `q_base + q_offsets` is where the rows of q lie.
     """
     abreast: tl.constexpr = ROWS * KEYS
     together = tl.minimum(stop, start + abreast)
-    m, l, acc = walk(
+    peak, total, acc = walk(
         q, k_base, k_row, v_base, v_row, rows, start, together, indptr, first, last, step, n_offsets, kv_order, kv_len,
-        scale, FORM, ROWS, KEYS, DIMS,
+        scale, FORM, ROWS, KEYS, NEGATE, DIMS,
     )  # fmt: skip
     if ROWS > 1:
-        for i in range(0, ROWS):
+        for i in range(ROWS):
             is_row = tl.arange(0, ROWS) == i
             low = tl.sum(tl.where(is_row, together, 0), 0)
             high = tl.sum(tl.where(is_row, stop, 0), 0)
@@ -280,36 +327,34 @@ def walk_block(
                 row = tl.sum(tl.where(is_row, rows, 0), 0) + none
                 offset = tl.sum(tl.where(is_row, q_offsets, 0), 0) + none
                 one_q = load_rows(q_base, offset, None, DIMS[0], DIMS[1]).to(tl.float32)
-                if NEGATE:
-                    one_q = -one_q
-                one_m, one_l, one_acc = walk(
+                one_peak, one_total, one_acc = walk(
                     one_q, k_base, k_row, v_base, v_row, row, low + none, high + none, indptr, first, last, step,
-                    n_offsets, kv_order, kv_len, scale, FORM, 1, abreast, DIMS,
+                    n_offsets, kv_order, kv_len, scale, FORM, 1, abreast, NEGATE, DIMS,
                 )  # fmt: skip
-                one_m = tl.where(is_row, one_m, NEG_INF)
-                m, l, acc = join(m, l, acc, one_m, one_l, one_acc)
-    return m, l, acc
+                one_peak = tl.where(is_row, one_peak, NEG_INF)
+                peak, total, acc = join(peak, total, acc, one_peak, one_total, one_acc)
+    return peak, total, acc
 
 
 @triton.jit
-def finish(out, lse, out_offsets, lse_offsets, inside, m, l, acc, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr):
+def finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr):
     """Writes the normalised rows, and their log-sum-exp where `lse` is not None."""
     column = tl.arange(0, V_WIDTH)
     # A sum that is not a number is not 0: it goes through to the output.
-    inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
+    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
     rows = (acc * inverse[:, None]).to(out.dtype.element_ty)
     tl.store(out + out_offsets[:, None] + column[None, :], rows, mask=inside[:, None] & (column[None, :] < V_DIM))
     if lse is not None:
-        tl.store(lse + lse_offsets, tl.where(l == 0.0, NEG_INF, (m + tl.log2(l)) * LN_2), mask=inside)
+        tl.store(lse + lse_offsets, tl.where(total == 0.0, NEG_INF, (peak + tl.log2(total)) * LN_2), mask=inside)
 
 
 @triton.jit
-def save(partial, slot_row, m, l, acc, ROWS: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr):
-    """Keeps the state of one piece of a split unit; a saved row is [m, l, acc...]."""
+def save(partial, slot_row, peak, total, acc, ROWS: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr):
+    """Keeps the state of one piece of a split unit; a saved row is [peak, total, acc...]."""
     column = tl.arange(0, V_WIDTH)
     at = partial + (slot_row + tl.arange(0, ROWS)) * (V_DIM + 2)
-    tl.store(at, m)
-    tl.store(at + 1, l)
+    tl.store(at, peak)
+    tl.store(at + 1, total)
     tl.store(at[:, None] + 2 + column[None, :], acc, mask=column[None, :] < V_DIM)
 
 
@@ -337,12 +382,12 @@ def merge(
     head = first_head + row % PACK
 
     column = tl.arange(0, V_WIDTH)
-    m, l, acc = empty_state(ROWS, V_WIDTH)
+    peak, total, acc = empty_state(ROWS, V_WIDTH)
     first_slot = tl.load(merge_indptr + merged)
-    for i in range(0, (tl.load(merge_indptr + merged + 1) - first_slot).to(tl.int32)):
+    for i in range((tl.load(merge_indptr + merged + 1) - first_slot).to(tl.int32)):
         slot_row = (copy * n_slots + first_slot + i) * (BLOCK_Q * PACK) + row
         at = partial + slot_row * (V_DIM + 2)
         more = tl.load(at[:, None] + 2 + column[None, :], mask=column[None, :] < V_DIM, other=0.0)
-        m, l, acc = join(m, l, acc, tl.load(at), tl.load(at + 1), more)
+        peak, total, acc = join(peak, total, acc, tl.load(at), tl.load(at + 1), more)
     out_offsets = batch * out_batch + head * out_head + token * out_row
-    finish(out, lse, out_offsets, batch * lse_batch + head * lse_head + token, inside, m, l, acc, V_DIM, V_WIDTH)
+    finish(out, lse, out_offsets, batch * lse_batch + head * lse_head + token, inside, peak, total, acc, V_DIM, V_WIDTH)
