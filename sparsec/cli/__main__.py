@@ -1,0 +1,5 @@
+"""`python -m sparsec.cli` is `sparsec`."""
+
+from sparsec.cli import main
+
+main()

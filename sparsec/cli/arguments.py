@@ -1,0 +1,66 @@
+"""What several commands take: a mask as text or file, names of devices, templates and back ends.
+
+This file decides how such an argument is read, and that one which means nothing is bad usage. It must not know what is
+done with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+if TYPE_CHECKING:
+    from sparsec.device import Device
+    from sparsec.masks import Mask
+
+DTYPES: Final = ("fp32", "fp16", "bf16")
+_SUFFIXES: Final = (".yaml", ".yml", ".npz", ".mtx", ".npy")
+
+
+def read_mask(text: str) -> Mask:
+    """The mask that an expression means or a file holds.
+
+    Raises:
+        MaskError: It is neither, and where.
+    """
+    from sparsec.masks import load, parse
+
+    is_file = text.lower().endswith(_SUFFIXES) or ("(" not in text and Path(text).is_file())
+    return load(text) if is_file else parse(text)
+
+
+def known_device(context: click.Context, parameter: click.Parameter, name: str) -> Device:
+    """The device of that name; its message lists the nearest."""
+    from sparsec.device import device
+    from sparsec.errors import SparsecError
+
+    try:
+        return device(name)
+    except SparsecError as error:
+        # Of this machine's own processor, the message is no matter of the name.
+        if name == "cpu":
+            raise
+        raise click.BadParameter(str(error)) from error
+
+
+def known_template(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    from sparsec.template import templates
+
+    return _known("template", name, templates)
+
+
+def known_backend(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    from sparsec.backends.base import BACKENDS
+
+    return _known("back end", name, lambda: BACKENDS)
+
+
+def _known(what: str, name: str | None, names: Callable[[], Iterable[str]]) -> str | None:
+    from sparsec.cli.names import nearest
+
+    if name is not None and name not in names():
+        raise click.BadParameter(f"there is no {what} {name!r}; {nearest(name, names())}")
+    return name

@@ -1,0 +1,160 @@
+"""How `sparsec demo` times what it runs, and how it checks every answer.
+
+This file decides the order of runs, how many there are, and which rows are compared with the fp64 reference. It must
+not know what is run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsec.backends import reference
+from sparsec.backends.base import Dtype
+from sparsec.masks import BoundMask, from_dense
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparsec.cli.demo_cases import Tensors
+
+# Rows of each head that are compared, where not all are.
+_SAMPLED_ROWS: Final = 64
+# What runs longer than this is timed in the run that is checked, too: warming up makes no difference to it.
+_SLOW_S: Final = 1.0
+# What is quicker than this is run so often in each round.
+_QUICK_S: Final = 0.1
+_QUICK_RUNS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of every run, in order."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Slowest less fastest run, over the median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """How far an answer is from the fp64 reference.
+
+    Attributes:
+        largest: The largest difference found.
+        share: The largest share of what is allowed in its head that a difference takes up; at most 1 is right.
+        rows: Rows compared, over all heads.
+    """
+
+    largest: float
+    share: float
+    rows: int
+
+    @property
+    def is_exact(self) -> bool:
+        return self.share <= 1.0
+
+
+@dataclass(slots=True)
+class Oracle:
+    """The right answers of some rows of every head, and how far from them rounding may lead.
+
+    Attributes:
+        rows: Which rows of each head are known: all of `whole_heads`, a sample of the others.
+    """
+
+    given: Tensors
+    bound: BoundMask
+    dtype: Dtype
+    whole_heads: int
+    _known: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], float]] = field(default_factory=list)
+
+    def prepare(self, advance: Callable[[], None]) -> None:
+        """Computes the answers; calls `advance` after each head."""
+        q_len = self.bound.q_len
+        sample = _sampled_rows(self.bound)
+        rows_of = {True: np.arange(q_len), False: sample}
+        # Explicit edges give up their rows faster than an expression does.
+        masks = {False: _only(self.bound, sample)}
+        if self.whole_heads:
+            masks[True] = from_dense(self.bound.to_dense()).bind(*self.bound.shape)
+        for head in range(self.given.q.shape[1]):
+            is_whole = head < self.whole_heads
+            rows, bound = rows_of[is_whole], masks[is_whole]
+            q, k, v = (tensor[0, head].double().numpy() for tensor in self.given)
+            scale = q.shape[1] ** -0.5
+            answer, _ = reference.attention(q[rows], k, v, bound, scale)
+            allowed, _ = reference.tolerances(q[rows], k, v, bound, scale, self.dtype)
+            self._known.append((rows, answer, allowed))
+            advance()
+
+    def compare(self, out: torch.Tensor) -> Error:
+        """The error of an output `[1, heads, q_len, v_dim]`."""
+        largest = share = 0.0
+        for head, (rows, answer, allowed) in enumerate(self._known):
+            found = out[0, head].double().numpy()[rows]
+            # A number that is none is infinitely wrong.
+            error = float(np.nan_to_num(np.abs(found - answer), nan=np.inf).max(initial=0.0))
+            largest, share = max(largest, error), max(share, error / allowed)
+        return Error(largest, share, sum(len(rows) for rows, _, _ in self._known))
+
+
+def _sampled_rows(bound: BoundMask) -> npt.NDArray[np.int64]:
+    """The first and the last query, those of most and of fewest keys, and others at random."""
+    degrees = bound.degrees("q")
+    marked = [0, bound.q_len - 1, int(degrees.argmax()), int(degrees.argmin())]
+    drawn = np.random.default_rng(0).choice(bound.q_len, min(_SAMPLED_ROWS, bound.q_len), replace=False)
+    return np.unique(np.concatenate((marked, drawn)))[:_SAMPLED_ROWS].astype(np.int64)
+
+
+def _only(bound: BoundMask, rows: npt.NDArray[np.int64]) -> BoundMask:
+    """A mask of these queries alone."""
+    dense = np.zeros((len(rows), bound.kv_len), bool)
+    for i, row in enumerate(rows.tolist()):
+        keys = bound.rows(row, row + 1)
+        for start, stop, step in zip(keys.start, keys.stop, keys.step, strict=True):
+            dense[i, start:stop:step] = True
+    return from_dense(dense).bind(*dense.shape)
+
+
+# Any: a run returns its output, which only the caller looks at.
+def first_run(run: Callable[[], Any]) -> tuple[Any, float]:
+    """The output of a run, and its seconds."""
+    started = time.perf_counter()
+    out = run()
+    return out, time.perf_counter() - started
+
+
+def timings(
+    runs: Mapping[str, Callable[[], Any]], first: Mapping[str, float], rounds: int, advance: Callable[[], None]
+) -> dict[str, Timing]:
+    """Runs everything in turn, round after round, so that a slow moment of the machine meets all alike.
+
+    Args:
+        runs: What to run, by name.
+        first: Seconds of each one's first run.
+        rounds: How often each has its turn; what is slow has one turn less.
+        advance: Called after each turn.
+    """
+    seconds = {name: [first[name]] if first[name] > _SLOW_S else [] for name in runs}
+    for number in range(rounds):
+        for name, run in runs.items():
+            is_slow = first[name] > _SLOW_S
+            if not is_slow or number < rounds - 1:
+                for _ in range(_QUICK_RUNS if first[name] < _QUICK_S else 1):
+                    seconds[name].append(first_run(run)[1])
+            advance()
+    return {name: Timing(tuple(times)) for name, times in seconds.items()}
