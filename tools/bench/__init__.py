@@ -1,0 +1,18 @@
+"""The benchmark tool: declared grids, peers on the same work, checked results, and the tables and plots made of them.
+
+grid        what is measured: a YAML file becomes a list of cases
+workload    a case becomes a bound mask and tensors
+flex        the same masks as FlexAttention's users write them
+peers       who is measured: one small class each
+exactness   whether a result may be used
+protocol    how time and memory are measured
+ceiling     what this machine could do at most
+figures     what is measured without peers: planning, first calls, metadata
+worker      one case in a process of its own
+supervisor  the cases one after the other; what crashes or hangs costs its own row
+results     the result file
+provenance  machine, versions, commit
+verdict     two result files compared
+tables      Markdown
+plots       PNG and SVG
+"""

@@ -1,0 +1,192 @@
+"""One case measured: every peer prepared, checked, timed among the others, and checked again.
+
+This file decides what becomes of a peer that refuses, fails or is wrong: a row that says so, and no time. It must not
+know in which process it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from bench import figures
+from bench.ceiling import peak_call
+from bench.exactness import Verdict, check
+from bench.grid import Case, Effort
+from bench.peers import Peer, Prepared, RefusedError, peer
+from bench.protocol import Announce, PeakMemory, interleaved
+from bench.results import CaseRow, PeerRow, Timing
+from bench.workload import Workload, make_workload
+from sparsec import analyse
+from sparsec.errors import BackendMissingError, CompileError
+
+PEAK = "peak"
+
+
+class _CallFailedError(Exception):
+    """A timed call raised; carries whose it was."""
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.name, self.cause = name, cause
+
+
+def measure_case(
+    case: Case,
+    effort: Effort,
+    threads: int,
+    announce: Announce,
+    lost: Sequence[PeerRow] = (),
+    make_peer: Callable[[str], Peer] = peer,
+) -> CaseRow:
+    """Everything a grid can ask of one case.
+
+    Args:
+        case: What was declared.
+        effort: How long to measure.
+        threads: Of the CPU.
+        announce: Told the peer and the stage before each thing that may hang or crash.
+        lost: Rows of peers that hung or crashed before and are left out.
+        make_peer: From a name to a peer.
+    """
+    if case.measure != "attention":
+        return figures.measure_figure(case, effort, threads, announce)
+    import torch
+
+    torch.set_num_threads(threads)
+    announce("", "making the work")
+    work = make_workload(case)
+    rows = {row.peer: row for row in lost}
+    ready: dict[str, Prepared] = {}
+    with torch.no_grad():
+        for name in case.peers:
+            if name in rows:
+                continue
+            announce(name, "prepare")
+            rows[name], prepared = _prepared(name, work, make_peer)
+            if prepared is not None:
+                ready[name] = prepared
+        peak_flops = _time(work, ready, rows, effort, threads, announce)
+    return _case_row(work, threads, tuple(rows[name] for name in case.peers), peak_flops)
+
+
+def _prepared(name: str, work: Workload, make_peer: Callable[[str], Peer]) -> tuple[PeerRow, Prepared | None]:
+    """A row with set-up, memory and exactness; and the peer, where it may be timed."""
+    if work.case.direction != "forward":
+        return PeerRow(name, "skipped", "gradients are not checked yet, and what is not checked is not timed"), None
+    memory = PeakMemory()
+    started = time.perf_counter_ns()
+    try:
+        prepared = make_peer(name).prepare(work)
+        returned = prepared.call()
+        setup_us = (time.perf_counter_ns() - started) / 1e3
+        peak_bytes = memory.bytes()
+        verdict = check(work, prepared.to_out(returned), prepared.computes)
+        plan = prepared.plan() if prepared.plan is not None else None
+    except RefusedError as error:
+        return PeerRow(name, "skipped", str(error)), None
+    # Whatever a peer raises is its own row, and must not cost the others theirs.
+    except Exception as error:
+        return _failed(name, error), None
+    row = PeerRow(
+        name,
+        "ok" if verdict.is_exact else "wrong",
+        "" if verdict.is_exact else _wrong(verdict),
+        error=verdict.error,
+        allowed=verdict.allowed,
+        setup_us=round(setup_us, 1),
+        peak_bytes=peak_bytes,
+        plan=plan,
+        note=prepared.note,
+    )
+    return row, prepared if verdict.is_exact else None
+
+
+def _time(
+    work: Workload,
+    ready: dict[str, Prepared],
+    rows: dict[str, PeerRow],
+    effort: Effort,
+    threads: int,
+    announce: Announce,
+) -> float | None:
+    """Fills in the times; returns the machine's peak in FLOP/s, taken in the same rounds."""
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(_guarded, name, prepared.call) for name, prepared in ready.items()
+    }
+    peak_flops = 0
+    # Without a compiler there is no peak to compare with.
+    with suppress(BackendMissingError, CompileError):
+        calls[PEAK], peak_flops = peak_call(work.case.dtype, threads)
+    while calls.keys() - {PEAK}:
+        try:
+            times = interleaved(calls, effort, announce)
+        except _CallFailedError as error:
+            rows[error.name] = _failed(error.name, error.cause)
+            del calls[error.name]
+            continue
+        for name in calls.keys() - {PEAK}:
+            announce(name, "check")
+            rows[name] = _timed(rows[name], times[name], work, ready[name])
+        return peak_flops / times[PEAK].median_us * 1e6 if peak_flops else None
+    return None
+
+
+def _guarded(name: str, call: Callable[[], object]) -> object:
+    try:
+        return call()
+    # As above: its own row.
+    except Exception as error:
+        raise _CallFailedError(name, error) from error
+
+
+def _timed(row: PeerRow, timing: Timing, work: Workload, prepared: Prepared) -> PeerRow:
+    """The row with its time, or as wrong where the peer is no longer exact after all those calls."""
+    verdict = check(work, prepared.to_out(prepared.call()), prepared.computes)
+    setup_us = None if row.setup_us is None else round(max(0.0, row.setup_us - timing.median_us), 1)
+    row = replace(row, timing=timing, setup_us=setup_us)
+    if verdict.is_exact:
+        return row
+    return replace(row, status="wrong", reason=_wrong(verdict), error=verdict.error, allowed=verdict.allowed)
+
+
+def _wrong(verdict: Verdict) -> str:
+    return f"off by {verdict.error:.3g} where {verdict.allowed:.3g} is allowed"
+
+
+def _failed(name: str, error: Exception) -> PeerRow:
+    text = str(error).strip().splitlines()
+    is_memory = isinstance(error, MemoryError) or any("allocate memory" in line for line in text)
+    said = f"{type(error).__name__}: {text[0][:300] if text else ''}"
+    return PeerRow(name, "failed", f"out of memory ({said})" if is_memory else said)
+
+
+def _case_row(work: Workload, threads: int, rows: tuple[PeerRow, ...], peak_flops: float | None) -> CaseRow:
+    bound, problem = work.bound, work.problem
+    edges, fill = edges_of(bound, problem.q_heads, problem.batch)
+    return CaseRow(
+        case=work.case,
+        threads=threads,
+        q_len=problem.q_len,
+        kv_len=problem.kv_len,
+        edges=edges,
+        density=edges / (problem.batch * problem.q_heads * problem.q_len * problem.kv_len),
+        tile_fill=fill,
+        flops=2 * edges * (problem.head_dim + problem.v_dim),
+        tensor_bytes=problem.tensor_bytes,
+        peak_flops=peak_flops,
+        peers=rows,
+    )
+
+
+# Any: a bound mask; its type is not worth an import here.
+def edges_of(bound: Any, heads: int, batch: int) -> tuple[int, float | None]:
+    """Edges of all heads and batch elements, and the fill of 64×64 tiles where one mask serves all."""
+    if bound.varies_by_head or bound.varies_by_batch:
+        each = (bound.select(b, h).nnz for b in range(batch) for h in range(heads))
+        return sum(each), None
+    return bound.nnz * heads * batch, round(float(analyse(bound).fill(64).fill), 4)

@@ -1,0 +1,321 @@
+"""The peers: ours and everybody else's, one small class each.
+
+This file decides how each peer is best asked for the same work: compiled, in the layout it likes, with whatever it can
+prepare made beforehand. It must not know how calls are timed or checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from bench.names import family
+from sparsec import masks
+from sparsec.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.results import PlanFacts
+    from bench.workload import Workload
+    from sparsec.masks import BoundMask
+
+Call = Callable[[], Any]  # whatever the peer returns
+
+
+class RefusedError(Exception):
+    """Why a peer does not take part in a case, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A peer, ready to be called.
+
+    Attributes:
+        call: What is timed.
+        to_out: From what `call` returns to `[batch, heads, q_len, head_dim]`; not timed.
+        computes: The mask whose attention it computes.
+        plan: After the first call, what ours says of itself.
+        note: What a reader of the time must know.
+    """
+
+    call: Call
+    computes: BoundMask
+    to_out: Callable[[Any], torch.Tensor] = lambda out: out
+    plan: Callable[[], PlanFacts] | None = None
+    note: str = ""
+
+
+class Peer(Protocol):
+    """One way to compute attention."""
+
+    @property
+    def name(self) -> str: ...
+
+    def prepare(self, work: Workload) -> Prepared:
+        """The peer made ready for the work, everything done that is done once.
+
+        Raises:
+            RefusedError: It cannot do this work.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """`sparsec.compile`: as planned, or with one template forced."""
+
+    name: str = "ours"
+    template: str | None = None
+
+    def prepare(self, work: Workload) -> Prepared:
+        import sparsec
+
+        try:
+            attention = sparsec.compile(work.bound, template=self.template)
+        except UnsupportedError as error:
+            raise RefusedError(str(error)) from error
+
+        def call() -> Any:
+            try:
+                return attention(work.q, work.k, work.v)
+            except UnsupportedError as error:
+                raise RefusedError(str(error)) from error
+
+        return Prepared(call, work.bound, plan=lambda: plan_facts(attention.plan))
+
+
+def plan_facts(plan: Any) -> PlanFacts:
+    from bench.results import PlanFacts
+
+    runs = []
+    for step in plan.steps:
+        launch = step.launch
+        order = launch.work.ordering.name if launch.work.ordering.q_order is not None else ""
+        runs.append(" ".join(filter(None, [launch.template.name, "on", launch.backend, str(launch.config), order])))
+    return PlanFacts(tuple(runs), plan.planning_us, plan.estimate.us, plan.layout_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Sdpa:
+    """torch's dense attention, for the masks it knows: full and causal."""
+
+    name: str = "sdpa"
+
+    def prepare(self, work: Workload) -> Prepared:
+        is_causal = _same(work.bound, masks.causal())
+        if not is_causal and not _same(work.bound, masks.full()):
+            raise RefusedError("without a mask it computes full or causal attention, and this is neither")
+        return Prepared(lambda: _sdpa(work, is_causal=is_causal), work.bound)
+
+
+@dataclass(frozen=True, slots=True)
+class SdpaUnmasked:
+    """torch's dense attention over every pair: another result, a yardstick for when sparsity pays."""
+
+    name: str = "sdpa_unmasked"
+
+    def prepare(self, work: Workload) -> Prepared:
+        return Prepared(
+            lambda: _sdpa(work), masks.full().bind(*work.bound.shape), note="computes every pair, not this mask"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SdpaMasked:
+    """torch's dense attention with a boolean mask."""
+
+    name: str = "sdpa_masked"
+
+    def prepare(self, work: Workload) -> Prepared:
+        import torch
+
+        bound = _plain(work.bound)
+        # torch turns the boolean mask into an additive one of the tensors' dtype.
+        _check_memory(bound.q_len * bound.kv_len * (1 + work.problem.itemsize), "its mask")
+        mask = torch.from_numpy(bound.to_csr().toarray())
+        return Prepared(lambda: _sdpa(work, attn_mask=mask), work.bound)
+
+
+def _sdpa(work: Workload, **options: Any) -> torch.Tensor:
+    import torch
+
+    return torch.nn.functional.scaled_dot_product_attention(
+        work.q, work.k, work.v, scale=work.scale, enable_gqa=work.is_grouped, **options
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Flex:
+    """FlexAttention: compiled, with a block mask made from a user's predicate."""
+
+    name: str = "flex"
+    block: int = 128
+    is_max_autotune: bool = False
+
+    def prepare(self, work: Workload) -> Prepared:
+        import torch
+        from torch.nn.attention import flex_attention as flex
+
+        from bench.flex import NoPredicateError, mask_mod
+
+        bound = _plain(work.bound)
+        try:
+            predicate = mask_mod(work.case.mask, bound)
+        except NoPredicateError as error:
+            raise RefusedError(str(error)) from error
+        # `create_block_mask` evaluates the predicate on all pairs, in 64-bit integers.
+        _check_memory(bound.q_len * bound.kv_len * 10, "making its block mask")
+        block_mask = None
+        if predicate is not None:
+            _check_predicate(predicate, bound)
+            block_mask = flex.create_block_mask(
+                predicate, None, None, bound.q_len, bound.kv_len, device="cpu", BLOCK_SIZE=self.block
+            )
+        mode = "max-autotune-no-cudagraphs" if self.is_max_autotune else None
+        compiled = torch.compile(flex.flex_attention, dynamic=False, mode=mode)
+        return Prepared(
+            lambda: compiled(
+                work.q, work.k, work.v, block_mask=block_mask, scale=work.scale, enable_gqa=work.is_grouped
+            ),
+            work.bound,
+        )
+
+
+def _check_predicate(predicate: Callable[..., Any], bound: BoundMask) -> None:
+    """Raises unless the predicate is the mask, on sampled rows."""
+    import torch
+
+    from bench.exactness import dense_rows, sampled_rows
+
+    rows = sampled_rows(bound)
+    attended, keys = dense_rows(bound, rows)
+    expected = np.zeros((len(rows), bound.kv_len), bool)
+    expected[:, keys] = attended
+    zero = torch.tensor(0)
+    found = predicate(zero, zero, torch.from_numpy(rows)[:, None], torch.arange(bound.kv_len)[None])
+    differ = np.flatnonzero((found.expand(expected.shape).numpy() != expected).any(1))
+    if len(differ):
+        raise AssertionError(f"the predicate given to FlexAttention is another mask in row {rows[differ[0]]}")
+
+
+@dataclass(frozen=True, slots=True)
+class TorchSparse:
+    """torch.sparse: sampled dense-dense product, softmax over the rows' values, sparse-dense product."""
+
+    name: str = "torch_sparse"
+
+    def prepare(self, work: Workload) -> Prepared:
+        import torch
+
+        if work.problem.dtype != "fp32":
+            raise RefusedError("torch's sparse products on a CPU take fp32")
+        bound = _plain(work.bound)
+        heads, batch = work.problem.q_heads, work.problem.batch
+        # Values and their weights for every head, and three indices an edge.
+        _check_memory(bound.nnz * heads * (3 * 4 + 16), "its edges")
+        indptr, columns = _csr(bound.to_csr())
+        degrees = indptr.diff()
+        shape = (heads, bound.q_len, bound.kv_len)
+        zeros = torch.sparse_csr_tensor(
+            indptr.expand(heads, -1).contiguous(),
+            columns.expand(heads, -1).contiguous(),
+            torch.zeros(heads, bound.nnz),
+            shape,
+        )
+        narrow, narrow_columns = indptr.int(), columns.int()
+        k, v = work.expanded
+
+        def call() -> torch.Tensor:
+            out = torch.empty_like(work.q)
+            for b in range(batch):
+                scores = torch.sparse.sampled_addmm(zeros, work.q[b], k[b].mT, beta=0.0, alpha=work.scale).values()
+                for h in range(heads):
+                    peak = torch.segment_reduce(scores[h], "max", offsets=indptr, unsafe=True)
+                    weights = (scores[h] - torch.repeat_interleave(peak, degrees)).exp_()
+                    total = torch.segment_reduce(weights, "sum", offsets=indptr, unsafe=True)
+                    matrix = torch.sparse_csr_tensor(narrow, narrow_columns, weights, shape[1:])
+                    torch.mm(matrix, v[b, h], out=out[b, h])
+                    # An empty row has nothing to divide.
+                    out[b, h] /= total.clamp_(min=torch.finfo(torch.float32).tiny)[:, None]
+            return out
+
+        return Prepared(call, work.bound)
+
+
+@dataclass(frozen=True, slots=True)
+class GatherScatter:
+    """Message passing as graph libraries do it: gather keys and values per edge, softmax by target, scatter."""
+
+    name: str = "gather_scatter"
+
+    def prepare(self, work: Workload) -> Prepared:
+        import torch
+
+        bound = _plain(work.bound)
+        heads, dim = work.problem.q_heads, work.problem.head_dim
+        _check_memory(3 * bound.nnz * heads * dim * work.problem.itemsize, "a key, a query and a value for each edge")
+        indptr, columns = _csr(bound.to_csr())
+        target = torch.repeat_interleave(torch.arange(bound.q_len), indptr.diff())
+        # Features of a node lie together, as in `[nodes, heads, channels]`.
+        features = [tensor.transpose(1, 2).contiguous() for tensor in (work.q, *work.expanded)]
+        index = target[:, None].expand(-1, heads)
+
+        def call() -> torch.Tensor:
+            return torch.stack([attend(*each) for each in zip(*features, strict=True)])
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            scores = ((q[target] * k[columns]).sum(-1) * work.scale).float()
+            empty = scores.new_zeros(bound.q_len, heads)
+            peak = empty.scatter_reduce(0, index, scores, "amax", include_self=False)
+            weights = (scores - peak[target]).exp()
+            total = empty.scatter_add(0, index, weights)
+            messages = v[columns] * (weights / total[target]).to(v.dtype).unsqueeze(-1)
+            return v.new_zeros(bound.q_len, heads, dim).index_add_(0, target, messages)
+
+        return Prepared(call, work.bound, lambda out: out.transpose(1, 2))
+
+
+# Any: SciPy carries no types.
+def _csr(array: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    return torch.from_numpy(array.indptr.astype(np.int64)), torch.from_numpy(array.indices.astype(np.int64))
+
+
+def _same(bound: BoundMask, mask: masks.Mask) -> bool:
+    """Whether a mask is another at these lengths: no edge more, no edge less."""
+    if bound.varies_by_head or bound.varies_by_batch:
+        return False
+    return bound == mask.bind(*bound.shape)
+
+
+def _plain(bound: BoundMask) -> BoundMask:
+    if bound.varies_by_head or bound.varies_by_batch:
+        raise RefusedError("it is given one mask for all heads and batch elements, and this one varies")
+    return bound
+
+
+def _check_memory(n_bytes: int, what: str) -> None:
+    """Raises where a peer would not fit into what is left of this process's memory."""
+    from bench.protocol import available_bytes
+
+    room = available_bytes()
+    if n_bytes > room:
+        raise RefusedError(f"{what} would take {n_bytes / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are free")
+
+
+def peer(name: str) -> Peer:
+    """The peer of a name that a grid may say."""
+    variant = name.partition(":")[2]
+    match family(name):
+        case "ours":
+            return Ours(name, variant or None)
+        case "flex":
+            return Flex(name, int(variant) if variant.isdigit() else 128, variant == "max-autotune")
+        case head:
+            plain: tuple[Peer, ...] = (Sdpa(), SdpaMasked(), SdpaUnmasked(), TorchSparse(), GatherScatter())
+            return next(each for each in plain if each.name == head)

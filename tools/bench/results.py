@@ -1,0 +1,363 @@
+"""The result file: what was measured, how, where and by which code.
+
+This file decides the schema, that a file is replaced whole or not at all, and when an interrupted run may go on. It
+must not know how anything is measured or shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from bench.grid import Case, Goal, PlotKind
+from bench.names import family
+from sparsec import data
+from sparsec.errors import SparsecError
+
+SCHEMA: Final = 1
+
+Status = Literal["ok", "wrong", "skipped", "failed", "timed out", "crashed"]
+T = TypeVar("T")
+
+
+class ResultError(SparsecError, ValueError):
+    """A file that holds no results of this schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Repeated calls of one peer, in microseconds."""
+
+    median_us: float
+    q25_us: float
+    q75_us: float
+    min_us: float
+    repeats: int
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles over the median."""
+        return (self.q75_us - self.q25_us) / self.median_us
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFacts:
+    """What a plan of ours says of itself.
+
+    Attributes:
+        runs: Template, back end and configuration of each launch.
+        planning_us: Time of planning in that call.
+        estimate_us: What the cost model expected.
+        layout_bytes: Of its index arrays.
+    """
+
+    runs: tuple[str, ...]
+    planning_us: float
+    estimate_us: float
+    layout_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRow:
+    """One peer on one case.
+
+    Attributes:
+        peer: Its name.
+        status: `ok`; `wrong` where its result was not exact; else why there is no time.
+        reason: For a person, where it is not `ok`.
+        timing: Of the calls, where there were any.
+        error: The largest error on the sampled rows.
+        allowed: The largest a correct result may have there.
+        setup_us: Preparation and the first call, less an ordinary call.
+        peak_bytes: Memory that preparation and the first call added, at the highest.
+        plan: For ours.
+        note: What a reader of the time must know.
+    """
+
+    peer: str
+    status: Status
+    reason: str = ""
+    timing: Timing | None = None
+    error: float | None = None
+    allowed: float | None = None
+    setup_us: float | None = None
+    peak_bytes: int | None = None
+    plan: PlanFacts | None = None
+    note: str = ""
+
+    @property
+    def us(self) -> float | None:
+        """The median time, only where the result was exact."""
+        return self.timing.median_us if self.status == "ok" and self.timing is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class CaseRow:
+    """All peers on one case.
+
+    Attributes:
+        case: What was declared.
+        threads: That were used.
+        q_len: Queries.
+        kv_len: Keys.
+        edges: Of all heads and batch elements.
+        density: Edges of a head over `q_len * kv_len`.
+        tile_fill: Share of 64×64 tiles that is edges.
+        flops: Useful floating-point operations, 4 · edges · head_dim; 0 where nothing is computed.
+        tensor_bytes: Of q, k, v and out.
+        peak_flops: Of this machine for this dtype with these threads (FLOP/s), timed among the peers.
+        peers: Rows in the order of the grid.
+    """
+
+    case: Case
+    threads: int
+    q_len: int
+    kv_len: int
+    edges: int
+    density: float
+    tile_fill: float | None
+    flops: int
+    tensor_bytes: int
+    peak_flops: float | None
+    peers: tuple[PeerRow, ...]
+
+    def row(self, peer: str) -> PeerRow | None:
+        return next((row for row in self.peers if row.peer == peer), None)
+
+    def best(self, wanted: str) -> PeerRow | None:
+        """The fastest exact row of a family of peers; for ours, the plan's own choice."""
+        if wanted == "ours":
+            own = self.row("ours")
+            return own if own is not None and own.us is not None else None
+        rows = [row for row in self.peers if family(row.peer) == wanted and row.us is not None]
+        return min(rows, key=lambda row: row.us or math.inf, default=None)
+
+    def gflops(self, row: PeerRow) -> float | None:
+        """Useful GFLOP/s."""
+        return self.flops / row.us * 1e-3 if row.us and self.flops else None
+
+    def ratio(self, wanted: str) -> float | None:
+        """How many times faster ours is than the best of a family."""
+        ours, theirs = self.best("ours"), self.best(wanted)
+        return theirs.us / ours.us if ours and theirs and ours.us and theirs.us else None
+
+    def share_of_peak(self, row: PeerRow) -> float | None:
+        """Useful FLOP/s over what the machine could do in the same minutes."""
+        rate = self.gflops(row)
+        return rate * 1e9 / self.peak_flops if rate and self.peak_flops else None
+
+    def break_even_calls(self, wanted: str) -> float | None:
+        """After so many calls ours has won back what it needs more to set up; infinite where it never does."""
+        ours, theirs = self.best("ours"), self.best(wanted)
+        if not ours or not theirs or ours.setup_us is None or theirs.setup_us is None or not ours.us or not theirs.us:
+            return None
+        behind = ours.setup_us - theirs.setup_us
+        if behind <= 0:
+            return 0.0
+        gain = theirs.us - ours.us
+        return behind / gain if gain > 0 else None
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """Families beside ours, in order."""
+        return tuple(dict.fromkeys(family(row.peer) for row in self.peers if family(row.peer) != "ours"))
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How times were taken: told, not read back by the tool."""
+
+    clock: str = "time.perf_counter_ns (monotonic)"
+    warm_up: str = "each peer prepares, makes one checked call, then two more that are not counted"
+    order: str = "interleaved: every round calls each peer once, each round begins with the next one"
+    statistic: str = "median, quartiles and least of the calls"
+    exactness: str = (
+        "rows (the fullest, the emptiest, the ends, random ones) of the first and last head are compared with dense "
+        "attention in fp64; allowed is twice the error of a plain attention of the same dtype plus one rounding unit"
+    )
+    flops: str = "useful work only: 4 · edges · head_dim forward"
+    peak: str = "register-resident FMA (bf16: dot-product) loop on the same threads, timed in the same rounds"
+    inputs: str = "standard normal, seed 0; each peer gets its own layout beforehand, untimed"
+    seconds: float = 0.0
+    min_repeats: int = 0
+    max_repeats: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where and with what it was measured.
+
+    Attributes:
+        date: UTC, ISO 8601, of the start.
+        commit: Of the checkout; "" outside one.
+        is_dirty: Whether tracked files differed from it.
+        code_digest: Of sparsec and its templates: results of the same digest belong together.
+        device: Key of the device.
+        processor: Its model.
+        isa: The highest instruction set in use.
+        cores: That the process may use.
+        memory_bytes: Likewise.
+        versions: By name: Python, torch, the compiler and others.
+        environment: Variables that change what is measured.
+    """
+
+    date: str
+    commit: str
+    is_dirty: bool
+    code_digest: str
+    device: str
+    processor: str
+    isa: str
+    cores: int
+    memory_bytes: int
+    system: str
+    versions: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What the machine reached at the start of the run, in FLOP/s, on one thread and on all."""
+
+    dtype: str
+    unit: str
+    one_thread: float
+    all_threads: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One result file."""
+
+    schema: int
+    grid: str
+    about: str
+    grid_digest: str
+    plot: PlotKind
+    x: str
+    protocol: Protocol
+    provenance: Provenance
+    threads: int
+    ceilings: tuple[Ceiling, ...]
+    goals: tuple[Goal, ...]
+    cases: tuple[CaseRow, ...]
+
+    def to_json(self) -> str:
+        content = asdict(self)
+        for written, row in zip(content["cases"], self.cases, strict=True):
+            written["id"] = row.case.id
+            written["derived"] = _derived(row)
+        return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _derived(row: CaseRow) -> dict[str, Any]:
+    """What follows from the measured, for readers of the file."""
+    return {
+        "ratio": {rival: row.ratio(rival) for rival in row.rivals},
+        "break_even_calls": {rival: row.break_even_calls(rival) for rival in row.rivals},
+        "gflops": {each.peer: row.gflops(each) for each in row.peers},
+        "share_of_peak": {each.peer: row.share_of_peak(each) for each in row.peers},
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become None."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_run(path: Path) -> Run:
+    """The results in a file.
+
+    Raises:
+        ResultError: It is another schema, or damaged; names file and key.
+    """
+    content = data.read_json(path)
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != SCHEMA:
+        raise ResultError(f"{path}: holds results of schema {found!r}, and this tool reads {SCHEMA}; measure again")
+    for row in content.get("cases", []):
+        if isinstance(row, dict):
+            row.pop("id", None)
+            row.pop("derived", None)
+    try:
+        return decode(Run, content, "")
+    except (TypeError, KeyError, ValueError) as error:
+        raise ResultError(f"{path}: {error}") from None
+
+
+def write_run(path: Path, run: Run) -> None:
+    """Puts the results at `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.publish(path, run.to_json().encode())
+    path.chmod(0o644)
+
+
+def resumed(path: Path, fresh: Run) -> tuple[CaseRow, ...]:
+    """The finished cases of an earlier, interrupted run of the same work.
+
+    Raises:
+        ResultError: There is a file of another grid, code, machine or number of threads.
+    """
+    if not path.exists():
+        return ()
+    found = read_run(path)
+    for what, before, now in (
+        ("grid", f"{found.grid} {found.grid_digest}", f"{fresh.grid} {fresh.grid_digest}"),
+        ("code", found.provenance.code_digest, fresh.provenance.code_digest),
+        ("device", found.provenance.device, fresh.provenance.device),
+        ("number of threads", found.threads, fresh.threads),
+    ):
+        if before != now:
+            raise ResultError(
+                f"{path} holds results of another {what} ({before}, now {now}); "
+                "--fresh replaces it, --out FILE leaves it"
+            )
+    return found.cases
+
+
+def decode(kind: type[T], value: Any, where: str) -> T:
+    """`value`, as JSON gives it, as a dataclass; unknown and missing keys are named."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{where or 'the file'} must be an object; it is a {type(value).__name__}")
+    hints = typing.get_type_hints(kind)
+    names = {item.name for item in fields(kind)}  # type: ignore[arg-type]  # always a dataclass
+    if unknown := value.keys() - names:
+        raise ValueError(f"{where or 'the file'} has keys that are not known: {', '.join(sorted(unknown))}")
+    return kind(**{name: _decoded(hints[name], each, f"{where}.{name}".strip(".")) for name, each in value.items()})
+
+
+def _decoded(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _decoded(next(each for each in arguments if each is not type(None)), value, where)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return decode(hint, value, where)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise TypeError(f"{where} must be a list; it is a {type(value).__name__}")
+        return tuple(_decoded(arguments[0], each, f"{where}[{index}]") for index, each in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"{where} must be an object; it is a {type(value).__name__}")
+        return value
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where} is {value!r}, none of {', '.join(map(repr, arguments))}")
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError(f"{where} must be a {hint.__name__}; it is {value!r}")
+    return value

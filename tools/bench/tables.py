@@ -1,0 +1,232 @@
+"""Markdown tables of results, for a README.
+
+This file decides what a reader sees first and in what words. Every figure comes from a result file; none is typed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from bench.goals import Outcome, outcomes
+from bench.names import family, title
+from bench.results import CaseRow, PeerRow, Run
+from sparsec.errors import SparsecError
+
+BEGIN: Final = "<!-- benchmarks:begin -->"
+END: Final = "<!-- benchmarks:end -->"
+
+_NO_TIME: Final = {"skipped": "–", "wrong": "wrong", "failed": "failed", "timed out": "timed out", "crashed": "crashed"}
+
+
+def markdown(run: Run) -> str:
+    """All tables of one run."""
+    attention = [row for row in run.cases if row.case.measure == "attention"]
+    parts = [f"### {run.about or run.grid}", caption(run)]
+    if attention:
+        parts += [attention_table(attention), *_notes(attention)]
+    figures = [row for row in run.cases if row.case.measure != "attention"]
+    if figures:
+        parts.append(figure_table(figures))
+    reached = outcomes(run)
+    if reached:
+        parts.append(goal_table(reached))
+    return "\n\n".join(parts) + "\n"
+
+
+def caption(run: Run) -> str:
+    """Where, when and how, in three sentences."""
+    at = run.provenance
+    commit = f"commit {at.commit[:10]}{' with changes' if at.is_dirty else ''}" if at.commit else "no commit"
+    threads = f"{run.threads} thread{'s' if run.threads != 1 else ''}"
+    peaks = ", ".join(f"{each.all_threads / 1e9:,.0f} GFLOP/s ({each.unit})" for each in run.ceilings)
+    return (
+        f"{at.processor}, {at.isa}, {threads}; torch {at.versions.get('torch', '?')}, "
+        f"{at.versions.get('compiler', '?')}; {at.date[:10]}, {commit}."
+        + (f" Measured peak: {peaks}." if peaks else "")
+        + " Median of interleaved calls, every result checked; GFLOP/s count useful work (4 · edges · head_dim); "
+        "× is how many times faster sparsec is."
+    )
+
+
+def attention_table(rows: Sequence[CaseRow]) -> str:
+    rivals = list(dict.fromkeys(rival for row in rows for rival in row.rivals))
+    forced = list(dict.fromkeys(each.peer for row in rows for each in row.peers if each.peer.startswith("ours:")))
+    shown = _shape_columns(rows)
+    header = [
+        "mask",
+        *(name for name, _ in shown),
+        "sparsec",
+        "GFLOP/s",
+        "of peak",
+        "tile fill",
+        *(f"× {title(rival)}" for rival in rivals),
+        *(f"× {peer.partition(':')[2]}" for peer in forced),
+    ]
+    lines = []
+    for index, row in enumerate(rows):
+        own = row.row("ours")
+        lines.append(
+            [
+                _name(row),
+                *(values[index] for _, values in shown),
+                *_own_cells(row, own),
+                *(_ratio_cell(row, rival) for rival in rivals),
+                *(_forced_cell(row, own, peer) for peer in forced),
+            ]
+        )
+    lines += _mean_lines(rows, rivals, len(header), [name for name, _ in shown])
+    return table(header, lines, text_columns=1 + len(shown))
+
+
+def _name(row: CaseRow) -> str:
+    return row.case.name + "".join(f", {key} {value}" for key, value in row.case.varied.items())
+
+
+def _shape_columns(rows: Sequence[CaseRow]) -> list[tuple[str, list[str]]]:
+    """dtype always, and whatever else differs between the rows."""
+    columns: list[tuple[str, list[str]]] = [
+        ("tokens", [f"{row.q_len:,}" for row in rows]),
+        ("batch", [str(row.case.batch) for row in rows]),
+        ("heads", [f"{row.case.heads}:{row.case.kv_heads or row.case.heads}" for row in rows]),
+        ("head_dim", [str(row.case.head_dim) for row in rows]),
+        ("threads", [str(row.threads) for row in rows]),
+        ("dtype", [str(row.case.dtype) for row in rows]),
+    ]
+    return [(name, values) for name, values in columns if name == "dtype" or len(set(values)) > 1]
+
+
+def _own_cells(row: CaseRow, own: PeerRow | None) -> list[str]:
+    if own is None or own.us is None or own.timing is None:
+        status = "–" if own is None else _NO_TIME[own.status]
+        return [status, "–", "–", _percent(row.tile_fill)]
+    rate, share = row.gflops(own), row.share_of_peak(own)
+    spread = f"{duration(own.us)} ± {own.timing.spread / 2:.0%}"
+    return [
+        spread,
+        "–" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}",
+        _percent(share),
+        _percent(row.tile_fill),
+    ]
+
+
+def _ratio_cell(row: CaseRow, rival: str) -> str:
+    ratio = row.ratio(rival)
+    if ratio is not None:
+        return f"{ratio:.2f}"
+    theirs = [each for each in row.peers if family(each.peer) == rival]
+    if not theirs:
+        return "–"
+    best = row.best(rival)
+    return duration(best.us) if best is not None and best.us is not None else _NO_TIME[theirs[0].status]
+
+
+def _forced_cell(row: CaseRow, own: PeerRow | None, peer: str) -> str:
+    forced = row.row(peer)
+    if forced is None:
+        return "–"
+    if forced.us is None or own is None or own.us is None:
+        return _NO_TIME.get(forced.status, "–")
+    return f"{forced.us / own.us:.2f}"
+
+
+def _mean_lines(rows: Sequence[CaseRow], rivals: list[str], width: int, shown: list[str]) -> list[list[str]]:
+    """Geometric means by dtype, over the rows where both sides are exact."""
+    lines = []
+    for dtype in dict.fromkeys(row.case.dtype for row in rows):
+        ratios = {rival: [r for row in rows if row.case.dtype == dtype and (r := row.ratio(rival))] for rival in rivals}
+        if not any(len(found) > 1 for found in ratios.values()):
+            continue
+        cells = [f"{geometric_mean(found):.2f}" if len(found) > 1 else "" for found in ratios.values()]
+        shape = [dtype if name == "dtype" else "" for name in shown]
+        line = ["**geometric mean**", *shape, "", "", "", "", *cells]
+        lines.append(line + [""] * (width - len(line)))
+    return lines
+
+
+def _notes(rows: Sequence[CaseRow]) -> list[str]:
+    """Why there is no figure, once for each peer and reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for each in row.peers:
+            said = each.reason if each.status != "ok" else each.note
+            if said:
+                label = f"{title(each.peer)} {each.status}" if each.status != "ok" else title(each.peer)
+                reasons.setdefault((label, said.splitlines()[0]), []).append(row.case.name)
+    lines = []
+    for (label, said), names in reasons.items():
+        where = list(dict.fromkeys(names))
+        listed = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
+        lines.append(f"- {label} ({listed}): {said}")
+    return ["\n".join(lines)] if lines else []
+
+
+_WHAT: Final = {"planning": "plan", "first_call": "compile + first call", "metadata": "index arrays"}
+
+
+def figure_table(rows: Sequence[CaseRow]) -> str:
+    lines = []
+    for row in rows:
+        what = f"{_WHAT[row.case.measure]}: {row.case.name}, {row.q_len:,} tokens"
+        for each in row.peers:
+            shown = what + (f", {title(each.peer)}" if each.peer != "ours" else "")
+            if each.us is None or each.timing is None:
+                lines.append([shown, _NO_TIME.get(each.status, "–"), ""])
+            elif row.case.measure == "metadata" and each.plan is not None:
+                share = each.plan.layout_bytes / row.tensor_bytes
+                lines.append([shown, size(each.plan.layout_bytes), f"{share:.2%} of q, k, v and out"])
+            else:
+                lines.append([shown, duration(each.us), f"± {each.timing.spread / 2:.0%}, {each.timing.repeats} times"])
+    return table(["what", "measured", ""], lines)
+
+
+def goal_table(reached: Iterable[Outcome]) -> str:
+    lines = []
+    for each in reached:
+        aim = f"≥ {each.goal.at_least:g}" if each.goal.at_least is not None else f"≤ {each.goal.at_most:g}"
+        measured = "not measured" if each.value is None else f"{each.value:.3g}"
+        verdict = "" if each.value is None else "met" if each.is_met else f"missed by {each.missed_by:.0%}"
+        lines.append([each.goal.what, aim, measured, verdict])
+    return table(["aim", "figure", "measured", ""], lines)
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    rule = ["---" if index < text_columns else "---:" for index in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
+
+
+def replaced_block(path: Path, content: str) -> str:
+    """The text of a file with what is between the markers replaced.
+
+    Raises:
+        SparsecError: The markers are not there, once each and in order.
+    """
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise SparsecError(f"{path} must hold {BEGIN} and, after it, {END}, once each: the tables go between them")
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    return f"{head}\n\n{content.strip()}\n\n{tail}"
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def duration(us: float) -> str:
+    for unit, scale in (("s", 1e6), ("ms", 1e3)):
+        if us >= scale:
+            return f"{us / scale:.3g} {unit}"
+    return f"{us:.3g} µs"
+
+
+def size(n_bytes: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.3g} {unit}"
+    return f"{n_bytes} bytes"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"

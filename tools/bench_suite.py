@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""Measures sparsec and its peers on the same work, and makes the tables and plots of the results.
+
+    tools/bench_suite.py run --grid quick
+    tools/bench_suite.py compare OLD NEW
+    tools/bench_suite.py table FILE... [--write README.md]
+    tools/bench_suite.py plot FILE...
+
+This file decides the command line only; `tools/bench/` does the work.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import click
+from bench import tables, verdict
+from bench.grid import Case, Grid, find_grid, load_grid
+from bench.provenance import provenance
+from bench.results import SCHEMA, Protocol, Run, read_run, resumed
+from bench.supervisor import Limits, measure_ceilings, run_grid
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sparsec import data
+from sparsec.device import detect_cpu
+from sparsec.errors import SparsecError
+
+_BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except SparsecError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group)
+def main() -> None:
+    """Measures sparsec and its peers on the same work."""
+
+
+@main.command()
+@click.option("--grid", "grid_name", default="quick", show_default=True, help="Name of a grid, or a YAML file.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Only cases whose id contains or matches this.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["fp32", "fp16", "bf16"]), help="Only this dtype.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; all that this process may use by default.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Result file.")
+@click.option("--fresh", is_flag=True, help="Replace the result file; otherwise its finished cases are kept.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds without a sign of life before a peer ends.")
+@click.option("--memory-gib", type=float, help="Memory of a case's process; nine tenths of the machine's by default.")
+@click.option("--list", "is_listing", is_flag=True, help="Print the ids of the cases and run nothing.")
+def run(
+    grid_name: str,
+    only: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    threads: int | None,
+    out: Path | None,
+    fresh: bool,
+    timeout: float,
+    memory_gib: float | None,
+    is_listing: bool,
+) -> None:
+    """Measures a grid. Ended half-way, the same command goes on where it stopped."""
+    grid = load_grid(find_grid(grid_name))
+    cases = [case for case in grid.cases if _is_wanted(case, only, dtypes)]
+    if not cases:
+        raise click.ClickException(f"no case of {grid.name} is left; `run --grid {grid_name} --list` shows their ids")
+    if is_listing:
+        for case in cases:
+            click.echo(case.id)
+        return
+    device = detect_cpu()
+    threads = threads or device.units
+    if too_many := [case for case in cases if case.threads > device.units]:
+        click.echo(f"{len(too_many)} cases want more threads than the {device.units} here, and are left out", err=True)
+        cases = [case for case in cases if case not in too_many]
+    memory = int(memory_gib * 2**30) if memory_gib else int(0.9 * device.memory_bytes)
+    out = out or _BENCHMARKS / "results" / f"{grid.name}-{device.key}.json"
+    finished = _measured(grid, cases, threads, Limits(timeout, memory), out, fresh)
+    click.echo(tables.markdown(finished))
+    click.echo(f"results: {out}", err=True)
+
+
+def _is_wanted(case: Case, only: tuple[str, ...], dtypes: tuple[str, ...]) -> bool:
+    if dtypes and case.dtype not in dtypes:
+        return False
+    return not only or any(pattern in case.id or fnmatchcase(case.id, pattern) for pattern in only)
+
+
+def _measured(grid: Grid, cases: list[Case], threads: int, limits: Limits, out: Path, fresh: bool) -> Run:
+    effort = grid.effort
+    protocol = Protocol(seconds=effort.seconds, min_repeats=effort.min_repeats, max_repeats=effort.max_repeats)
+    # Fields by name: there are many, and their order is the file's.
+    begun = Run(
+        schema=SCHEMA,
+        grid=grid.name,
+        about=grid.about,
+        grid_digest=grid.digest,
+        plot=grid.plot,
+        x=grid.x,
+        protocol=protocol,
+        provenance=provenance(),
+        threads=threads,
+        ceilings=(),
+        goals=grid.goals,
+        cases=(),
+    )
+    if not fresh:
+        begun = replace(begun, cases=resumed(out, begun))
+    known = {row.case.id for row in begun.cases}
+    left = [case for case in cases if case.id not in known]
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task("measuring the machine", total=len(cases), completed=len(cases) - len(left))
+        if not left:
+            return begun
+        begun = replace(begun, ceilings=measure_ceilings(threads, limits))
+
+        def progress(case: Case, doing: str) -> None:
+            if not doing:
+                bar.update(task, completed=len(cases) - len(left) + left.index(case))
+            bar.update(task, description=f"{case.id} {doing}")
+
+        finished = run_grid(grid, begun, left, threads, limits, out, progress)
+        bar.update(task, completed=len(cases), description="done")
+    return finished
+
+
+@main.command()
+@click.argument("old", type=_FILE)
+@click.argument("new", type=_FILE)
+@click.option("--strict", is_flag=True, help="End with status 1 where anything of ours is slower or no longer exact.")
+def compare(old: Path, new: Path, strict: bool) -> None:
+    """What became faster or slower between two result files."""
+    before, after = read_run(old), read_run(new)
+    for difference in verdict.differences(before, after):
+        click.echo(f"not the same {difference}", err=True)
+    changes = verdict.compare(before, after)
+    if not changes:
+        raise click.ClickException(f"{old} and {new} have no case in common that was timed")
+    lines = []
+    for change in sorted(changes, key=lambda each: each.speedup or 0.0):
+        drift = "" if change.peak_drift is None else f"{change.peak_drift:.2f}"
+        cells = [tables.duration(us) if us else "–" for us in (change.before_us, change.after_us)]
+        speedup = "" if change.speedup is None else f"{change.speedup:.2f}×"
+        lines.append([change.case_id, change.peer, *cells, speedup, change.judgement, drift])
+    click.echo(tables.table(["case", "peer", "before", "after", "speed-up", "", "peak drift"], lines))
+    counts = Counter(change.judgement for change in changes)
+    click.echo("\n" + ", ".join(f"{count} {judgement}" for judgement, count in counts.items()))
+    bad = [each for each in changes if each.peer == "ours" and each.judgement in ("slower", "no longer exact", "lost")]
+    if strict and bad:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("files", type=_FILE, nargs=-1, required=True)
+@click.option("--write", type=_FILE, metavar="FILE", help=f"Put the tables between {tables.BEGIN} and {tables.END}.")
+@click.option(
+    "--check", is_flag=True, help="With --write: change nothing, end with status 1 if the file is out of date."
+)
+def table(files: tuple[Path, ...], write: Path | None, check: bool) -> None:
+    """Markdown tables of result files."""
+    content = "\n".join(tables.markdown(read_run(path)) for path in files)
+    if write is None:
+        click.echo(content)
+        return
+    text = tables.replaced_block(write, content)
+    if text == write.read_text():
+        return
+    if check:
+        raise click.ClickException(f"the tables in {write} are not those of the results: run `make figures`")
+    mode = write.stat().st_mode
+    data.publish(write, text.encode())
+    write.chmod(mode)
+
+
+@main.command()
+@click.argument("files", type=_FILE, nargs=-1, required=True)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=_BENCHMARKS / "plots", help="Where plots go."
+)
+def plot(files: tuple[Path, ...], out: Path) -> None:
+    """PNG and SVG plots of result files."""
+    from bench.plots import plot as draw
+
+    for path in files:
+        for written in draw(read_run(path), out):
+            click.echo(written)
+
+
+if __name__ == "__main__":
+    main()
