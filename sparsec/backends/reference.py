@@ -71,9 +71,14 @@ def attention(
 
 def _dense_rows(bound: BoundMask, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
     dense = np.zeros((len(rows), bound.kv_len), bool)
-    for i, row in enumerate(rows.tolist()):
-        ranges = bound.rows(row, row + 1)
-        for start, stop, step in zip(ranges.start, ranges.stop, ranges.step, strict=True):
+    # Stretches of consecutive rows are asked for together: a composition has a price for each question.
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
+        if first == last:
+            continue
+        ranges = bound.rows(int(rows[first]), int(rows[last - 1]) + 1)
+        owner = np.repeat(np.arange(first, last), np.diff(ranges.indptr))
+        for i, start, stop, step in zip(owner, ranges.start, ranges.stop, ranges.step, strict=True):
             dense[i, start:stop:step] = True
     return dense
 
@@ -99,9 +104,9 @@ def tolerances(
 ) -> tuple[float, float]:
     """The largest errors of output and log-sum-exp that a correct kernel of a dtype may show on one head.
 
-    Twice the sum of what a plain attention in that dtype loses against fp64 (scores and sums in fp32, weights and output
-    rounded to the dtype) and one rounding unit of the largest result. The log-sum-exp is fp32 whatever the dtype: its
-    errors are those of fp32 dot products.
+    Twice the sum of what a plain attention in that dtype loses against fp64 (scores and sums in fp32, weights and
+    output rounded to the dtype) and one rounding unit of the largest result. The log-sum-exp is fp32 whatever the
+    dtype: its errors are those of fp32 dot products.
 
     Source: the same-dtype reference of FlashAttention's tests, with the rounding emulated where NumPy lacks the type.
     """
