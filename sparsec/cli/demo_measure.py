@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _SAMPLED_ROWS: Final = 64
 # What runs longer than this is timed in the run that is checked, too: warming up makes no difference to it.
 _SLOW_S: Final = 1.0
+_VERY_SLOW_S: Final = 3.0
 # What is quicker than this is run so often in each round.
 _QUICK_S: Final = 0.1
 _QUICK_RUNS: Final = 3
@@ -55,61 +56,56 @@ class Error:
 
     Attributes:
         largest: The largest difference found.
-        share: The largest share of what is allowed in its head that a difference takes up; at most 1 is right.
+        allowed: What rounding in this dtype explains.
         rows: Rows compared, over all heads.
     """
 
     largest: float
-    share: float
+    allowed: float
     rows: int
 
     @property
     def is_exact(self) -> bool:
-        return self.share <= 1.0
+        return self.largest <= self.allowed
 
 
-@dataclass(slots=True)
 class Oracle:
     """The right answers of some rows of every head, and how far from them rounding may lead.
 
-    Attributes:
-        rows: Which rows of each head are known: all of `whole_heads`, a sample of the others.
+    All rows of the first `whole_heads` heads are known, and a sample of those of the others.
     """
 
-    given: Tensors
-    bound: BoundMask
-    dtype: Dtype
-    whole_heads: int
-    _known: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], float]] = field(default_factory=list)
+    def __init__(self, given: Tensors, bound: BoundMask, dtype: Dtype, whole_heads: int) -> None:
+        self._given, self._bound, self._dtype, self._whole_heads = given, bound, dtype, whole_heads
+        self._known: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]] = []
+        self._allowed = 0.0
 
     def prepare(self, advance: Callable[[], None]) -> None:
         """Computes the answers; calls `advance` after each head."""
-        q_len = self.bound.q_len
-        sample = _sampled_rows(self.bound)
-        rows_of = {True: np.arange(q_len), False: sample}
+        sample = _sampled_rows(self._bound)
         # Explicit edges give up their rows faster than an expression does.
-        masks = {False: _only(self.bound, sample)}
-        if self.whole_heads:
-            masks[True] = from_dense(self.bound.to_dense()).bind(*self.bound.shape)
-        for head in range(self.given.q.shape[1]):
-            is_whole = head < self.whole_heads
-            rows, bound = rows_of[is_whole], masks[is_whole]
-            q, k, v = (tensor[0, head].double().numpy() for tensor in self.given)
+        sampled = sample, _only(self._bound, sample)
+        whole = np.arange(self._bound.q_len), sampled[1]
+        if self._whole_heads:
+            whole = whole[0], from_dense(self._bound.to_dense()).bind(*self._bound.shape)
+        for head in range(self._given.q.shape[1]):
+            rows, bound = whole if head < self._whole_heads else sampled
+            q, k, v = (tensor[0, head].double().numpy() for tensor in self._given)
             scale = q.shape[1] ** -0.5
-            answer, _ = reference.attention(q[rows], k, v, bound, scale)
-            allowed, _ = reference.tolerances(q[rows], k, v, bound, scale, self.dtype)
-            self._known.append((rows, answer, allowed))
+            self._known.append((rows, reference.attention(q[rows], k, v, bound, scale)[0]))
+            # What is allowed holds for the whole answer, of which every head is a part.
+            allowed, _ = reference.tolerances(q[rows], k, v, bound, scale, self._dtype)
+            self._allowed = max(self._allowed, allowed)
             advance()
 
     def compare(self, out: torch.Tensor) -> Error:
         """The error of an output `[1, heads, q_len, v_dim]`."""
-        largest = share = 0.0
-        for head, (rows, answer, allowed) in enumerate(self._known):
-            found = out[0, head].double().numpy()[rows]
-            # A number that is none is infinitely wrong.
-            error = float(np.nan_to_num(np.abs(found - answer), nan=np.inf).max(initial=0.0))
-            largest, share = max(largest, error), max(share, error / allowed)
-        return Error(largest, share, sum(len(rows) for rows, _, _ in self._known))
+        largest = 0.0
+        for head, (rows, answer) in enumerate(self._known):
+            # A result that is no number is infinitely wrong.
+            differences = np.nan_to_num(np.abs(out[0, head].double().numpy()[rows] - answer), nan=np.inf)
+            largest = max(largest, float(differences.max(initial=0.0)))
+        return Error(largest, self._allowed, sum(len(rows) for rows, _ in self._known))
 
 
 def _sampled_rows(bound: BoundMask) -> npt.NDArray[np.int64]:
@@ -146,15 +142,20 @@ def timings(
     Args:
         runs: What to run, by name.
         first: Seconds of each one's first run.
-        rounds: How often each has its turn; what is slow has one turn less.
+        rounds: How often each has its turn; what is slow has fewer, and its first run counts.
         advance: Called after each turn.
     """
     seconds = {name: [first[name]] if first[name] > _SLOW_S else [] for name in runs}
     for number in range(rounds):
         for name, run in runs.items():
-            is_slow = first[name] > _SLOW_S
-            if not is_slow or number < rounds - 1:
+            if number < _turns(first[name], rounds):
                 for _ in range(_QUICK_RUNS if first[name] < _QUICK_S else 1):
                     seconds[name].append(first_run(run)[1])
             advance()
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+def _turns(seconds: float, rounds: int) -> int:
+    if seconds > _VERY_SLOW_S:
+        return 1
+    return max(1, rounds - 1) if seconds > _SLOW_S else rounds
