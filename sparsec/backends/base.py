@@ -153,6 +153,48 @@ class Kernel(Protocol):
         ...
 
 
+class GradientKernel(Protocol):
+    """The backward pass of a launch, ready to run."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its index arrays."""
+        ...
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_out: torch.Tensor,
+        d_lse: torch.Tensor | None,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+    ) -> None:
+        """Writes `dq` for its rows, heads and batch elements, and adds to `dk` and `dv`.
+
+        Args:
+            q: As in the forward pass, like k, v, and its results out and lse.
+            k: Keys.
+            v: Values.
+            out: The output; of all launches, where several were joined.
+            lse: The log-sum-exp; likewise.
+            d_out: Gradient of the output, like `out`.
+            d_lse: Gradient of the log-sum-exp, like `lse`, or None.
+            dq: Like q; fp32 where the launch is partial.
+            dk: fp32 `[batch, kv_heads, kv_len, head_dim]`.
+            dv: fp32 `[batch, kv_heads, kv_len, v_dim]`.
+        """
+        ...
+
+    def source(self) -> dict[str, str]:
+        """Source text by file name."""
+        ...
+
+
 class Backend(Protocol):
     """One file of `backends/`, found by name."""
 
@@ -176,6 +218,16 @@ class Backend(Protocol):
         Raises:
             CompileError: It does not compile, load or pass its check.
             BackendMissingError: What it needs is not here.
+        """
+        ...
+
+    def lower_backward(self, launch: Launch) -> GradientKernel:
+        """The backward pass of a launch.
+
+        Raises:
+            UnsupportedError: This back end has none for the template.
+            CompileError: As in `lower`.
+            BackendMissingError: As in `lower`.
         """
         ...
 

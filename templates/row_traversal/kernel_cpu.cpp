@@ -2,8 +2,12 @@
 //
 // A unit is a block of `block_q` consecutive queries; the edges of an item are numbered from the unit's first. The keys
 // come from CSR as they lie, or are produced a bufferful at a time from ranges, or from offsets with nothing stored.
-#include <vector>
+#if defined(SX_BACKWARD)
+#include "../shared/backward.hpp"
 
+extern "C" void backward(const sx::Arguments* a) { sx::Backward<SX_DTYPE, false>(*a).run(); }
+#else
+#include "../shared/key_lists.hpp"
 #include "../shared/rows.hpp"
 
 namespace sx {
@@ -21,10 +25,6 @@ template <class T> class RowForward {
 
  private:
   struct Head { const T* q; KeyRows<T> rows; void* out; float* lse; };
-  // Keys of consecutive queries: those of query i are tokens[indptr[i]:indptr[i + 1]].
-  struct Keys { const int32_t* tokens; const int64_t* indptr; };
-  struct Buffers { std::vector<int32_t> tokens; std::vector<int64_t> indptr; };
-
   Head head(int64_t copy) const {
     const int64_t b = copy / a_.n_heads, h = a_.heads[copy % a_.n_heads], kv = h / group_;
     auto at = [&](const Tensor& t, int64_t i, size_t size = sizeof(T)) { return (char*)t.data + (b * t.batch + i * t.head) * size; };
@@ -45,7 +45,7 @@ template <class T> class RowForward {
     int64_t seen = 0;  // edges of the unit's earlier queries
     for (int64_t done = 0; done < n;) {
       int64_t rows = n - done;
-      const Keys keys = collect(first + done, rows);
+      const Keys keys = collect_keys(a_, first + done, rows);
       const int64_t end = keys.indptr[rows];
       for (int64_t i = 0; i < rows; ++i) {
         int64_t from = keys.indptr[i], to = keys.indptr[i + 1];
@@ -66,50 +66,6 @@ template <class T> class RowForward {
       }
       done += rows;
     }
-  }
-
-  // The keys of up to `rows` queries from `first` on; lowers `rows` to what was taken (at least one).
-  Keys collect(int64_t first, int64_t& rows) const {
-    if (a_.row_form == 0 && !a_.kv_order) {
-      // Offsets stay absolute: tokens are addressed from the start of the array.
-      return {a_.row_start, a_.row_indptr + first};
-    }
-    thread_local Buffers buffers;
-    auto& tokens = buffers.tokens;
-    auto& indptr = buffers.indptr;
-    tokens.clear();
-    indptr.assign(1, 0);
-    int64_t taken = 0;
-    while (taken < rows && (taken == 0 || tokens.size() < 1024)) {
-      append(first + taken++, tokens);
-      indptr.push_back((int64_t)tokens.size());
-    }
-    if (a_.kv_order) for (auto& t : tokens) t = a_.kv_order[t];
-    rows = taken;
-    return {tokens.data(), indptr.data()};
-  }
-  void append(int64_t query, std::vector<int32_t>& tokens) const {
-    if (a_.row_form == 2) {
-      for (int64_t r = 0; r < a_.n_offsets; ++r) {
-        const int64_t step = a_.offset_step[r];
-        int64_t start = query + a_.offset_start[r], stop = query + a_.offset_stop[r];
-        if (start < 0) start += (-start + step - 1) / step * step;
-        if (stop > a_.kv_len) stop = a_.kv_len;
-        append(start, stop, step, tokens);
-      }
-      return;
-    }
-    for (int64_t r = a_.row_indptr[query]; r < a_.row_indptr[query + 1]; ++r) {
-      if (a_.row_form == 0) tokens.push_back(a_.row_start[r]);
-      else append(a_.row_start[r], a_.row_stop[r], a_.row_step[r], tokens);
-    }
-  }
-  static void append(int64_t start, int64_t stop, int64_t step, std::vector<int32_t>& tokens) {
-    if (start >= stop) return;
-    const size_t before = tokens.size(), n = (size_t)((stop - start + step - 1) / step);
-    tokens.resize(before + n);
-    int32_t* to = tokens.data() + before;
-    for (size_t i = 0; i < n; ++i) to[i] = (int32_t)(start + (int64_t)i * step);
   }
 
   void merge(int64_t copy, int64_t index) const {
@@ -142,3 +98,4 @@ extern "C" void forward(const sx::Arguments* a) { sx::RowForward<SX_DTYPE>(*a).r
 // The dot products done since the last call.
 extern "C" int64_t sx_dot_products() { return sx::dot_products.exchange(0); }
 #endif
+#endif  // SX_BACKWARD

@@ -27,10 +27,12 @@ struct Arguments {
 
   // Tiles; a pattern of -1 is a full tile. `patterns` is [n_patterns, block_kv]: the query bits of each key.
   int64_t block_q, block_kv;
+  const int64_t* tile_indptr;  // tiles of each unit
   const int32_t* tile_columns;
   const int32_t* tile_pattern;
   const uint64_t* patterns;
   // Gathered columns, with the query bits of each.
+  const int64_t* gathered_indptr;  // gathered columns of each unit
   const int32_t* gathered_columns;
   const uint64_t* gathered_lanes;
   // Rows: `row_form` 0 CSR (row_indptr, row_start = columns), 1 ranges (row_indptr, row_start, row_stop, row_step),
@@ -64,6 +66,17 @@ struct Arguments {
   const int32_t* merge_unit;
   const int64_t* merge_indptr;
   float* partial;  // [batch * n_heads, n_slots, (v_dim + 2) * block_q]
+
+  // The backward pass: `out`, `lse` are then inputs. dK (without the scale) and dV are fp32 sums, [n_parts, batch,
+  // kv_heads, kv_len, dimension padded to whole vectors]; `heads` are sorted by key head and cut by kv_group_indptr [n_kv_groups + 1]; part_indptr
+  // [n_parts + 1] cuts the units.
+  Tensor d_out, dq, dk, dv;
+  const float* d_lse;  // or null
+  int64_t d_lse_batch, d_lse_head;
+  int64_t dk_part, dv_part;
+  int64_t n_kv_groups, n_parts;
+  const int64_t* kv_group_indptr;
+  const int64_t* part_indptr;
 
   // Torch's own OpenMP runtime (GOMP_parallel), or null to stay on the calling thread.
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned);

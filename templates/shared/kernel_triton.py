@@ -76,8 +76,8 @@ def score(
 ):  # fmt: skip
     """`[queries, keys]`, fp32, not yet scaled.
 
-    On matrix units the whole head_dim goes at once. Without them (fp32 on NVIDIA) a thread would have to hold all of it,
-    for its queries and its keys: there, CHUNK dimensions go at a time, and q comes from the cache.
+    On matrix units the whole head_dim goes at once. Without them (fp32 on NVIDIA) a thread would have to hold all of
+    it, for its queries and its keys: there, CHUNK dimensions go at a time, and q comes from the cache.
     """
     if DIMS[1] == CHUNK:
         k = load_rows(k_base, k_offsets, live, DIMS[0], DIMS[1])
@@ -183,7 +183,8 @@ def attend_singly(
 ):  # fmt: skip
     """The state after each query met keys of its own, without matrix units.
 
-    q: fp32 [queries, head_width], tokens and live: [queries, keys]. DIMS is (head_dim, head_width, v_dim, v_width).
+    q: fp32 [queries, head_width], tokens and live: [keys, queries]. Queries come before keys among the threads, so that
+    a query's sums stay with the threads that hold it.
     """
     column = tl.arange(0, DIMS[1])[None, None, :]
     v_column = tl.arange(0, DIMS[3])[None, None, :]
@@ -192,16 +193,16 @@ def attend_singly(
     # Both fetches are under way before the first is used.
     k = tl.load(k_at, mask=live[:, :, None] & (column < DIMS[0]), other=0.0)
     v = tl.load(v_at, mask=live[:, :, None] & (v_column < DIMS[2]), other=0.0)
-    scores = tl.sum(q[:, None, :] * k.to(tl.float32), 2)
+    scores = tl.sum(q[None, :, :] * k.to(tl.float32), 2)
     if NEGATE:
         scores = -scores
     scores = tl.where(live, scores, NEG_INF)
-    highest = tl.maximum(peak, tl.max(scores, 1) * scale)
+    highest = tl.maximum(peak, tl.max(scores, 0) * scale)
     base = tl.where(highest == NEG_INF, 0.0, highest)
-    weights = tl.exp2(scores * scale - base[:, None])
+    weights = tl.exp2(scores * scale - base[None, :])
     shrink = tl.exp2(peak - base)
-    total = total * shrink + tl.sum(weights, 1)
-    acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * v.to(tl.float32), 1)
+    total = total * shrink + tl.sum(weights, 0)
+    acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * v.to(tl.float32), 0)
     return highest, total, acc
 
 
@@ -270,14 +271,14 @@ def walk(
     progressions; FORM "edges" has them in `first`.
     """
     peak, total, acc = empty_state(ROWS, DIMS[3])
-    nth = tl.arange(0, KEYS).to(tl.int64)[None, :]
+    nth = tl.arange(0, KEYS).to(tl.int64)[:, None]
     live = start < stop
     if FORM == "edges":
         begin = tl.load(indptr + rows, mask=live, other=0) + start
         count = tl.where(live, stop - start, 0)
         for done in range(0, tl.max(count, 0).to(tl.int32), KEYS):
-            is_key = nth + done < count[:, None]
-            position = tl.load(first + begin[:, None] + (nth + done), mask=is_key, other=0)
+            is_key = nth + done < count[None, :]
+            position = tl.load(first + begin[None, :] + (nth + done), mask=is_key, other=0)
             tokens = tokens_at(kv_order, position, is_key)
             peak, total, acc = attend_singly(
                 q, k_base, k_row, v_base, v_row, tokens, is_key, peak, total, acc, scale, NEGATE, DIMS
@@ -290,9 +291,9 @@ def walk(
             high = tl.minimum(tl.maximum(stop - passed, 0), count)
             passed += count
             for done in range(0, tl.max(high - low, 0).to(tl.int32), KEYS):
-                key = low[:, None] + (nth + done)
-                is_key = key < high[:, None]
-                position = tl.where(is_key, begin[:, None] + key * by[:, None], 0)
+                key = low[None, :] + (nth + done)
+                is_key = key < high[None, :]
+                position = tl.where(is_key, begin[None, :] + key * by[None, :], 0)
                 tokens = tokens_at(kv_order, position, is_key)
                 peak, total, acc = attend_singly(
                     q, k_base, k_row, v_base, v_row, tokens, is_key, peak, total, acc, scale, NEGATE, DIMS

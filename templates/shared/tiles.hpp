@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "arguments.hpp"
 #include "simd.hpp"
@@ -119,6 +120,43 @@ static void value_block(const Operand* const* v, int64_t column, const Operand* 
     for (int j = 0; j < VECTORS; ++j) store(acc + i * block_q + j * VL, o[i][j]);
 }
 
+// Keys [first, last) of a strip, all attended by no other than the query vectors [low, high).
+struct Chunk { int first, last, low, high; };
+
+// Cuts a strip into chunks; returns how many. Keys nobody attends were never added.
+inline int find_chunks(Chunk* chunks, const uint64_t* lanes, int keys, int64_t n_queries) {
+  int n = 0;
+  for (int first = 0; first < keys; first += CHUNK_STEP) {
+    const int last = first + CHUNK_STEP < keys ? first + CHUNK_STEP : keys;
+    uint64_t live = 0;
+    for (int i = first; i < last; ++i) live |= lanes[i];
+    if (n_queries < 64) live &= (uint64_t(1) << n_queries) - 1;
+    if (!live) continue;
+    const int low = __builtin_ctzll(live) / VL, high = (63 - __builtin_clzll(live)) / VL + 1;
+    if (n && chunks[n - 1].last == first && chunks[n - 1].low == low && chunks[n - 1].high == high) chunks[n - 1].last = last;
+    else chunks[n++] = {first, last, low, high};
+  }
+  return n;
+}
+
+// Calls `body` with the number of vectors a register block takes, as a constant: `n`, or as many as fit.
+template <class Body> SX_INLINE void with_vectors(int64_t n, Body&& body) {
+  if (n == 1) body(std::integral_constant<int, 1>{});
+  else if (n == 2 || BLOCK_VECTORS == 2) body(std::integral_constant<int, 2>{});
+  else if constexpr (BLOCK_VECTORS == 4) {
+    if (n == 3) body(std::integral_constant<int, 3>{}); else body(std::integral_constant<int, 4>{});
+  }
+}
+
+// Calls `body` with group sizes, as constants, that add up to `n`: GROUP as often as it fits, then 8, 4, 2, 1.
+template <int GROUP, class Body> SX_INLINE void in_groups(int64_t n, Body&& body) {
+  for (; n >= GROUP; n -= GROUP) body(std::integral_constant<int, GROUP>{});
+  if (GROUP > 8 && n >= 8) { body(std::integral_constant<int, 8>{}); n -= 8; }
+  if (n >= 4) { body(std::integral_constant<int, 4>{}); n -= 4; }
+  if (n >= 2) { body(std::integral_constant<int, 2>{}); n -= 2; }
+  if (n >= 1) body(std::integral_constant<int, 1>{});
+}
+
 template <class T> class TileEngine {
   using Operand = typename Dtype<T>::Operand;
   static constexpr int PACK = Dtype<T>::pack;
@@ -196,7 +234,8 @@ template <class T> class TileEngine {
     const int keys = keys_;
     for (int i = 0; i < vectors_ * VL; i += VL) store(peak_ + i, splat(NEG_INF));
     n_chunks_ = 0;
-    if (masked_) find_chunks(); else chunks_[n_chunks_++] = {0, keys, 0, vectors_};
+    if (masked_) n_chunks_ = find_chunks(chunks_, lanes_, keys, n_);
+    else chunks_[n_chunks_++] = {0, keys, 0, vectors_};
     for (int c = 0; c < n_chunks_; ++c) masked_ ? score<true>(chunks_[c]) : score<false>(chunks_[c]);
     raise_maximum();
     for (int c = 0; c < n_chunks_; ++c) exponentiate(chunks_[c]);
@@ -281,8 +320,6 @@ template <class T> class TileEngine {
   const float* query(int64_t i) const { return q_rows_ + i * padded_ * PACK; }
 
  private:
-  struct Chunk { int first, last, low, high; };  // keys [first, last) × query vectors [low, high)
-
   void pack_queries(int64_t lane, int64_t x, int64_t pitch) {
     if constexpr (PACK == 1) {
       vf rows[VL];
@@ -347,45 +384,18 @@ template <class T> class TileEngine {
   }
 #endif
 
-  // Runs of keys with the same live query vectors; keys nobody attends were never added.
-  void find_chunks() {
-    for (int first = 0; first < keys_; first += CHUNK_STEP) {
-      int last = first + CHUNK_STEP < keys_ ? first + CHUNK_STEP : keys_;
-      uint64_t live = 0;
-      for (int i = first; i < last; ++i) live |= lanes_[i];
-      if (n_ < 64) live &= (uint64_t(1) << n_) - 1;
-      if (!live) continue;
-      int low = __builtin_ctzll(live) / VL, high = (63 - __builtin_clzll(live)) / VL + 1;
-      if (n_chunks_ && chunks_[n_chunks_ - 1].last == first && chunks_[n_chunks_ - 1].low == low && chunks_[n_chunks_ - 1].high == high)
-        chunks_[n_chunks_ - 1].last = last;
-      else
-        chunks_[n_chunks_++] = {first, last, low, high};
-    }
-  }
-
   template <bool MASKED> void score(const Chunk& c) {
-    for (int low = c.low; low < c.high; low += BLOCK_VECTORS) {
-      int vectors = c.high - low < BLOCK_VECTORS ? c.high - low : BLOCK_VECTORS;
-      if (vectors == 1) score_keys<1, MASKED>(c, low);
-      else if (vectors == 2) score_keys<2, MASKED>(c, low);
-      else if constexpr (BLOCK_VECTORS == 4) {
-        if (vectors == 3) score_keys<3, MASKED>(c, low); else score_keys<4, MASKED>(c, low);
-      }
-    }
-  }
-  template <int VECTORS, bool MASKED> void score_keys(const Chunk& c, int low) {
-    constexpr int GROUP = group_of(VECTORS);
-    int i = c.first;
-    auto run = [&](auto keys) {
-      constexpr int KEYS = decltype(keys)::value;
-      score_block<KEYS, VECTORS, MASKED>(kp_ + i, qt_ + low * VL, block_q_, depth_, lanes_ + i, low * VL, s_ + i * block_q_ + low * VL, peak_ + low * VL);
-      i += KEYS;
-    };
-    while (c.last - i >= GROUP) run(std::integral_constant<int, GROUP>{});
-    if (GROUP > 8 && c.last - i >= 8) run(std::integral_constant<int, 8>{});
-    if (c.last - i >= 4) run(std::integral_constant<int, 4>{});
-    if (c.last - i >= 2) run(std::integral_constant<int, 2>{});
-    if (c.last - i >= 1) run(std::integral_constant<int, 1>{});
+    for (int low = c.low; low < c.high; low += BLOCK_VECTORS)
+      with_vectors(c.high - low, [&](auto vectors) {
+        constexpr int VECTORS = decltype(vectors)::value;
+        int i = c.first;
+        in_groups<group_of(VECTORS)>(c.last - c.first, [&](auto keys) {
+          constexpr int KEYS = decltype(keys)::value;
+          score_block<KEYS, VECTORS, MASKED>(kp_ + i, qt_ + low * VL, block_q_, depth_, lanes_ + i, low * VL,
+                                             s_ + i * block_q_ + low * VL, peak_ + low * VL);
+          i += KEYS;
+        });
+      });
   }
 
   // Moves the reference point of the exponentials where a strip's scores have outgrown it.
@@ -440,29 +450,18 @@ template <class T> class TileEngine {
   }
 
   void add_values(const Chunk& c) {
-    for (int low = c.low; low < c.high; low += BLOCK_VECTORS) {
-      int vectors = c.high - low < BLOCK_VECTORS ? c.high - low : BLOCK_VECTORS;
-      if (vectors == 1) add_columns<1>(c, low);
-      else if (vectors == 2) add_columns<2>(c, low);
-      else if constexpr (BLOCK_VECTORS == 4) {
-        if (vectors == 3) add_columns<3>(c, low); else add_columns<4>(c, low);
-      }
-    }
-  }
-  template <int VECTORS> void add_columns(const Chunk& c, int low) {
-    constexpr int GROUP = group_of(VECTORS);
     const int first = c.first / PACK, keys = (c.last - c.first + PACK - 1) / PACK;
-    int64_t column = 0;
-    auto run = [&](auto columns) {
-      constexpr int COLUMNS = decltype(columns)::value;
-      value_block<COLUMNS, VECTORS>(vp_ + first, column, p_ + first * block_q_ + low * VL, block_q_, keys, acc_ + column * block_q_ + low * VL);
-      column += COLUMNS;
-    };
-    while (v_dim_ - column >= GROUP) run(std::integral_constant<int, GROUP>{});
-    if (GROUP > 8 && v_dim_ - column >= 8) run(std::integral_constant<int, 8>{});
-    if (v_dim_ - column >= 4) run(std::integral_constant<int, 4>{});
-    if (v_dim_ - column >= 2) run(std::integral_constant<int, 2>{});
-    if (v_dim_ - column >= 1) run(std::integral_constant<int, 1>{});
+    for (int low = c.low; low < c.high; low += BLOCK_VECTORS)
+      with_vectors(c.high - low, [&](auto vectors) {
+        constexpr int VECTORS = decltype(vectors)::value;
+        int64_t column = 0;
+        in_groups<group_of(VECTORS)>(v_dim_, [&](auto columns) {
+          constexpr int COLUMNS = decltype(columns)::value;
+          value_block<COLUMNS, VECTORS>(vp_ + first, column, p_ + first * block_q_ + low * VL, block_q_, keys,
+                                        acc_ + column * block_q_ + low * VL);
+          column += COLUMNS;
+        });
+      });
   }
 
   const int64_t block_q_, head_dim_, v_dim_, depth_;

@@ -1,0 +1,285 @@
+"""Calling the CPU kernels: the binary interface, and what a launch becomes when its binary is loaded.
+
+This file decides how index arrays and tensors are handed over through ctypes (`Arguments`, mirrored in
+`templates/shared/arguments.hpp`), how the backward pass is divided among threads, and which OpenMP runtime carries the
+threads: the one torch has loaded, so that there is one pool of them. It must not know how binaries are made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from sparsec.backends.base import Launch
+from sparsec.layout import RowLists
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_ROW_FORMS: Final = {"edges": 0, "ranges": 1, "offsets": 2}
+
+# dK and dV rows are padded to the widest vector.
+_PADDING = 16
+# Runs of query blocks a (batch element, key head) is cut into at most, each with its own fp32 dK and dV.
+_MAX_PARTS = 64
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+    ]
+
+
+def _int64s(names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_int64) for name in names.split()]
+
+
+def _pointers(names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_void_p) for name in names.split()]
+
+
+class Arguments(ctypes.Structure):
+    """`sx::Arguments`, field by field; every field is eight bytes wide."""
+
+    _fields_ = [
+        *[(name, _Tensor) for name in ("q", "k", "v", "out")],
+        *_pointers("lse"),
+        *_int64s("lse_batch lse_head batch q_heads kv_heads q_len kv_len head_dim v_dim"),
+        *_pointers("heads"),
+        *_int64s("n_heads"),
+        ("scale", ctypes.c_double),
+        *_int64s("out_is_fp32 block_q block_kv"),
+        *_pointers("tile_indptr tile_columns tile_pattern patterns gathered_indptr gathered_columns gathered_lanes"),
+        *_int64s("row_form"),
+        *_pointers("row_indptr row_start row_stop row_step"),
+        *_int64s("n_offsets"),
+        *_pointers("offset_start offset_stop offset_step q_order kv_order"),
+        *_int64s("n_items"),
+        *_pointers("item_unit item_slot tile_start tile_stop column_start column_stop edge_start edge_stop"),
+        *_int64s("n_merges n_slots"),
+        *_pointers("merge_unit merge_indptr partial"),
+        *[(name, _Tensor) for name in ("d_out", "dq", "dk", "dv")],
+        *_pointers("d_lse"),
+        *_int64s("d_lse_batch d_lse_head dk_part dv_part n_kv_groups n_parts"),
+        *_pointers("kv_group_indptr part_indptr parallel"),
+        *_int64s("threads"),
+    ]
+
+
+class _Prepared:
+    """The index arrays of a launch in the form the binary takes, kept alive."""
+
+    def __init__(self, launch: Launch, sources: tuple[Path, ...]) -> None:
+        self.launch = launch
+        self._sources = sources
+        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._arguments = Arguments()
+        self._fill()
+        self._is_whole_batch = launch.batch == tuple(range(launch.problem.batch))
+
+    def source(self) -> dict[str, str]:
+        return {path.name: path.read_text() for path in self._sources}
+
+    def _batches(self) -> list[slice]:
+        """The batch elements to serve: all at once, or one at a time."""
+        return [slice(None)] if self._is_whole_batch else [slice(b, b + 1) for b in self.launch.batch]
+
+    def _prepared(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> Arguments:
+        """A copy of the arguments for these tensors: two threads may call one kernel."""
+        import torch
+
+        a = Arguments.from_buffer_copy(self._arguments)
+        a.q, a.k, a.v, a.out = _tensor(q), _tensor(k), _tensor(v), _tensor(out)
+        a.batch, a.kv_len = q.shape[0], k.shape[2]
+        if lse is not None:
+            a.lse, a.lse_batch, a.lse_head = lse.data_ptr(), lse.stride(0), lse.stride(1)
+        a.threads, a.parallel = torch.get_num_threads(), openmp_parallel()
+        return a
+
+    def _fill(self) -> None:
+        launch, a = self.launch, self._arguments
+        problem, work = launch.problem, launch.work
+        a.q_heads, a.kv_heads = problem.q_heads, problem.kv_heads
+        a.q_len, a.head_dim, a.v_dim = work.bound.q_len, problem.head_dim, problem.v_dim
+        a.heads, a.n_heads = self._pointer(np.array(launch.heads, np.int32)), len(launch.heads)
+        a.scale, a.out_is_fp32 = launch.scale, int(launch.is_partial)
+        a.block_q = work.block_q
+        a.q_order, a.kv_order = self._pointer(work.ordering.q_order), self._pointer(work.ordering.kv_order)
+        schedule = work.schedule
+        a.n_items, a.n_merges, a.n_slots = schedule.n_items, len(schedule.merge_unit), schedule.n_slots
+        a.item_unit, a.item_slot = self._pointer(schedule.unit), self._pointer(schedule.slot)
+        a.merge_unit, a.merge_indptr = self._pointer(schedule.merge_unit), self._pointer(schedule.merge_indptr)
+        if work.tiles is not None:
+            tiles = work.tiles
+            a.block_kv = tiles.tile_map.block_kv
+            a.tile_indptr = self._pointer(tiles.tile_map.indptr)
+            a.tile_columns = self._pointer(tiles.tile_map.indices)
+            a.tile_pattern = self._pointer(tiles.patterns.index)
+            a.patterns = self._pointer(tiles.lane_masks())
+        if work.gathered is not None:
+            a.gathered_indptr = self._pointer(work.gathered.indptr)
+            a.gathered_columns = self._pointer(work.gathered.columns)
+            a.gathered_lanes = self._pointer(work.gathered.lanes)
+        if work.rows is not None:
+            self._fill_rows(work.rows)
+        if work.items is not None:
+            for name in ("tile_start", "tile_stop", "column_start", "column_stop", "edge_start", "edge_stop"):
+                setattr(a, name, self._pointer(getattr(work.items, name)))
+        elif work.tiles is not None:
+            a.tile_start, a.tile_stop = self._pointer(schedule.start), self._pointer(schedule.stop)
+        else:
+            a.edge_start, a.edge_stop = self._pointer(schedule.start), self._pointer(schedule.stop)
+
+    def _fill_rows(self, rows: RowLists) -> None:
+        a = self._arguments
+        a.row_form = _ROW_FORMS[rows.form]
+        a.row_indptr = self._pointer(rows.indptr)
+        if rows.form == "edges":
+            a.row_start = self._pointer(rows.columns)
+        elif rows.form == "ranges":
+            a.row_start, a.row_stop, a.row_step = (self._pointer(x) for x in (rows.start, rows.stop, rows.step))
+        else:
+            a.n_offsets = len(rows.start)
+            a.offset_start, a.offset_stop, a.offset_step = (
+                self._pointer(x) for x in (rows.start, rows.stop, rows.step)
+            )
+
+    def _pointer(self, array: np.ndarray[Any, Any] | None) -> int | None:
+        """The address of an array, which is kept alive and contiguous."""
+        if array is None:
+            return None
+        kept = np.ascontiguousarray(array)
+        self._arrays.append(kept)
+        return int(kept.ctypes.data)
+
+
+class CpuKernel(_Prepared):
+    """A forward kernel bound to one launch."""
+
+    def __init__(self, launch: Launch, library: ctypes.CDLL, sources: tuple[Path, ...]) -> None:
+        super().__init__(launch, sources)
+        self._run = library.forward
+        self._run.argtypes, self._run.restype = [ctypes.POINTER(Arguments)], None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self._arrays) + self._partial_words(len(self.launch.batch)) * 4
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        for b in self._batches():
+            a = self._prepared(q[b], k[b], v[b], out[b], None if lse is None else lse[b])
+            partial = np.empty(self._partial_words(a.batch), np.float32)
+            a.partial = partial.ctypes.data
+            self._run(ctypes.byref(a))
+
+    def _partial_words(self, batch: int) -> int:
+        launch = self.launch
+        slots = launch.work.schedule.n_slots * batch * len(launch.heads)
+        return slots * (launch.problem.v_dim + 2) * launch.work.block_q
+
+
+class CpuGradient(_Prepared):
+    """A backward kernel bound to one launch."""
+
+    def __init__(self, launch: Launch, library: ctypes.CDLL, sources: tuple[Path, ...]) -> None:
+        super().__init__(launch, sources)
+        self._run = library.backward
+        self._run.argtypes, self._run.restype = [ctypes.POINTER(Arguments)], None
+        group = launch.problem.q_heads // launch.problem.kv_heads
+        heads = np.sort(np.array(launch.heads, np.int32))
+        cuts = np.flatnonzero(np.diff(heads // group)) + 1
+        indptr = np.concatenate(([0], cuts, [len(heads)])).astype(np.int64)
+        a = self._arguments
+        a.heads, a.kv_group_indptr, a.n_kv_groups = self._pointer(heads), self._pointer(indptr), len(indptr) - 1
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self._arrays)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_out: torch.Tensor,
+        d_lse: torch.Tensor | None,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+    ) -> None:
+        for b in self._batches():
+            a = self._prepared(q[b], k[b], v[b], out[b], lse[b])
+            a.d_out, a.dq = _tensor(d_out[b]), _tensor(dq[b])
+            if d_lse is not None:
+                a.d_lse, a.d_lse_batch, a.d_lse_head = d_lse[b].data_ptr(), d_lse.stride(0), d_lse.stride(1)
+            n_parts = self._n_parts(a.batch * a.n_kv_groups, a.threads)
+            parts = self._part_indptr(n_parts)
+            a.n_parts, a.part_indptr = n_parts, parts.ctypes.data
+            dk_sums, dv_sums = (_sums(n_parts, like[b]) for like in (k, v))
+            a.dk, a.dv = _tensor(dk_sums[0]), _tensor(dv_sums[0])
+            a.dk_part, a.dv_part = dk_sums.stride(0), dv_sums.stride(0)
+            self._run(ctypes.byref(a))
+            # Parts are added in their order, whichever thread made them.
+            dk[b].add_(dk_sums.sum(0)[..., : k.shape[3]], alpha=self.launch.scale)
+            dv[b].add_(dv_sums.sum(0)[..., : v.shape[3]])
+
+    def _n_parts(self, shares: int, threads: int) -> int:
+        """Runs of query blocks a share is cut into, so that the threads are evenly busy."""
+        n_units = -(-self.launch.work.bound.q_len // self.launch.work.block_q)
+        even = next((parts for parts in range(1, threads + 1) if shares * parts % threads == 0), threads)
+        wanted = 1 if shares >= 4 * threads else even
+        return max(1, min(wanted, n_units, _MAX_PARTS))
+
+    def _part_indptr(self, n_parts: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Boundaries of `n_parts` runs of units of even cost."""
+        schedule = self.launch.work.schedule
+        n_units = -(-self.launch.work.bound.q_len // self.launch.work.block_q)
+        cost = np.bincount(schedule.unit, weights=schedule.cost, minlength=n_units)
+        before = np.concatenate(([0.0], np.cumsum(cost)))
+        inner = np.searchsorted(before, before[-1] * np.arange(1, n_parts) / n_parts)
+        return np.concatenate(([0], inner, [n_units])).astype(np.int64)
+
+
+def _tensor(t: torch.Tensor) -> _Tensor:
+    return _Tensor(t.data_ptr(), *t.stride()[:3])
+
+
+def _sums(n_parts: int, like: torch.Tensor) -> torch.Tensor:
+    """fp32 zeros `[n_parts, batch, kv_heads, kv_len, dimension]`, the last padded to whole vectors."""
+    import torch
+
+    padded = -(-like.shape[3] // _PADDING) * _PADDING
+    return torch.zeros(n_parts, *like.shape[:3], padded, dtype=torch.float32)
+
+
+@cache
+def openmp_parallel() -> int | None:
+    """The address of `GOMP_parallel` in the OpenMP runtime torch has loaded; None where it has none (one thread)."""
+    import torch
+
+    beside_torch = str(Path(torch.__file__).parent)
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    names = ("libgomp", "libiomp5", "libomp")
+    runtimes = [path for path in loaded if Path(path).name.startswith(names)]
+    for path in sorted(runtimes, key=lambda path: not path.startswith(beside_torch)):
+        function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value
+    logger.warning("torch has loaded no OpenMP runtime; sparsec's CPU kernels run on one thread")
+    return None
