@@ -125,6 +125,11 @@ class Launch:
     scale: float
     is_partial: bool = False
 
+    def elements(self, batch: int) -> tuple[int, ...]:
+        """The batch elements it serves of tensors that have so many: one plan for all serves any number."""
+        is_for_all = self.batch == tuple(range(self.problem.batch))
+        return tuple(range(batch)) if is_for_all else self.batch
+
 
 class Kernel(Protocol):
     """A launch, ready to run."""

@@ -150,7 +150,7 @@ class ReferenceKernel:
 
         launch = self.launch
         group = launch.problem.q_heads // launch.problem.kv_heads
-        for b in launch.batch:
+        for b in launch.elements(q.shape[0]):
             for h in launch.heads:
                 q64, k64, v64 = (
                     t.detach().double().cpu().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group])

@@ -39,9 +39,10 @@ class TorchKernel:
         is_causal = problem.q_len > 1 and launch.work.bound.nnz < problem.q_len * problem.kv_len
         group = problem.q_heads // problem.kv_heads
         heads = list(launch.heads)
-        is_all = heads == list(range(problem.q_heads)) and launch.batch == tuple(range(problem.batch))
+        elements = launch.elements(q.shape[0])
+        is_all = heads == list(range(problem.q_heads)) and len(elements) == q.shape[0]
         kv_heads = [h // group for h in heads]
-        for batch in [slice(None)] if is_all else [slice(b, b + 1) for b in launch.batch]:
+        for batch in [slice(None)] if is_all else [slice(b, b + 1) for b in elements]:
             qs = q if is_all else q[batch, heads]
             ks, vs = (t if is_all and group == 1 else t[batch, kv_heads] for t in (k, v))
             if lse is None:
