@@ -107,13 +107,17 @@ class Template:
         return self.folder / KERNEL_FILES[backend]
 
     def default(self, backend: str) -> Config:
-        return Config(tuple((t.name, t.default) for t in self.tunables.get(backend, ())))
+        return Config(tuple((t.name, t.default) for t in self.tunables_of(backend)))
+
+    def tunables_of(self, backend: str) -> tuple[Tunable, ...]:
+        """What can be set; the reference, which has no kernels, is planned like a CPU."""
+        return self.tunables.get("cpu" if backend == "reference" else backend, ())
 
     def configs(self, backend: str) -> Iterator[Config]:
         """Every legal configuration, the default first."""
         first = self.default(backend)
         yield first
-        tunables = self.tunables.get(backend, ())
+        tunables = self.tunables_of(backend)
         for values in itertools.product(*(t.values for t in tunables)):
             config = Config(tuple(zip((t.name for t in tunables), values, strict=True)))
             if config != first and self.violation(backend, config) is None:
@@ -121,7 +125,7 @@ class Template:
 
     def violation(self, backend: str, config: Config) -> str | None:
         """Why `config` is illegal, in one sentence, or None."""
-        tunables = {t.name: t for t in self.tunables.get(backend, ())}
+        tunables = {t.name: t for t in self.tunables_of(backend)}
         values = config.to_dict()
         if values.keys() != tunables.keys():
             return f"{self.name} on {backend} takes {', '.join(tunables) or 'no parameters'}; got {config}"

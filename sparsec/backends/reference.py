@@ -155,10 +155,14 @@ class ReferenceKernel:
                 q64, k64, v64 = (
                     t.detach().double().cpu().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group])
                 )
-                values, log_sums = attention(q64, k64, v64, launch.work.bound, launch.scale)
-                out[b, h] = torch.from_numpy(values).to(out)
+                rows, keys = launch.work.ordering.q_order, launch.work.ordering.kv_order
+                rows = np.arange(len(q64)) if rows is None else rows
+                keys = np.arange(len(k64)) if keys is None else keys
+                values, log_sums = attention(q64[rows], k64[keys], v64[keys], launch.work.bound, launch.scale)
+                written = torch.from_numpy(rows.astype(np.int64))
+                out[b, h, written] = torch.from_numpy(values).to(out)
                 if lse is not None:
-                    lse[b, h] = torch.from_numpy(log_sums).to(lse)
+                    lse[b, h, written] = torch.from_numpy(log_sums).to(lse)
 
     def source(self) -> dict[str, str]:
         from pathlib import Path
