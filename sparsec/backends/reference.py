@@ -133,6 +133,11 @@ def tolerances(
     )
 
 
+def _tokens(order: npt.NDArray[np.int32] | None, length: int) -> npt.NDArray[np.int64]:
+    """Which token stands at each position."""
+    return np.arange(length) if order is None else order.astype(np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class ReferenceKernel:
     """A launch computed by `attention`, head by head."""
@@ -155,14 +160,12 @@ class ReferenceKernel:
                 q64, k64, v64 = (
                     t.detach().double().cpu().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group])
                 )
-                rows, keys = launch.work.ordering.q_order, launch.work.ordering.kv_order
-                rows = np.arange(len(q64)) if rows is None else rows
-                keys = np.arange(len(k64)) if keys is None else keys
+                rows = _tokens(launch.work.ordering.q_order, len(q64))
+                keys = _tokens(launch.work.ordering.kv_order, len(k64))
                 values, log_sums = attention(q64[rows], k64[keys], v64[keys], launch.work.bound, launch.scale)
-                written = torch.from_numpy(rows.astype(np.int64))
-                out[b, h, written] = torch.from_numpy(values).to(out)
+                out[b, h, torch.from_numpy(rows)] = torch.from_numpy(values).to(out)
                 if lse is not None:
-                    lse[b, h, written] = torch.from_numpy(log_sums).to(lse)
+                    lse[b, h, torch.from_numpy(rows)] = torch.from_numpy(log_sums).to(lse)
 
     def source(self) -> dict[str, str]:
         from pathlib import Path
