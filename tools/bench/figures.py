@@ -52,7 +52,7 @@ def measure_figure(case: Case, effort: Effort, threads: int, announce: Announce)
 
 
 def planning(case: Case, effort: Effort, announce: Announce) -> PeerRow:
-    """`sparsec.plan` of a mask that has just been read, binding included; the first one, with imports, is the set-up."""
+    """`sparsec.plan` of a mask that has just been read, binding included; set-up is what the first takes more."""
     announce("ours", "plan")
     first_us, _ = _planned(case)
     samples: list[float] = []

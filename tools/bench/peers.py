@@ -6,6 +6,7 @@ prepare made beforehand. It must not know how calls are timed or checked.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -220,6 +221,8 @@ class TorchSparse:
         indptr, columns = _csr(bound.to_csr())
         degrees = indptr.diff()
         shape = (heads, bound.q_len, bound.kv_len)
+        # torch warns once that CSR is in beta.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
         zeros = torch.sparse_csr_tensor(
             indptr.expand(heads, -1).contiguous(),
             columns.expand(heads, -1).contiguous(),

@@ -104,8 +104,9 @@ def _lines(run: Run, rows: Sequence[CaseRow]) -> Figure:
         known = [(x, row.peak_bytes / 2**20) for x, row in points if row.peak_bytes]
         memory.plot([x for x, _ in known], [mib for _, mib in known], **style)
     for axis, label in ((times, "ms"), (memory, "memory added by set-up and first call, MiB")):
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        if axis.lines and any(len(line.get_xdata()) for line in axis.lines):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
         axis.set_xlabel(run.x)
         axis.set_ylabel(label)
         axis.grid(True, which="major", alpha=0.3)
