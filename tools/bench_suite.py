@@ -127,7 +127,7 @@ def _measured(grid: Grid, cases: list[Case], threads: int, limits: Limits, out: 
     with bar:
         task = bar.add_task("measuring the machine", total=len(cases), completed=len(cases) - len(left))
         if not left:
-            return begun
+            return read_run(out)
         begun = replace(begun, ceilings=measure_ceilings(threads, limits))
 
         def progress(case: Case, doing: str) -> None:

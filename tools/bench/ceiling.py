@@ -13,6 +13,7 @@ from pathlib import Path
 from bench.protocol import timed_ns
 from bench.results import Ceiling
 from sparsec.backends import cpu
+from sparsec.backends.cpu_kernels import openmp_parallel
 from sparsec.device import detect_cpu
 
 _SOURCE = Path(__file__).with_name("peak.cpp")
@@ -32,11 +33,12 @@ class Peak:
         self._library.has_dot_units.restype = ctypes.c_int64
         self._is_dot = dtype == "bf16" and bool(self._library.has_dot_units())
         self._threads = threads
-        self._parallel = cpu.openmp_parallel() if threads > 1 else None
+        self._parallel: int | None = None
         self._iterations = 1000
-        # The quickest of a few: one that was interrupted says nothing about the work in it.
-        while (took := min(timed_ns(self) for _ in range(3))) < _CALL_NS:
+        # One thread alone, and the quickest of a few: waiting for others says nothing about the work in a call.
+        while (took := min(timed_ns(self) for _ in range(5))) < _CALL_NS:
             self._iterations = int(self._iterations * min(10.0, max(1.2, 1.2 * _CALL_NS / took)))
+        self._parallel = openmp_parallel() if threads > 1 else None
 
     def __call__(self) -> None:
         self._library.run(self._iterations, int(self._is_dot), self._parallel, self._threads)
