@@ -142,8 +142,8 @@ _SOFTMAX_CYCLES = 14.0
 _PACK_CYCLES = 0.9
 # A tile whose pattern must be looked through, per key.
 _PATTERN_CYCLES = 1.0
-# The row kernel: per row, per edge, and per edge and vector of head_dim or v_dim. A row that continues where tiles left it
-# costs the same again.
+# The row kernel: per row, per edge, and per edge and vector of head_dim or v_dim. A row that goes on where tiles left
+# it costs the same again.
 _ROW_CYCLES, _EDGE_CYCLES, _EDGE_VECTOR_CYCLES = 110.0, 5.0, 2.4
 # Keys fetched from beyond the second- and the third-level cache arrive at about so many bytes a cycle and core.
 _L3_BYTES_PER_CYCLE, _MEMORY_BYTES_PER_CYCLE = 60.0, 12.0

@@ -1,7 +1,7 @@
 """The errors a user of sparsec can meet.
 
-This file decides their names and what each one carries. It knows nothing of masks, plans or kernels. A message says what
-was asked, what was found (the actual values), and what to do next.
+This file decides their names and what each one carries. It knows nothing of masks, plans or kernels. A message says
+what was asked, what was found (the actual values), and what to do next.
 """
 
 from __future__ import annotations

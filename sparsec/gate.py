@@ -18,10 +18,11 @@ import numpy as np
 from sparsec import data
 from sparsec.backends import reference
 from sparsec.backends.base import Dtype, Launch, Problem, backend
+from sparsec.backends.reference import ReferenceKernel
 from sparsec.device import Device
 from sparsec.errors import CompileError, SparsecError
 from sparsec.masks import from_dense
-from sparsec.masks.mask import BoundMask, Mask
+from sparsec.masks.mask import Mask
 from sparsec.planner.works import build_work
 from sparsec.template import Template
 
@@ -30,14 +31,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Direction = Literal["forward"]
+Direction = Literal["forward", "backward"]
 
 # Lengths that divide nothing, grouped heads, a head_dim that fills no vector, and v of another dimension.
 _CASE: Final = Problem(q_len=83, kv_len=151, q_heads=4, kv_heads=2, head_dim=40, v_dim=24, batch=2)
+_GROUP: Final = _CASE.q_heads // _CASE.kv_heads
 _passed: set[str] = set()
 
 
-def ensure(template: Template, backend_name: str, dtype: Dtype, device: Device) -> None:
+def ensure(
+    template: Template, backend_name: str, dtype: Dtype, device: Device, direction: Direction = "forward"
+) -> None:
     """Returns when the kernel has passed its check here, now or earlier.
 
     Raises:
@@ -45,11 +49,11 @@ def ensure(template: Template, backend_name: str, dtype: Dtype, device: Device) 
     """
     if backend_name in ("reference", "torch"):
         return
-    key = _key(template, backend_name, dtype, "forward", device)
+    key = _key(template, backend_name, dtype, direction, device)
     if key in _passed or _is_remembered(key):
         _passed.add(key)
         return
-    error = check(template, backend_name, dtype, device)
+    error = check(template, backend_name, dtype, device, direction)
     if error is not None:
         raise CompileError(
             f"{template.name} on {backend_name} ({dtype}) gave wrong results on {device.name} and is not used: "
@@ -57,10 +61,12 @@ def ensure(template: Template, backend_name: str, dtype: Dtype, device: Device) 
             template.kernel_path(backend_name),
         )
     _passed.add(key)
-    _remember(key, template, backend_name, dtype, device)
+    _remember(key, template, backend_name, dtype, device, direction)
 
 
-def check(template: Template, backend_name: str, dtype: Dtype, device: Device) -> str | None:
+def check(
+    template: Template, backend_name: str, dtype: Dtype, device: Device, direction: Direction = "forward"
+) -> str | None:
     """What is wrong with a kernel's results on the hard case, in one sentence, or None."""
     import torch
 
@@ -69,19 +75,63 @@ def check(template: Template, backend_name: str, dtype: Dtype, device: Device) -
     config = template.default(backend_name)
     heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
     work = build_work(template, config, bound, problem, device, heads=problem.q_heads)
-    scale = problem.head_dim**-0.5
-    launch = Launch(template, backend_name, config, problem, device, work, heads, batch, scale)
-    kernel = backend(backend_name).lower(launch)
+    launch = Launch(template, backend_name, config, problem, device, work, heads, batch, problem.head_dim**-0.5)
     q, k, v = _inputs(problem)
     out = torch.full((problem.batch, problem.q_heads, problem.q_len, problem.v_dim), float("nan"), dtype=q.dtype)
     lse = torch.full(out.shape[:3], float("nan"))
-    kernel(q, k, v, out, lse)
-    for b in batch:
-        for h in heads:
-            arrays = tuple(t.double().numpy() for t in (q[b, h], k[b, h // 2], v[b, h // 2]))
-            error = _error(arrays, out[b, h], lse[b, h], bound, scale, dtype)
+    if direction == "forward":
+        backend(backend_name).lower(launch)(q, k, v, out, lse)
+        return _forward_error(launch, q, k, v, out, lse)
+    # The backward pass is given exact results of the forward pass, so that its own errors are seen.
+    ReferenceKernel(launch)(q, k, v, out, lse)
+    return _backward_error(launch, q, k, v, out, lse)
+
+
+def _forward_error(
+    launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> str | None:
+    bound, scale, dtype = launch.work.bound, launch.scale, launch.problem.dtype
+    for b in launch.batch:
+        for h in launch.heads:
+            heads = (_array(q[b, h]), _array(k[b, h // _GROUP]), _array(v[b, h // _GROUP]))
+            expected = reference.attention(*heads, bound, scale)
+            allowed = reference.tolerances(*heads, bound, scale, dtype)
+            found = (_array(out[b, h]), _array(lse[b, h]))
+            error = _worst(("the output", "the log-sum-exp"), found, expected, allowed)
             if error is not None:
                 return f"head {h} of batch element {b}: {error}"
+    return None
+
+
+def _backward_error(
+    launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> str | None:
+    import torch
+
+    bound, scale, dtype = launch.work.bound, launch.scale, launch.problem.dtype
+    generator = torch.Generator().manual_seed(13)
+    d_out = torch.randn(out.shape, generator=generator).to(out.dtype)
+    d_lse = torch.randn(lse.shape, generator=generator)
+    dq, dk, dv = torch.full_like(q, float("nan")), torch.zeros(k.shape), torch.zeros(v.shape)
+    backend(launch.backend).lower_backward(launch)(q, k, v, out, lse, d_out, d_lse, dq, dk, dv)
+    for b in launch.batch:
+        for kv_head in range(launch.problem.kv_heads):
+            expected_k, expected_v = np.zeros(k.shape[2:]), np.zeros(v.shape[2:])
+            allowed_k = allowed_v = 0.0
+            for h in range(kv_head * _GROUP, (kv_head + 1) * _GROUP):
+                heads = (_array(q[b, h]), _array(k[b, kv_head]), _array(v[b, kv_head]))
+                above = (_array(d_out[b, h]), _array(d_lse[b, h]))
+                expected = reference.gradients(*heads, bound, scale, *above)
+                allowed = reference.gradient_tolerances(*heads, bound, scale, *above, dtype)
+                error = _worst(("dq",), (_array(dq[b, h]),), expected[:1], allowed[:1])
+                if error is not None:
+                    return f"head {h} of batch element {b}: {error}"
+                expected_k, expected_v = expected_k + expected[1], expected_v + expected[2]
+                allowed_k, allowed_v = allowed_k + allowed[1], allowed_v + allowed[2]
+            found = (_array(dk[b, kv_head]), _array(dv[b, kv_head]))
+            error = _worst(("dk", "dv"), found, (expected_k, expected_v), (allowed_k, allowed_v))
+            if error is not None:
+                return f"key head {kv_head} of batch element {b}: {error}"
     return None
 
 
@@ -114,22 +164,20 @@ def _inputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     )
 
 
-def _error(
-    arrays: tuple[reference.FloatArray, ...],
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    bound: BoundMask,
-    scale: float,
-    dtype: Dtype,
+def _array(tensor: torch.Tensor) -> reference.FloatArray:
+    array: reference.FloatArray = tensor.double().numpy()
+    return array
+
+
+def _worst(
+    names: tuple[str, ...],
+    found: tuple[reference.FloatArray, ...],
+    expected: tuple[reference.FloatArray, ...],
+    allowed: tuple[float, ...],
 ) -> str | None:
-    q, k, v = arrays
-    expected, expected_lse = reference.attention(q, k, v, bound, scale)
-    allowed, allowed_lse = reference.tolerances(q, k, v, bound, scale, dtype)
-    for name, got, wanted, limit in (
-        ("the output", out.double().numpy(), expected, allowed),
-        ("the log-sum-exp", lse.double().numpy(), expected_lse, allowed_lse),
-    ):
-        same = got == wanted  # equal infinities
+    """The first result that is further off than allowed, in one sentence; infinities must be equal."""
+    for name, got, wanted, limit in zip(names, found, expected, allowed, strict=True):
+        same = got == wanted
         error = float(np.where(same, 0.0, np.abs(got - np.where(same, 0.0, wanted))).max())
         if not error <= limit:
             return f"{name} is off by {error:.3g} where {limit:.3g} is allowed"
@@ -145,12 +193,14 @@ def _is_remembered(key: str) -> bool:
     return (data.cache_dir() / "gate" / f"{key}.json").is_file()
 
 
-def _remember(key: str, template: Template, backend_name: str, dtype: str, device: Device) -> None:
+def _remember(
+    key: str, template: Template, backend_name: str, dtype: str, device: Device, direction: Direction
+) -> None:
     passed = {
         "template": template.name,
         "backend": backend_name,
         "dtype": dtype,
-        "direction": "forward",
+        "direction": direction,
         "device": device.key,
         "toolchain": backend(backend_name).toolchain(),
     }

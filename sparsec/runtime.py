@@ -6,14 +6,16 @@ and handed to kernels, and how partial results are joined. It must not know how 
 
 from __future__ import annotations
 
+import importlib
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sparsec import data, gate
-from sparsec.backends.base import DTYPES, Dtype, Kernel, Launch, Problem, backend
+from sparsec.backends.base import DTYPES, Dtype, GradientKernel, Kernel, Launch, Problem, backend
 from sparsec.device import Device, detect_cpu, detect_gpu
 from sparsec.device import device as named_device
 from sparsec.errors import BackendMissingError, MaskError, SparsecError, UnsupportedError
@@ -43,6 +45,7 @@ class Request:
     device: str | None
     backend: str | None
     template: str | None
+    needs_grad: bool | None
     scale: float | None
     layout: Layout
     tune: Tune
@@ -86,7 +89,8 @@ def compile(
         device: Where the tensors will be; the first tensors' by default.
         backend: Only this back end; nothing else is taken silently.
         template: Only this template.
-        needs_grad: Whether a backward pass will follow.
+        needs_grad: Whether a backward pass will follow; by default whatever the first tensors require. False refuses
+            tensors that require gradients.
         scale: Of the scores; `1/√head_dim` by default.
         score_mod: `fn(score, b, h, q_idx, kv_idx)`.
         layout: Of q, k, v and the output: `"bhsd"` is `[batch, heads, length, dim]`, `"bshd"` has heads and length
@@ -102,8 +106,6 @@ def compile(
     """
     if score_mod is not None:
         raise UnsupportedError("score_mod is not built yet: call compile without it")
-    if needs_grad:
-        raise UnsupportedError("the backward pass is not built yet: pass needs_grad=False")
     chosen_tune = tune or data.forced_tune_mode() or "auto"
     _check_choice("layout", layout, get_args(Layout))
     _check_choice("tune", chosen_tune, get_args(Tune))
@@ -122,6 +124,7 @@ def compile(
         None if device is None else str(device),
         backend,
         template,
+        needs_grad,
         scale,
         layout,
         chosen_tune,  # type: ignore[arg-type]  # checked above
@@ -145,6 +148,14 @@ class Attention:
         self._specialised: dict[tuple[Problem, str], _Specialisation] = {}
         self._latest: _Specialisation | None = None
         self._lock = threading.Lock()
+        # Torch's operators know this attention by a number; it is given when torch is first at hand.
+        self._known_as: int | None = None
+
+    @property
+    def _handle(self) -> int:
+        if self._known_as is None:
+            self._known_as = _operators().register(self)
+        return self._known_as
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False
@@ -166,25 +177,56 @@ class Attention:
         """
         import torch
 
-        _check_tensors(q, k, v)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise UnsupportedError(
-                "the inputs require gradients, and the backward pass is not built yet: call under torch.no_grad()"
-            )
         is_bshd = self._request.layout == "bshd"
+        if torch.compiler.is_compiling():
+            return self._traced(q, k, v, return_lse=return_lse)
+        _check_tensors(q, k, v)
         if is_bshd:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        special = self._for(q, k, v)
-        shape = (*q.shape[:3], v.shape[3])
-        if is_bshd:
-            out = torch.empty(shape[0], shape[2], shape[1], shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            if self._request.needs_grad is False:
+                raise UnsupportedError(
+                    "the inputs require gradients, and compile was told needs_grad=False: "
+                    "leave needs_grad out, or call under torch.no_grad()"
+                )
+            out, lse = _operators().forward(q, k, v, self._handle)
         else:
-            out = torch.empty(shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
-        special.run(_rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v), out, lse)
+            out, lse = self._for(q, k, v, self._request.needs_grad or False).forward(q, k, v, with_lse=return_lse)
         if is_bshd:
             out = out.transpose(1, 2)
-        return out if lse is None else (out, lse)
+        return (out, lse) if return_lse else out
+
+    def _traced(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The call as `torch.compile` records it: one operator, whatever the batch."""
+        import torch
+
+        if self._request.layout == "bshd":
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out, lse = torch.ops.sparsec.forward(q, k, v, self._handle)
+        if self._request.layout == "bshd":
+            out = out.transpose(1, 2)
+        return (out, lse) if return_lse else out
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `sparsec::forward` computes: tensors `[batch, heads, length, dim]`, with the log-sum-exp."""
+        out, lse = self._for(q, k, v, self._request.needs_grad is not False).forward(q, k, v, with_lse=True)
+        assert lse is not None, "the log-sum-exp was asked for"
+        return out, lse
+
+    def backward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_out: torch.Tensor,
+        d_lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `sparsec::backward` computes."""
+        return self._for(q, k, v, needs_grad=True).backward(q, k, v, out, lse, d_out, d_lse)
 
     @property
     def plan(self) -> Plan:
@@ -237,6 +279,7 @@ class Attention:
             v_dim=request.v_dim or request.head_dim,
             dtype=request.dtype,
             batch=self._bound.n_batch or 1,
+            needs_grad=request.needs_grad or False,
         )
         self._specialise(problem, request.device or "cpu")
 
@@ -251,15 +294,15 @@ class Attention:
             )
         return self._latest
 
-    def _for(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Specialisation:
-        problem = self._problem(q, k, v)
+    def _for(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs_grad: bool) -> _Specialisation:
+        problem = self._problem(q, k, v, needs_grad)
         found = self._specialised.get((problem, str(q.device)))
         if found is None:
             found = self._specialise(problem, str(q.device))
         self._latest = found
         return found
 
-    def _problem(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Problem:
+    def _problem(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs_grad: bool) -> Problem:
         bound, request = self._bound, self._request
         if (q.shape[2], k.shape[2]) != bound.shape:
             raise MaskError(
@@ -269,7 +312,7 @@ class Attention:
         # One plan serves every batch size, unless the mask has a member for each element.
         batch = q.shape[0] if bound.varies_by_batch else 1
         dtype = _dtype_name(q.dtype)
-        problem = Problem(*bound.shape, q.shape[1], k.shape[1], q.shape[3], v.shape[3], dtype, batch)
+        problem = Problem(*bound.shape, q.shape[1], k.shape[1], q.shape[3], v.shape[3], dtype, batch, needs_grad)
         for name in ("q_heads", "kv_heads", "head_dim", "v_dim", "dtype"):
             promised, found = getattr(request, name), getattr(problem, name)
             if promised not in (None, found):
@@ -297,11 +340,14 @@ class Attention:
 
 
 class _Specialisation:
-    """A plan with its kernels."""
+    """A plan with its kernels; those of the backward pass are made when first needed."""
 
     def __init__(self, made: Plan) -> None:
         self.plan = made
         self._kernels = [[_lowered(step.launch) for step in group.steps] for group in made.groups]
+        self._gradients: list[list[GradientKernel]] | None = None
+        if made.problem.needs_grad:
+            self._gradients = self._lowered_gradients()
 
     def kernels(self) -> list[tuple[Launch, Kernel]]:
         return [
@@ -310,15 +356,55 @@ class _Specialisation:
             for step, kernel in zip(group.steps, kernels, strict=True)
         ]
 
-    def run(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
-    ) -> None:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, with_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        import torch
+
+        q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+        out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
         for group, kernels in zip(self.plan.groups, self._kernels, strict=True):
             if group.is_joined:
                 _run_joined(group, kernels, q, k, v, out, lse)
             else:
                 for kernel in kernels:
                     kernel(q, k, v, out, lse)
+        return out, lse
+
+    def backward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_out: torch.Tensor,
+        d_lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        assert self._gradients is not None, "planned without gradients"
+        q, k, v, out, d_out = (_rows_contiguous(t) for t in (q, k, v, out, d_out))
+        dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+        dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for group, kernels in zip(self.plan.groups, self._gradients, strict=True):
+            if not group.is_joined:
+                for kernel in kernels:
+                    kernel(q, k, v, out, lse, d_out, d_lse, dq, dk, dv)
+                continue
+            # Each launch gives what its own edges contribute to dQ.
+            total = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+            part = torch.zeros_like(total)
+            for kernel in kernels:
+                kernel(q, k, v, out, lse, d_out, d_lse, part, dk, dv)
+                total += part
+            _copy_heads(group, dq, total)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+    def _lowered_gradients(self) -> list[list[GradientKernel]]:
+        return [[_lowered_backward(step.launch) for step in group.steps] for group in self.plan.groups]
 
 
 def _run_joined(
@@ -335,8 +421,8 @@ def _run_joined(
 
     parts, log_sums = [], []
     for kernel in kernels:
-        part = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        log_sum = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+        part = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+        log_sum = torch.zeros(out.shape[:3], dtype=torch.float32, device=out.device)
         kernel(q, k, v, part, log_sum)
         parts.append(part)
         log_sums.append(log_sum)
@@ -346,15 +432,20 @@ def _run_joined(
     joined = torch.zeros_like(parts[0])
     for part, log_sum in zip(parts, log_sums, strict=True):
         joined.addcmul_(part, (log_sum - base).exp_().unsqueeze(-1))
-    if len(group.heads) == out.shape[1] and len(group.batch) in (1, out.shape[0]):
-        out.copy_(joined)
-        if lse is not None:
-            lse.copy_(total)
+    _copy_heads(group, out, joined)
+    if lse is not None:
+        _copy_heads(group, lse, total)
+
+
+def _copy_heads(group: Group, into: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies the heads and batch elements of a group."""
+    is_all_heads, is_all_batch = len(group.heads) == into.shape[1], group.is_whole_batch
+    if is_all_heads and is_all_batch:
+        into.copy_(source)
         return
-    for b in group.batch:
-        out[b, list(group.heads)] = joined[b, list(group.heads)].to(out.dtype)
-        if lse is not None:
-            lse[b, list(group.heads)] = total[b, list(group.heads)]
+    heads = list(group.heads)
+    for b in range(into.shape[0]) if is_all_batch else group.batch:
+        into[b, heads] = source[b, heads].to(into.dtype)
 
 
 def _lowered(launch: Launch) -> Kernel:
@@ -364,8 +455,18 @@ def _lowered(launch: Launch) -> Kernel:
         raise BackendMissingError(
             f"{launch.template.name} was planned for the {launch.backend} back end, but {missing}"
         )
-    gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device)
+    gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device, "forward")
     return server.lower(launch)
+
+
+def _lowered_backward(launch: Launch) -> GradientKernel:
+    gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device, "backward")
+    return backend(launch.backend).lower_backward(launch)
+
+
+def _operators() -> types.ModuleType:
+    """The module that talks to torch's registry; imported when tensors are at hand, and not before."""
+    return importlib.import_module("sparsec.torch_ops")
 
 
 def attention(

@@ -83,6 +83,40 @@ def _dense_rows(bound: BoundMask, rows: npt.NDArray[np.integer]) -> npt.NDArray[
     return dense
 
 
+def gradients(
+    q: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    bound: BoundMask,
+    scale: float,
+    d_out: FloatArray,
+    d_lse: FloatArray,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Gradients of one head's q, k and v, in fp64, given those of its output and log-sum-exp.
+
+    Source: the chain rule through softmax; an empty row has none.
+    """
+    dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    q, k, v, d_out = (array.astype(np.float64) for array in (q, k, v, d_out))
+    for first in range(0, bound.q_len, _ROWS):
+        rows = np.arange(first, min(first + _ROWS, bound.q_len))
+        attended = _dense_rows(bound, rows)
+        attends = attended.any(axis=1)
+        rows, attended = rows[attends], attended[attends]
+        if not len(rows):
+            continue
+        scores = np.where(attended, q[rows] @ k.T * scale, -np.inf)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        d_weights = d_out[rows] @ v.T
+        mean = (weights * d_weights).sum(axis=1, keepdims=True)
+        d_scores = weights * (d_weights - mean + d_lse[rows, None])
+        dq[rows] = d_scores @ k * scale
+        dk += d_scores.T @ q[rows] * scale
+        dv += weights.T @ d_out[rows]
+    return dq, dk, dv
+
+
 def rounded(array: npt.NDArray[np.floating], dtype: Dtype) -> FloatArray:
     """The nearest values a dtype can hold (ties to even), as fp64."""
     if dtype == "fp32":
@@ -133,6 +167,43 @@ def tolerances(
     )
 
 
+def gradient_tolerances(
+    q: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    bound: BoundMask,
+    scale: float,
+    d_out: FloatArray,
+    d_lse: FloatArray,
+    dtype: Dtype,
+) -> tuple[float, float, float]:
+    """The largest errors of one head's dq, dk and dv that a correct kernel of a dtype may show.
+
+    By the rule of `tolerances`: the plain computation is in fp32, with probabilities, the output and the gradients of
+    the scores rounded to the dtype.
+    """
+    exact = gradients(q, k, v, bound, scale, d_out, d_lse)
+    attended = bound.to_dense()
+    attends = attended.any(axis=1)
+    q32, k32, v32, d_out32 = (array.astype(np.float32) for array in (q, k, v, d_out))
+    scores = np.where(attended, q32 @ k32.T * np.float32(scale), np.float32(-np.inf))
+    # Probabilities are recomputed from the log-sum-exp, which is kept in fp32.
+    lse = attention(q, k, v, bound, scale)[1].astype(np.float32)
+    weights = np.exp(scores - np.where(attends, lse, np.float32(0.0))[:, None])
+    halves = rounded(weights, dtype).astype(np.float32)
+    out = rounded(halves @ v32, dtype).astype(np.float32)
+    delta = (out * d_out32).sum(axis=1, keepdims=True) - d_lse.astype(np.float32)[:, None]
+    d_scores = rounded(weights * (d_out32 @ v32.T - delta), dtype).astype(np.float32)
+    plain = (d_scores @ k32 * np.float32(scale), d_scores.T @ q32 * np.float32(scale), halves.T @ d_out32)
+
+    def allowed(got: npt.NDArray[np.floating], wanted: FloatArray) -> float:
+        error = np.abs(rounded(got, dtype) - wanted).max(initial=0.0)
+        return 2.0 * float(error + unit_roundoff(dtype) * np.abs(wanted).max(initial=0.0))
+
+    dq, dk, dv = (allowed(got, wanted) for got, wanted in zip(plain, exact, strict=True))
+    return dq, dk, dv
+
+
 def _tokens(order: npt.NDArray[np.int32] | None, length: int) -> npt.NDArray[np.int64]:
     """Which token stands at each position."""
     return np.arange(length) if order is None else order.astype(np.int64)
@@ -173,6 +244,49 @@ class ReferenceKernel:
         return {"reference.py": Path(__file__).read_text()}
 
 
+@dataclass(frozen=True, slots=True)
+class ReferenceGradient:
+    """The backward pass of a launch by `gradients`, head by head."""
+
+    launch: Launch
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_out: torch.Tensor,
+        d_lse: torch.Tensor | None,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+    ) -> None:
+        import torch
+
+        launch = self.launch
+        group = launch.problem.q_heads // launch.problem.kv_heads
+        for b in launch.elements(q.shape[0]):
+            for h in launch.heads:
+                heads = (q[b, h], k[b, h // group], v[b, h // group], d_out[b, h])
+                q64, k64, v64, d_out64 = (t.detach().double().cpu().numpy() for t in heads)
+                d_lse64 = np.zeros(q.shape[2]) if d_lse is None else d_lse[b, h].double().cpu().numpy()
+                found = gradients(q64, k64, v64, launch.work.bound, launch.scale, d_out64, d_lse64)
+                dq[b, h] = torch.from_numpy(found[0]).to(dq)
+                dk[b, h // group] += torch.from_numpy(found[1]).to(dk)
+                dv[b, h // group] += torch.from_numpy(found[2]).to(dv)
+
+    def source(self) -> dict[str, str]:
+        from pathlib import Path
+
+        return {"reference.py": Path(__file__).read_text()}
+
+
 class ReferenceBackend:
     """Serves every problem on every device, slowly."""
 
@@ -189,6 +303,9 @@ class ReferenceBackend:
 
     def lower(self, launch: Launch) -> ReferenceKernel:
         return ReferenceKernel(launch)
+
+    def lower_backward(self, launch: Launch) -> ReferenceGradient:
+        return ReferenceGradient(launch)
 
 
 @cache

@@ -11,8 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsec.backends.base import Launch, Problem
+from sparsec.backends.base import GradientKernel, Launch, Problem
 from sparsec.device import Device
+from sparsec.errors import UnsupportedError
 from sparsec.template import Template
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class TorchBackend:
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
         if device.kind != "cpu":
             return f"handing {device.name} work to torch is not built yet"
+        if problem.needs_grad:
+            return "its backward pass would not know the gradient of the log-sum-exp"
         if problem.head_dim != problem.v_dim:
             return f"torch's kernel wants one head_dim for k and v; here they are {problem.head_dim}, {problem.v_dim}"
         return None
@@ -83,6 +86,9 @@ class TorchBackend:
 
     def lower(self, launch: Launch) -> TorchKernel:
         return TorchKernel(launch)
+
+    def lower_backward(self, launch: Launch) -> GradientKernel:
+        raise UnsupportedError("the torch back end is not planned where gradients are needed")
 
 
 @cache

@@ -83,6 +83,7 @@ class Group:
         bound: Their mask, in the tokens' own order.
         heads: Which query heads.
         batch: Which batch elements.
+        is_whole_batch: Whether every batch element is in it, however many there will be.
         profile: What their mask looks like.
         steps: Run one after the other. More than one is either joined by log-sum-exp (all partial), or each writes rows
             of its own and later ones overwrite earlier ones.
@@ -95,6 +96,7 @@ class Group:
     bound: BoundMask
     heads: tuple[int, ...]
     batch: tuple[int, ...]
+    is_whole_batch: bool
     profile: MaskProfile
     steps: tuple[Step, ...]
     estimate: Estimate

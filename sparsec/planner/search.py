@@ -213,6 +213,7 @@ class _Search:
             bound=self._bound,
             heads=self._heads,
             batch=self._batch,
+            is_whole_batch=self._batch == tuple(range(self._problem.batch)),
             profile=self._profile,
             steps=tuple(self._steps(winner)),
             estimate=winner.estimate,

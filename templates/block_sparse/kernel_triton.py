@@ -76,4 +76,4 @@ def forward(
         lse_offsets = batch * lse_batch + head * lse_head + token
         finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, DIMS[2], DIMS[3])
     else:
-        save(partial, (copy * n_slots + slot) * ROWS, peak, total, acc, ROWS, DIMS[2], DIMS[3])
+        save(partial, (copy * n_slots + slot) * ROWS + row, inside, peak, total, acc, DIMS[2], DIMS[3])

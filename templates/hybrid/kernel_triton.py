@@ -1,4 +1,4 @@
-"""hybrid on GPUs: contiguous tiles, then gathered columns, then single edges of a block of queries, in one launch.
+"""hybrid on GPUs: single edges, contiguous tiles and gathered columns of a block of queries, in one launch.
 
 A program takes one work item: a stretch of each of the block's three lists. Tiles and gathered columns go to the matrix
 units, a gathered column being a key row fetched by its index with one bit a query; single edges go to the vector units.
@@ -13,7 +13,6 @@ from ..shared.kernel_triton import (
     attend,
     empty_state,
     finish,
-    join,
     load_queries,
     load_rows,
     locate,
@@ -21,7 +20,7 @@ from ..shared.kernel_triton import (
     save,
     score,
     tokens_at,
-    walk_block,
+    walk,
 )
 
 __all__ = ["forward", "merge"]
@@ -74,13 +73,26 @@ def forward(
     token = tokens_at(q_order, position, inside)
     q_base = q + batch * q_batch + head * q_head
     q_offsets = token * q_row
-    queries = load_queries(q_base, q_offsets, inside, DIMS, CHUNK)
     k_base = k + batch * k_batch + kv_head * k_head
     v_base = v + batch * v_batch + kv_head * v_head
 
+    # Single edges come first: their state then needs no place beside that of the tiles.
+    peak, total, acc = empty_state(BLOCK_Q, DIMS[3])
+    edge, edge_stop = tl.load(item_edge + item), tl.load(item_edge_stop + item)
+    if edge < edge_stop:
+        first_edge = tl.load(row_indptr + position, mask=inside, other=0)
+        degree = tl.load(row_indptr + position + 1, mask=inside, other=0) - first_edge
+        start = tl.minimum(tl.maximum(edge - first_edge, 0), degree)
+        stop = tl.minimum(tl.maximum(edge_stop - first_edge, 0), degree)
+        singles = load_rows(q_base, q_offsets, inside, DIMS[0], DIMS[1]).to(tl.float32)
+        peak, total, acc = walk(
+            singles, k_base, k_row, v_base, v_row, position.to(tl.int64), start, stop, row_indptr, row_first, None,
+            None, 0, kv_order, kv_len, scale, "edges", BLOCK_Q, KEYS, NEGATE, DIMS,
+        )  # fmt: skip
+
+    queries = load_queries(q_base, q_offsets, inside, DIMS, CHUNK)
     first_tile = tl.load(item_tile + item)
     n_full = tl.load(item_full + item)
-    peak, total, acc = empty_state(BLOCK_Q, DIMS[3])
     peak, total, acc = add_full_tiles(
         queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_tile, n_full, kv_order,
         peak, total, acc, scale, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
@@ -98,24 +110,10 @@ def forward(
         gathered_lanes + column, n_columns, lane, kv_order, peak, total, acc, scale, NEGATE, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
 
-    edge, edge_stop = tl.load(item_edge + item), tl.load(item_edge_stop + item)
-    if edge < edge_stop:
-        first_edge = tl.load(row_indptr + position, mask=inside, other=0)
-        degree = tl.load(row_indptr + position + 1, mask=inside, other=0) - first_edge
-        start = tl.minimum(tl.maximum(edge - first_edge, 0), degree)
-        stop = tl.minimum(tl.maximum(edge_stop - first_edge, 0), degree)
-        # The same queries again, in the layout of the vector units and in fp32.
-        singles = load_rows(q_base, q_offsets, inside, DIMS[0], DIMS[1]).to(tl.float32)
-        edge_peak, edge_total, edge_acc = walk_block(
-            singles, q_base, q_offsets, k_base, k_row, v_base, v_row, position.to(tl.int64), start, stop,
-            row_indptr, row_first, None, None, 0, kv_order, kv_len, scale, "edges", BLOCK_Q, KEYS, NEGATE, DIMS,
-        )  # fmt: skip
-        peak, total, acc = join(peak, total, acc, edge_peak, edge_total, edge_acc)
-
     slot = tl.load(item_slot + item)
     if slot < 0:
         out_offsets = batch * out_batch + head * out_head + token * out_row
         lse_offsets = batch * lse_batch + head * lse_head + token
         finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, DIMS[2], DIMS[3])
     else:
-        save(partial, (copy * n_slots + slot) * BLOCK_Q, peak, total, acc, BLOCK_Q, DIMS[2], DIMS[3])
+        save(partial, (copy * n_slots + slot) * BLOCK_Q + lane, inside, peak, total, acc, DIMS[2], DIMS[3])

@@ -302,42 +302,6 @@ def walk(
 
 
 @triton.jit
-def walk_block(
-    q, q_base, q_offsets, k_base, k_row, v_base, v_row, rows, start, stop, indptr, first, last, step, n_offsets,
-    kv_order, kv_len, scale,
-    FORM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, NEGATE: tl.constexpr, DIMS: tl.constexpr,
-):  # fmt: skip
-    """The state of a block of rows: their first keys side by side, then what long rows have left, one row at a time.
-
-    One long row among short ones would otherwise leave the rest of the program idle. Arguments as in `walk`;
-    `q_base + q_offsets` is where the rows of q lie.
-    """
-    abreast: tl.constexpr = ROWS * KEYS
-    together = tl.minimum(stop, start + abreast)
-    peak, total, acc = walk(
-        q, k_base, k_row, v_base, v_row, rows, start, together, indptr, first, last, step, n_offsets, kv_order, kv_len,
-        scale, FORM, ROWS, KEYS, NEGATE, DIMS,
-    )  # fmt: skip
-    if ROWS > 1:
-        for i in range(ROWS):
-            is_row = tl.arange(0, ROWS) == i
-            low = tl.sum(tl.where(is_row, together, 0), 0)
-            high = tl.sum(tl.where(is_row, stop, 0), 0)
-            if low < high:
-                none = tl.zeros([1], tl.int64)
-                row = tl.sum(tl.where(is_row, rows, 0), 0) + none
-                offset = tl.sum(tl.where(is_row, q_offsets, 0), 0) + none
-                one_q = load_rows(q_base, offset, None, DIMS[0], DIMS[1]).to(tl.float32)
-                one_peak, one_total, one_acc = walk(
-                    one_q, k_base, k_row, v_base, v_row, row, low + none, high + none, indptr, first, last, step,
-                    n_offsets, kv_order, kv_len, scale, FORM, 1, abreast, NEGATE, DIMS,
-                )  # fmt: skip
-                one_peak = tl.where(is_row, one_peak, NEG_INF)
-                peak, total, acc = join(peak, total, acc, one_peak, one_total, one_acc)
-    return peak, total, acc
-
-
-@triton.jit
 def finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr):
     """Writes the normalised rows, and their log-sum-exp where `lse` is not None."""
     column = tl.arange(0, V_WIDTH)
@@ -350,13 +314,13 @@ def finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, V_DIM: 
 
 
 @triton.jit
-def save(partial, slot_row, peak, total, acc, ROWS: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr):
+def save(partial, slot_rows, inside, peak, total, acc, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr):
     """Keeps the state of one piece of a split unit; a saved row is [peak, total, acc...]."""
     column = tl.arange(0, V_WIDTH)
-    at = partial + (slot_row + tl.arange(0, ROWS)) * (V_DIM + 2)
-    tl.store(at, peak)
-    tl.store(at + 1, total)
-    tl.store(at[:, None] + 2 + column[None, :], acc, mask=column[None, :] < V_DIM)
+    at = partial + slot_rows * (V_DIM + 2)
+    tl.store(at, peak, mask=inside)
+    tl.store(at + 1, total, mask=inside)
+    tl.store(at[:, None] + 2 + column[None, :], acc, mask=inside[:, None] & (column[None, :] < V_DIM))
 
 
 @triton.jit(do_not_specialize=["n_merges", "n_slots", "n_heads", "q_len"])
@@ -388,7 +352,10 @@ def merge(
     for i in range((tl.load(merge_indptr + merged + 1) - first_slot).to(tl.int32)):
         slot_row = (copy * n_slots + first_slot + i) * (BLOCK_Q * PACK) + row
         at = partial + slot_row * (V_DIM + 2)
-        more = tl.load(at[:, None] + 2 + column[None, :], mask=column[None, :] < V_DIM, other=0.0)
-        peak, total, acc = join(peak, total, acc, tl.load(at), tl.load(at + 1), more)
+        more_peak = tl.load(at, mask=inside, other=NEG_INF)
+        more_total = tl.load(at + 1, mask=inside, other=0.0)
+        is_value = inside[:, None] & (column[None, :] < V_DIM)
+        more_acc = tl.load(at[:, None] + 2 + column[None, :], mask=is_value, other=0.0)
+        peak, total, acc = join(peak, total, acc, more_peak, more_total, more_acc)
     out_offsets = batch * out_batch + head * out_head + token * out_row
     finish(out, lse, out_offsets, batch * lse_batch + head * lse_head + token, inside, peak, total, acc, V_DIM, V_WIDTH)

@@ -130,11 +130,11 @@ template <class T> class TileGradient {
       differentiate(chunk);
       add_dq(chunk);
       if constexpr (PACK == 2) {
-        add_rows(chunk, (const Operand*)p_half_, block_q_ / 2, do_pairs_, v_pitch_, dv_);
-        add_rows(chunk, (const Operand*)ds_half_, block_q_ / 2, q_pairs_, q_pitch_, dk_);
+        add_rows(chunk, (const Operand*)p_half_, block_q_ / 2, do_pairs_, v_pitch_, v_dim_, dv_);
+        add_rows(chunk, (const Operand*)ds_half_, block_q_ / 2, q_pairs_, q_pitch_, head_dim_, dk_);
       } else {
-        add_rows(chunk, (const Operand*)s_, block_q_, (const Operand*)do_rows_, v_pitch_, dv_);
-        add_rows(chunk, (const Operand*)dp_, block_q_, (const Operand*)q_rows_, q_pitch_, dk_);
+        add_rows(chunk, (const Operand*)s_, block_q_, (const Operand*)do_rows_, v_pitch_, v_dim_, dv_);
+        add_rows(chunk, (const Operand*)dp_, block_q_, (const Operand*)q_rows_, q_pitch_, head_dim_, dk_);
       }
     }
     keys_ = 0;
@@ -303,11 +303,12 @@ template <class T> class TileGradient {
       });
   }
 
-  // to[key] += Σ weight[key][query] · rows[query] over the chunk's live queries.
-  void add_rows(const Chunk& c, const Operand* weight, int64_t weight_pitch, const Operand* rows, int64_t pitch, float* const* to) {
+  // to[key] += Σ weight[key][query] · rows[query] over the chunk's live queries; rows of `to` are padded to whole vectors.
+  void add_rows(const Chunk& c, const Operand* weight, int64_t weight_pitch, const Operand* rows, int64_t pitch, int64_t dim,
+                float* const* to) {
     const int64_t first = c.low * VL / PACK, last = c.high * VL / PACK;
-    for (int64_t column = 0; column < pitch; column += BLOCK_VECTORS * VL)
-      with_vectors((pitch - column) / VL, [&](auto vectors) {
+    for (int64_t column = 0; column < dim; column += BLOCK_VECTORS * VL)
+      with_vectors((dim - column + VL - 1) / VL, [&](auto vectors) {
         constexpr int VECTORS = decltype(vectors)::value;
         int i = c.first;
         in_groups<group_of(VECTORS)>(c.last - c.first, [&](auto keys) {

@@ -1,0 +1,111 @@
+"""sparsec's operators in torch's own registry: forward, backward, their shapes for tracing, and autograd between them.
+
+This file decides how torch sees a compiled attention: `sparsec::forward` and `sparsec::backward` take tensors and the
+handle of an `Executor`, so that `torch.compile`, checkpointing and autograd treat them like any operator. It imports
+torch, and is imported only when tensors are at hand. It must not know what an executor does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Protocol
+
+import torch
+
+from sparsec.errors import SparsecError
+
+
+class Executor(Protocol):
+    """Who computes for a handle; tensors are `[batch, heads, length, dim]`."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp."""
+        ...
+
+    def backward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_out: torch.Tensor,
+        d_lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k and v."""
+        ...
+
+
+_executors: weakref.WeakValueDictionary[int, Executor] = weakref.WeakValueDictionary()
+_handles = itertools.count()
+
+
+def register(executor: Executor) -> int:
+    """A handle for an executor, good as long as the executor lives."""
+    handle = next(_handles)
+    _executors[handle] = executor
+    return handle
+
+
+def _executor(handle: int) -> Executor:
+    executor = _executors.get(handle)
+    if executor is None:
+        raise SparsecError(
+            f"attention {handle} no longer exists: keep the object that sparsec.compile returned as long as its graph"
+        )
+    return executor
+
+
+@torch.library.custom_op("sparsec::forward", mutates_args=())
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _executor(handle).forward(q, k, v)
+
+
+@forward.register_fake
+def _forward_shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, handle: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, length, _ = q.shape
+    return q.new_empty(batch, heads, length, v.shape[3]), q.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op("sparsec::backward", mutates_args=())
+def backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor,
+    handle: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _executor(handle).backward(q, k, v, out, lse, d_out, d_lse)
+
+
+@backward.register_fake
+def _backward_shapes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor,
+    handle: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's autograd context
+    q, k, v, ctx.handle = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _differentiate(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]  # torch's autograd context
+    q, k, v, out, lse = ctx.saved_tensors
+    return (*backward(q, k, v, out, lse, d_out, d_lse, ctx.handle), None)
+
+
+forward.register_autograd(_differentiate, setup_context=_save)
