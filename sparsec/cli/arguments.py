@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from sparsec.cli.names import nearest
+
 if TYPE_CHECKING:
     from sparsec.device import Device
     from sparsec.masks import Mask
@@ -59,8 +61,6 @@ def known_backend(context: click.Context, parameter: click.Parameter, name: str 
 
 
 def _known(what: str, name: str | None, names: Callable[[], Iterable[str]]) -> str | None:
-    from sparsec.cli.names import nearest
-
     if name is not None and name not in names():
         raise click.BadParameter(f"there is no {what} {name!r}; {nearest(name, names())}")
     return name

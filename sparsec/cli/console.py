@@ -53,9 +53,12 @@ def write(text: str) -> None:
 
 
 def show(console: Console, *renderables: RenderableType) -> None:
-    """Writes what rich renders, without the blanks that fill its last column."""
+    """Writes what rich renders, without the blanks that fill its last column; text is taken as it is."""
+    from rich.text import Text
+
+    plain = [Text(each) if isinstance(each, str) else each for each in renderables]
     with console.capture() as captured:
-        console.print(*renderables, sep="\n")
+        console.print(*plain, sep="\n")
     click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()), file=console.file)
 
 

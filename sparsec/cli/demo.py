@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from sparsec.cli.console import bar, out, show, write
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -67,7 +69,6 @@ def demo(context: click.Context, quick: bool) -> None:
     Each is planned, checked against an fp64 reference, and timed beside torch's own attention; the graph also beside
     gather/scatter and torch.sparse. Two to three minutes on two cores; --quick, half a minute.
     """
-    from sparsec.cli.console import bar, out, write
     from sparsec.cli.demo_cases import cases
 
     console = out()
@@ -115,21 +116,19 @@ def _introduce(console: Console) -> None:
     from sparsec.device import detect_cpu
 
     device = detect_cpu()
-    console.print(
-        f"{device.label}, {device.isa}, {torch.get_num_threads()} threads, torch {torch.__version__}.", soft_wrap=True
-    )
-    console.print("Kernels are compiled here at their first use, and kept: a second demo starts at once.")
+    show(console, f"{device.label}, {device.isa}, {torch.get_num_threads()} threads, torch {torch.__version__}.")
+    show(console, "Kernels are compiled here at their first use, and kept: a second demo starts at once.")
 
 
 def _introduce_case(console: Console, case: Case) -> None:
     from sparsec.report import picture
 
-    console.print()
+    show(console, "")
     console.rule(f"[bold]{case.title}, {case.seq_len:,} tokens", align="left")
-    console.print(f"{case.about}\n", markup=False)
+    show(console, f"{case.about}\n")
     if case.seq_len <= _SMALL:
         drawn = picture(case.mask.bind(case.seq_len), 64)
-        console.print(f"{drawn}\n", markup=False)
+        show(console, f"{drawn}\n")
 
 
 def _measured(case: Case, dtype: Dtype, watched: _Watched, *, is_quick: bool) -> _Result:
@@ -200,7 +199,6 @@ def _plan_words(result: _Result, previous: Plan | None) -> str:
 
 
 def _show_result(console: Console, result: _Result) -> None:
-    from sparsec.cli.console import show
     from sparsec.planner.text import duration
     from sparsec.report import Column, table
 
@@ -230,14 +228,14 @@ def _show_result(console: Console, result: _Result) -> None:
         )
     show(console, table(columns, rows, console))
     for text in absent:
-        console.print(text, markup=False)
+        show(console, text)
     error = result.lines[0].error
     assert error is not None, "our own answer is always checked"
     useful = result.plan.problem.flops(result.plan.mask.nnz) / ours.median * 1e-9
-    console.print(
+    show(
+        console,
         f"{len(ours.seconds)} runs of sparsec, {useful:,.0f} GFLOP/s of useful work; {error.rows:,} rows checked, "
         f"errors up to {error.allowed:.1e} allowed; ready in {duration(result.compile_s * 1e6)}",
-        markup=False,
     )
 
 
@@ -250,11 +248,10 @@ def _error_words(error: Error) -> Text:
 
 
 def _show_summary(console: Console, results: list[_Result]) -> None:
-    from sparsec.cli.console import show
     from sparsec.planner.text import duration
     from sparsec.report import Column, table
 
-    console.print()
+    show(console, "")
     console.rule("[bold]in short", align="left")
     rows = []
     for result in results:
@@ -272,4 +269,4 @@ def _show_summary(console: Console, results: list[_Result]) -> None:
         "Times are medians of runs taken in turn; the spread is slowest less fastest, over the median. Errors are the "
         "largest differences from fp64 attention; allowed is what rounding explains in that dtype."
     )
-    console.print(words, markup=False)
+    show(console, words)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from sparsec.cli.console import out, show, waiting
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,8 +24,6 @@ _GPU_NODES: Final = ("/dev/nvidiactl", "/dev/kfd")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 def devices(verbose: bool, is_json: bool) -> None:
     """Lists the devices that can be planned for: this machine's, then those described."""
-    from sparsec.cli.console import out, waiting
-
     with waiting("looking at this machine"):
         found = list(_devices())
     if is_json:
@@ -54,7 +54,6 @@ def _devices() -> Iterator[Device]:
 
 
 def _show_table(console: Console, found: list[Device]) -> None:
-    from sparsec.cli.console import show
     from sparsec.report import Column, table
 
     columns = [
@@ -79,15 +78,14 @@ def _show_table(console: Console, found: list[Device]) -> None:
         for device in found
     ]
     show(console, table(columns, rows, console))
-    console.print("\nfp32, bf16: dense TFLOP/s with fp32 accumulation; GB/s: read and written.")
-    console.print(f"cpu is this machine: {found[0].label}, {found[0].isa}. --verbose shows keys and sources.")
+    show(console, "\nfp32, bf16: dense TFLOP/s with fp32 accumulation; GB/s: read and written.")
+    show(console, f"cpu is this machine: {found[0].label}, {found[0].isa}. --verbose shows keys and sources.")
 
 
 def _show(console: Console, device: Device) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from sparsec.cli.console import show
     from sparsec.planner.text import size
 
     caches = [device.l1_bytes, device.l2_bytes, device.l3_bytes]
@@ -103,13 +101,13 @@ def _show(console: Console, device: Device) -> None:
         "launch": f"{device.launch_us:g} µs",
         "sources": "\n".join(device.sources),
     }
-    console.print(Text.assemble((device.name, "bold"), f"  {device.label}"))
+    show(console, Text.assemble((device.name, "bold"), f"  {device.label}"))
     grid = Table.grid(padding=(0, 2, 0, 0))
     for name, value in facts.items():
         if value:
             grid.add_row(Text(f"  {name}", "dim"), Text(value))
     show(console, grid)
-    console.print()
+    show(console, "")
 
 
 def _tera(flops: float) -> str:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import click
 
+from sparsec.cli.console import out, show, waiting
+
 if TYPE_CHECKING:
     from sparsec.backends.base import Dtype
     from sparsec.device import Device
@@ -62,8 +64,6 @@ def doctor(context: click.Context, runs_checks: bool, is_json: bool) -> None:
 
     Exits with 1 if something that is needed is broken.
     """
-    from sparsec.cli.console import waiting
-
     with waiting("checking every kernel" if runs_checks else "looking"):
         findings = list(_findings(runs_checks))
     if is_json:
@@ -134,26 +134,21 @@ def _openmp() -> Finding:
         import torch
     except (ImportError, OSError) as error:
         return Finding("compiler", "OpenMP", "broken", f"torch cannot be imported: {error}", "install torch again")
-    from sparsec.backends.cpu import openmp_parallel
-
-    try:
-        has_runtime = openmp_parallel() is not None
-    except OSError:  # no /proc/self/maps here
-        has_runtime = False
-    threads = torch.get_num_threads()
-    if not has_runtime:
+    library = _openmp_library(Path(torch.__file__).parent)
+    if library is None:
         remedy = "install a torch that brings libgomp or libiomp5: without it kernels run on one thread"
         return Finding("compiler", "OpenMP", "note", "torch has loaded no runtime", remedy)
-    return Finding("compiler", "OpenMP", "ok", f"{_openmp_library()}, {threads} threads (torch.set_num_threads)")
+    return Finding("compiler", "OpenMP", "ok", f"{library}, {torch.get_num_threads()} threads (torch.set_num_threads)")
 
 
-def _openmp_library() -> str:
-    """The path of the OpenMP runtime in this process."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split()[-1]
-        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
-            return path
-    return "a runtime that cannot be named"
+def _openmp_library(torch_folder: Path) -> str | None:
+    """The path of the OpenMP runtime in this process, torch's own first."""
+    try:
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    except OSError:
+        return None
+    runtimes = [path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    return min(runtimes, key=lambda path: (not Path(path).is_relative_to(torch_folder), path), default=None)
 
 
 def _processor(device: Device) -> Iterator[Finding]:
@@ -233,12 +228,10 @@ def _show(findings: list[Finding]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from sparsec.cli.console import out, show
-
     console = out()
     name_width = max(len(finding.name) for finding in findings)
     for section in dict.fromkeys(finding.section for finding in findings):
-        console.print(Text(section, "bold"))
+        show(console, Text(section, "bold"))
         grid = Table.grid(padding=(0, 1, 0, 0))
         grid.add_column(width=3, justify="right")
         grid.add_column(max_width=min(name_width, console.width // 2))
@@ -250,13 +243,17 @@ def _show(findings: list[Finding]) -> None:
         show(console, grid)
     problems = [finding for finding in findings if finding.state == "broken"]
     unchecked = [f for f in findings if f.section == "kernels" and f.state == "note"]
-    console.print()
+    show(console, "")
     for finding in problems:
-        console.print(Text(f"✗ {finding.name}: {finding.remedy}", "bold red"))
+        show(console, Text(f"✗ {finding.name}: {finding.remedy}", "bold red"))
+    for finding in findings:
+        if finding.name == "OpenMP" and finding.state == "note":
+            show(console, Text(f"– {finding.name}: {finding.remedy}", "yellow"))
     if not problems:
-        console.print("Everything that is needed is here.")
+        show(console, "Everything that is needed is here.")
     if unchecked:
-        console.print(
+        show(
+            console,
             f"{len(unchecked)} kernels have not been checked yet; each is at its first use. "
-            "sparsec doctor --check does it now."
+            "sparsec doctor --check does it now.",
         )

@@ -15,11 +15,13 @@ from typing import Any, Final
 
 import click
 
+from sparsec import __version__
 from sparsec.cli.demo import demo
 from sparsec.cli.devices import devices
 from sparsec.cli.doctor import doctor
 from sparsec.cli.explain import explain
 from sparsec.cli.masks import masks
+from sparsec.cli.names import nearest
 
 INTERRUPTED: Final = 130
 CLOSED_PIPE: Final = 141
@@ -57,8 +59,6 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            from sparsec.cli.names import nearest
-
             ctx.fail(f"there is no command {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
@@ -72,7 +72,7 @@ class _Commands(click.Group):
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(package_name="sparsec", message="sparsec %(version)s")
+@click.version_option(__version__, message="sparsec %(version)s")
 def sparsec() -> None:
     """Compiles attention masks to the fastest exact attention kernels, and says why it chose them.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from sparsec.cli.arguments import DTYPES, known_backend, known_device, known_template, read_mask
+from sparsec.cli.console import waiting, write
 
 if TYPE_CHECKING:
     from sparsec.backends.base import Launch, Problem
@@ -87,7 +88,6 @@ def explain(mask: str, **options: Any) -> None:  # Any: click's options
 
     Neither a GPU nor torch is needed, whatever the device.
     """
-    from sparsec.cli.console import waiting, write
     from sparsec.errors import UnsupportedError
     from sparsec.planner import plan
 

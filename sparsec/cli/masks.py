@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from sparsec.cli.arguments import read_mask
+from sparsec.cli.console import out, show, waiting, write
+from sparsec.cli.names import nearest
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -34,16 +38,15 @@ def masks(mask: str | None, seq_len: int | None) -> None:
     constructor = CONSTRUCTORS.get(mask)
     if constructor is not None:
         _show_constructor(mask, constructor, seq_len)
+    elif mask.isidentifier():
+        raise click.UsageError(f"there is no mask {mask!r}; {nearest(mask, CONSTRUCTORS)}")
     else:
-        from sparsec.cli.arguments import read_mask
-
         _show_mask(read_mask(mask), seq_len)
 
 
 def _show_all() -> None:
     from rich.table import Table
 
-    from sparsec.cli.console import out, show
     from sparsec.masks import CONSTRUCTORS
 
     console = out()
@@ -55,8 +58,8 @@ def _show_all() -> None:
     for first in range(0, len(cells), abreast):
         grid.add_row(*cells[first : first + abreast])
     show(console, grid)
-    console.print("Join them with & | ~ and -, turn them with .T, cut them with [q0:q1, k0:k1].", markup=False)
-    console.print("`sparsec masks NAME` shows one larger, `sparsec masks MASK --seq-len N` any other.")
+    show(console, "Join them with & | ~ and -, turn them with .T, cut them with [q0:q1, k0:k1].")
+    show(console, "`sparsec masks NAME` shows one larger, `sparsec masks MASK --seq-len N` any other.")
 
 
 def _cell(name: str, constructor: Constructor) -> RenderableType:
@@ -83,10 +86,10 @@ def _cell(name: str, constructor: Constructor) -> RenderableType:
 def _show_constructor(name: str, constructor: Constructor, seq_len: int | None) -> None:
     import inspect
 
-    from sparsec.cli.console import out, write
+    from rich.text import Text
 
     console = out()
-    console.print(f"[bold]{name}[/bold]: {constructor.summary}", soft_wrap=True)
+    show(console, Text.assemble((name, "bold"), f": {constructor.summary}"))
     signature = inspect.signature(constructor.function)
     plain = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
     write(f"{name}{signature.replace(parameters=plain, return_annotation=signature.empty)}\n")
@@ -96,44 +99,42 @@ def _show_constructor(name: str, constructor: Constructor, seq_len: int | None) 
     if constructor.example:
         _show_mask(_parsed(constructor.example), seq_len)
     else:
-        console.print("It takes a Python object, so it cannot be written on the command line.")
+        show(console, "It takes a Python object, so it cannot be written on the command line.")
 
 
 def _show_mask(mask: Mask, seq_len: int | None) -> None:
-    from sparsec.cli.console import out, waiting
 
     with waiting("drawing"):
         bound = mask.bind(seq_len) if seq_len is not None else _small(mask, _LARGE_DOTS)
         members = _members(bound)
     console = out()
-    console.print(repr(mask), markup=False)
+    show(console, repr(mask))
     for title, member in members:
         if title:
-            console.print(f"\n{title}: {member.mask!r}", markup=False)
+            show(console, f"\n{title}: {member.mask!r}")
         _draw(member)
 
 
 def _draw(bound: BoundMask) -> None:
-    from sparsec.cli.console import out, waiting
     from sparsec.report import picture
 
     console = out()
     with waiting("drawing"):
         drawn = picture(bound, min(_LARGE_DOTS, 2 * console.width))
         q_degrees, kv_degrees = bound.degrees("q"), bound.degrees("kv")
-    console.print()
-    console.print(str(drawn), markup=False)
-    console.print()
+    show(console, "")
+    show(console, str(drawn))
+    show(console, "")
     q_len, kv_len = bound.shape
     if drawn.tokens > 1:
-        console.print(f"a dot is {drawn.tokens:,} × {drawn.tokens:,} pairs, at least one of which attends")
+        show(console, f"a dot is {drawn.tokens:,} × {drawn.tokens:,} pairs, at least one of which attends")
     density = bound.nnz / max(q_len * kv_len, 1)
-    console.print(f"shape    {q_len:,} queries × {kv_len:,} keys")
-    console.print(f"nnz      {bound.nnz:,} edges, density {density:.3%}")
+    show(console, f"shape    {q_len:,} queries × {kv_len:,} keys")
+    show(console, f"nnz      {bound.nnz:,} edges, density {density:.3%}")
     for title, degrees, what in (("degrees", q_degrees, "keys a query"), ("", kv_degrees, "queries a key")):
         if len(degrees):
             spread = f"{degrees.min():,} to {degrees.max():,}, mean {degrees.mean():,.1f}"
-            console.print(f"{title:8} {spread} {what}")
+            show(console, f"{title:8} {spread} {what}")
 
 
 def _parsed(example: str) -> Mask:
@@ -143,13 +144,15 @@ def _parsed(example: str) -> Mask:
 
 
 def _small(mask: Mask, tokens: int) -> BoundMask:
-    """The mask at its own lengths where it knows them, else at `tokens`."""
+    """The mask at its own lengths where it knows them, else at `tokens`, or as few as it wants."""
     from sparsec.errors import MaskError
 
-    try:
-        return mask.bind(None)
-    except MaskError:
-        return mask.bind(tokens)
+    for length in (None, tokens):
+        try:
+            return mask.bind(length)
+        except MaskError:
+            continue
+    return mask.bind(_SMALL_TOKENS)
 
 
 def _members(bound: BoundMask) -> list[tuple[str, BoundMask]]:

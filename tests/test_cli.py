@@ -1,0 +1,466 @@
+"""The command line: what it prints, where, how it ends, and how it meets mistakes.
+
+`python tests/test_cli.py` writes the golden files anew.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import scipy.sparse
+from click.testing import CliRunner
+
+from sparsec import masks as m
+from sparsec.cli import entry
+from sparsec.cli.entry import run, sparsec
+from sparsec.device import Device
+
+# The package's own name for it is the function.
+_DEVICE_MODULE = sys.modules["sparsec.device"]
+
+GOLDEN = Path(__file__).parent / "golden" / "explain"
+
+# A processor of fixed abilities, so that plans do not depend on the machine.
+PROCESSOR = Device(
+    name="cpu",
+    kind="cpu",
+    label="two cores for tests",
+    arch="x86-64",
+    features=frozenset({"sse2", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}),
+    units=2,
+    clock_hz=3.7e9,
+    l1_bytes=32 * 2**10,
+    l2_bytes=2**20,
+    l3_bytes=32 * 2**20,
+    shared_bytes_per_block=0,
+    registers_per_unit=32,
+    memory_bytes=16 * 2**30,
+    memory_bandwidth=37e9,
+    vector_flops=236e9,
+    matrix_flops={"fp32": 236e9, "fp16": 236e9, "bf16": 472e9},
+    launch_us=5.0,
+    sources=("tests/test_cli.py",),
+)
+
+EXPLAINED = {
+    "window": "window(255, 0) --seq-len 16384 --heads 4",
+    "bigbird": "bigbird(64, 3, 2, 3, 0) --seq-len 4096 --heads 12 --dtype bf16",
+    "dilated": "dilated(512, 8) --seq-len 8192 --heads 8 --kv-heads 2",
+    "scattered": "random_edges(20, 0) --seq-len 4096 --heads 8 --head-dim 128 --v-dim 64",
+    "dense": "full() --seq-len 1024 --kv-len 2048",
+    "per-head": "per_head([causal(), window(64, 64), causal()]) --seq-len 1000",
+}
+
+
+@pytest.fixture
+def fixed_processor(monkeypatch):
+    monkeypatch.setattr(_DEVICE_MODULE, "detect_cpu", lambda: PROCESSOR)
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(sparsec, list(arguments), catch_exceptions=False)
+
+
+def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "sparsec.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | {"PYTHONUTF8": "1"} | environment,
+    )
+
+
+def explained(command: str) -> str:
+    mask, *options = command.split(" --")
+    words = [word for option in options for word in f"--{option}".split(" ")]
+    result = invoke("explain", mask, *words)
+    assert result.exit_code == 0, result.output
+    return re.sub(r"planned in .*", "planned in (some time)", result.stdout)
+
+
+# What explain says.
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explain_says_what_it_said(name, fixed_processor):
+    assert explained(EXPLAINED[name]) == (GOLDEN / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explain_in_json_says_the_same(name, fixed_processor):
+    mask, *options = EXPLAINED[name].split(" --")
+    result = invoke("explain", mask, *(word for option in options for word in f"--{option}".split(" ")), "--json")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    document = json.loads(result.stdout)
+    text = (GOLDEN / f"{name}.txt").read_text()
+    for group in document["groups"]:
+        assert f"{group['profile']['nnz']:,}" in text
+        for step in group["steps"]:
+            assert f"{step['template']} on {step['backend']}" in text
+
+
+def test_explain_shows_the_sources_and_how_they_are_compiled(fixed_processor):
+    result = invoke("explain", "window(9, 9)", "--seq-len", "256", "--template", "row_traversal", "--source")
+    assert result.exit_code == 0
+    assert "1. row_traversal on cpu: kernel_cpu.cpp" in result.stdout
+    assert 'extern "C" void forward' in result.stdout
+    assert re.search(r"compiled by\n\n.*-DSX_DTYPE=float .*kernel_cpu\.cpp", result.stdout)
+    document = json.loads(
+        invoke("explain", "full()", "--seq-len", "64", "--backend", "cpu", "--source", "--json").stdout
+    )
+    assert any(name.startswith("1. ") for name in document["source"])
+
+
+def test_explain_reads_masks_from_files(tmp_path, fixed_processor):
+    dense = np.tril(np.ones((50, 50), bool), -3)
+    scipy.sparse.save_npz(tmp_path / "graph.npz", scipy.sparse.csr_array(dense))
+    np.save(tmp_path / "dense.npy", dense)
+    (tmp_path / "mask.yaml").write_text('mask: "window(3, 1)"\nq_len: 50\n')
+    for name in ("graph.npz", "dense.npy"):
+        result = invoke("explain", str(tmp_path / name))
+        assert result.exit_code == 0
+        assert "50 queries × 50 keys" in result.stdout
+    assert invoke("explain", str(tmp_path / "mask.yaml"), "--seq-len", "50").exit_code == 0
+
+
+def test_explain_takes_heads_and_batch_from_the_mask(fixed_processor):
+    result = invoke("explain", "per_batch([prefix(3), full()])", "--seq-len", "64", "--json")
+    assert json.loads(result.stdout)["problem"]["batch"] == 2
+
+
+_WITHOUT_TORCH = """
+import sys
+for name in ("torch", "triton", "cuda", "optuna"):
+    sys.modules[name] = None
+from sparsec.cli.entry import run
+code = run(["explain", "window(255, 0)", "--seq-len", "4096", "--device", "nvidia-h100", *sys.argv[1:]])
+print(code, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+def test_explain_for_a_gpu_needs_no_torch(options):
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", _WITHOUT_TORCH, *options], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "Traceback" not in result.stderr
+    code = int(result.stderr.split()[-1])
+    assert code in (0, 1)
+    if options:
+        document = json.loads(result.stdout)
+        assert document["device"]["name"] == "nvidia-h100"
+        assert code == 0 or document["refusals"]
+    elif code == 1:
+        assert "row_traversal on cpu: " in result.stderr
+
+
+def test_a_refusal_is_told_in_both_forms(fixed_processor):
+    command = ("explain", "causal()", "--seq-len", "64", "--template", "dense", "--backend", "cpu")
+    result = invoke(*command)
+    assert result.exit_code == 1
+    assert "dense on cpu: " in result.stderr
+    assert result.stdout == ""
+    refused = invoke(*command, "--json")
+    assert refused.exit_code == 1
+    assert json.loads(refused.stdout)["refusals"][0]["what"] == "dense on cpu"
+
+
+# Mistakes.
+
+MISUSED = {
+    "no mask of that name": (("explain", "windwo(3, 1)", "--seq-len", "9"), "did you mean window"),
+    "no expression": (("explain", "window(3,", "--seq-len", "9"), "cannot read the mask"),
+    "no mask at all": (("explain", "3", "--seq-len", "9"), "no mask"),
+    "wrong arguments": (("explain", "window(1.5, 1)", "--seq-len", "9"), "window"),
+    "no length": (("explain", "window(3, 1)"), "--seq-len"),
+    "keys without queries": (("explain", "window(3, 1)", "--kv-len", "9"), "--seq-len"),
+    "another length": (("explain", "documents([3, 4])", "--seq-len", "9"), "7"),
+    "no length above 0": (("explain", "full()", "--seq-len", "0"), "--seq-len"),
+    "no such file": (("explain", "nothing.npz"), "there is no such file"),
+    "no such device": (("explain", "full()", "--seq-len", "9", "--device", "nvidia-h10"), "nvidia-h100"),
+    "no such template": (("explain", "full()", "--seq-len", "9", "--template", "blocksparse"), "block_sparse"),
+    "no such back end": (("explain", "full()", "--seq-len", "9", "--backend", "cpus"), "did you mean cpu"),
+    "no such dtype": (("explain", "full()", "--seq-len", "9", "--dtype", "fp64"), "bf16"),
+    "heads that do not divide": (("explain", "full()", "--seq-len", "9", "--heads", "3", "--kv-heads", "2"), "heads"),
+    "heads the mask has not": (("explain", "per_head([full(), full()])", "--seq-len", "9", "--heads", "4"), "2 heads"),
+    "no such command": (("explian",), "did you mean explain"),
+    "no such option": (("explain", "full()", "--seqlen", "9"), "--seq-len"),
+    "a length for all masks": (("masks", "--seq-len", "9"), "goes with a mask"),
+    "no mask to draw": (("masks", "windwo"), "window"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+def test_a_mistake_is_met_with_a_message(name, capsys):
+    arguments, expected = MISUSED[name]
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert expected in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_damaged_file_is_met_with_a_message(tmp_path, capsys):
+    scipy.sparse.save_npz(tmp_path / "whole.npz", scipy.sparse.eye_array(500, format="csr"))
+    damaged = tmp_path / "damaged.npz"
+    damaged.write_bytes((tmp_path / "whole.npz").read_bytes()[:-200])
+    assert run(["explain", str(damaged)]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_length_beyond_memory_is_met_with_a_message(capsys):
+    assert run(["explain", "random_edges(3, 0)", "--seq-len", str(10**15)]) in (1, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_mistake_leaves_no_traceback_in_a_process():
+    result = process("explain", "window(3, 1) |", "--seq-len", "9")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: cannot read the mask")
+
+
+# How it ends.
+
+
+def test_an_interrupt_is_quiet(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(click.Group, "invoke", interrupt)
+    assert run(["masks"]) == entry.INTERRUPTED == 130
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize("arguments", [["masks"], ["devices", "--json"], ["--help"], ["devices"]], ids=" ".join)
+def test_a_closed_pipe_is_quiet(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-P", "-m", "sparsec.cli", *arguments],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    finally:
+        os.close(writer)
+    assert result.stderr == ""
+    assert result.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_said():
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-P", "-m", "sparsec.cli", "devices"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert result.returncode == 1
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_output_is_plain_when_piped():
+    for arguments in (("masks",), ("devices",), ("devices", "--verbose"), ("explain", "causal()", "--seq-len", "64")):
+        result = process(*arguments, TERM="xterm-256color")
+        assert result.returncode == 0
+        assert result.stderr == ""
+        assert "\x1b" not in result.stdout
+        assert not any(line != line.rstrip(" ") for line in result.stdout.splitlines())
+
+
+def test_a_terminal_without_unicode_still_gets_an_answer():
+    result = process("masks", "causal", PYTHONUTF8="0", PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert result.returncode == 0
+    assert "136 edges" in result.stdout or "2,080 edges" in result.stdout
+
+
+def test_help_is_quick_to_say():
+    statement = (
+        "import sys; from sparsec.cli.entry import run; code = run(['--help']); "
+        "print(code, [name for name in ('torch', 'scipy', 'rich', 'networkx', 'yaml') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-P", "-c", statement], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.parametrize("command", ["", *sparsec.commands])
+def test_every_command_has_help(command):
+    result = invoke(*filter(None, [command]), "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage: ")
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_the_version_is_told():
+    assert re.fullmatch(r"sparsec \d+\.\d+\.\d+\n", process("--version").stdout)
+
+
+# masks, devices, doctor.
+
+
+def test_masks_shows_every_constructor():
+    result = invoke("masks")
+    assert result.exit_code == 0
+    for name in m.CONSTRUCTORS:
+        assert name in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", m.CONSTRUCTORS)
+def test_masks_shows_each_one_larger(name):
+    result = invoke("masks", name)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{name}: ")
+    assert ("nnz" in result.stdout) == bool(m.CONSTRUCTORS[name].example)
+
+
+def test_masks_counts_what_it_draws():
+    result = invoke("masks", "window(3, 1) | global_tokens(2)", "--seq-len", "5000")
+    bound = (m.window(3, 1) | m.global_tokens(2)).bind(5000)
+    assert result.exit_code == 0
+    assert f"{bound.nnz:,} edges" in result.stdout
+    assert "a dot is 128 × 128 pairs" in result.stdout
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+@pytest.mark.parametrize("arguments", [("masks",), ("masks", "bigbird"), ("devices",), ("devices", "--verbose")])
+def test_a_narrow_terminal_survives(arguments, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert invoke(*arguments).exit_code == 0
+
+
+def test_devices_are_listed():
+    document = json.loads(invoke("devices", "--json").stdout)
+    names = [device["name"] for device in document]
+    assert names[0] == "cpu"
+    assert {"nvidia-h100", "amd-mi300x"} <= set(names)
+    text = invoke("devices", "--verbose").stdout
+    assert all(device["key"] in text.replace("\n", "") for device in document)
+    assert all(name in invoke("devices").stdout for name in names)
+
+
+def test_doctor_finds_nothing_broken_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEC_CACHE_DIR", str(tmp_path / "cache"))
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    for name in ("Python", "torch", "numpy", "scipy", "networkx", "optuna", "C++", "vectors", "directory"):
+        assert findings[name]["state"] == "ok", findings[name]
+    assert findings["block_sparse on cpu, bf16"]["found"] == "not checked yet"
+    assert "0700" in findings["directory"]["found"]
+    assert invoke("doctor").exit_code == 0
+
+
+def test_doctor_says_what_to_do(tmp_path):
+    open_to_all = tmp_path / "cache"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    result = process("doctor", SPARSEC_CACHE_DIR=str(open_to_all), CXX="no-such-compiler")
+    assert result.returncode == 1
+    assert "✗ C++: install g++ or clang++, or set CXX" in result.stdout
+    assert "chmod 700" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+# The demo's parts; running it takes minutes.
+
+
+@pytest.fixture(scope="module")
+def small_graph():
+    from sparsec.cli.demo_cases import Case, tensors
+
+    mask = m.random_edges(5, 1) | m.window(0, 0) | m.global_tokens([3])
+    case = Case("small", "", mask, 150, 2, ("fp32",), is_graph=True)
+    return case, tensors(case, "fp32")
+
+
+def test_every_peer_of_the_demo_is_right(small_graph):
+    from sparsec.cli.demo_cases import Absent, peers
+    from sparsec.cli.demo_measure import Oracle
+
+    case, given = small_graph
+    bound = case.mask.bind(case.seq_len)
+    for some in (case, case._replace(is_graph=False)):
+        found = list(peers(some, bound, "fp32", given, memory_bytes=2**30))
+        assert not any(isinstance(peer, Absent) for peer in found)
+        for peer in found:
+            oracle = Oracle(given, peer.bound, "fp32", whole_heads=1)
+            oracle.prepare(lambda: None)
+            error = oracle.compare(peer.prepare()())
+            assert error.is_exact, (peer.name, error)
+            assert error.rows == 150 + 64
+
+
+def test_the_demo_leaves_out_what_does_not_fit(small_graph):
+    from sparsec.cli.demo_cases import Absent, peers
+
+    case, given = small_graph
+    first, *_ = peers(case, case.mask.bind(case.seq_len), "fp32", given, memory_bytes=1000)
+    assert isinstance(first, Absent)
+    assert "110 KiB" in first.reason
+
+
+@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+def test_the_demo_sees_a_wrong_answer(small_graph, wrong):
+    from sparsec.cli.demo_cases import peers
+    from sparsec.cli.demo_measure import Oracle
+
+    case, given = small_graph
+    bound = case.mask.bind(case.seq_len)
+    oracle = Oracle(given, bound, "fp32", whole_heads=0)
+    oracle.prepare(lambda: None)
+    answer = next(iter(peers(case, bound, "fp32", given, memory_bytes=2**30))).prepare()()
+    assert oracle.compare(answer).is_exact
+    answer[0, 1, 3, 7] += wrong  # the row of most keys is always compared
+    assert not oracle.compare(answer).is_exact
+
+
+def test_the_demo_runs_what_is_slow_less_often():
+    from sparsec.cli.demo_measure import timings
+
+    counts = dict.fromkeys(("quick", "medium", "slow", "very slow"), 0)
+
+    def counted(name):
+        def run():
+            counts[name] += 1
+
+        return run
+
+    first = {"quick": 0.01, "medium": 0.5, "slow": 2.0, "very slow": 9.0}
+    times = timings({name: counted(name) for name in counts}, first, 3, lambda: None)
+    assert counts == {"quick": 9, "medium": 3, "slow": 2, "very slow": 1}
+    assert len(times["very slow"].seconds) == 2
+    assert times["slow"].seconds[0] == 2.0
+
+
+def test_the_demo_has_its_graph():
+    from sparsec.cli.demo_cases import cases
+
+    graph = cases((4096,))[-1]
+    bound = graph.mask.bind(None)
+    assert (bound.q_len, bound.nnz) == (63_666, 340_845)
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_DEVICE_MODULE, "detect_cpu", lambda: PROCESSOR)
+        for golden, command in EXPLAINED.items():
+            (GOLDEN / f"{golden}.txt").write_text(explained(command))
