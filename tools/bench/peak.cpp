@@ -25,13 +25,6 @@ constexpr int accumulators = 12;
 #endif
 
 constexpr int lanes = bytes / sizeof(float);
-#if defined(__aarch64__)
-#define REGISTER(value) "+w"(value)
-#elif defined(__AVX512F__)
-#define REGISTER(value) "+v"(value)
-#else
-#define REGISTER(value) "+x"(value)
-#endif
 typedef float Vector __attribute__((vector_size(bytes)));
 
 struct Task {
@@ -40,24 +33,22 @@ struct Task {
 };
 
 inline Vector filled(float value) {
-    Vector vector;
-    for (int i = 0; i < lanes; ++i) vector[i] = value;
-    return vector;
+    return value - Vector{};
 }
 
 template <class Step>
 void loop(Task* task, Step step) {
+    // Loops over the accumulators are unrolled in full, so that each is a register. Without leave to reassociate, a
+    // compiler can neither merge rounds nor skip one.
     Vector total[accumulators];
+#pragma GCC unroll 24
     for (int i = 0; i < accumulators; ++i) total[i] = filled(float(i));
     for (int64_t n = 0; n < task->iterations; ++n) {
 #pragma GCC unroll 24
-        for (int i = 0; i < accumulators; ++i) {
-            total[i] = step(total[i]);
-            // The compiler must not see through the value: otherwise it may do several rounds at once.
-            asm volatile("" : REGISTER(total[i]));
-        }
+        for (int i = 0; i < accumulators; ++i) total[i] = step(total[i]);
     }
     Vector sum = total[0];
+#pragma GCC unroll 24
     for (int i = 1; i < accumulators; ++i) sum += total[i];
     // Never read, yet what is written here must have been computed.
     volatile float sink = sum[0];
