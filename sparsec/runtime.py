@@ -6,9 +6,7 @@ and handed to kernels, and how partial results are joined. It must not know how 
 
 from __future__ import annotations
 
-import importlib
 import threading
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +17,7 @@ from sparsec.backends.base import DTYPES, Dtype, GradientKernel, Kernel, Launch,
 from sparsec.device import Device, detect_cpu, detect_gpu
 from sparsec.device import device as named_device
 from sparsec.errors import BackendMissingError, MaskError, SparsecError, UnsupportedError
+from sparsec.handles import register
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner import Group, Plan, plan
 from sparsec.planner.search import Reorder
@@ -148,14 +147,7 @@ class Attention:
         self._specialised: dict[tuple[Problem, str], _Specialisation] = {}
         self._latest: _Specialisation | None = None
         self._lock = threading.Lock()
-        # Torch's operators know this attention by a number; it is given when torch is first at hand.
-        self._known_as: int | None = None
-
-    @property
-    def _handle(self) -> int:
-        if self._known_as is None:
-            self._known_as = _operators().register(self)
-        return self._known_as
+        self._handle = register(self)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False
@@ -189,7 +181,9 @@ class Attention:
                     "the inputs require gradients, and compile was told needs_grad=False: "
                     "leave needs_grad out, or call under torch.no_grad()"
                 )
-            out, lse = _operators().forward(q, k, v, self._handle)
+            from sparsec import torch_ops
+
+            out, lse = torch_ops.forward(q, k, v, self._handle)
         else:
             out, lse = self._for(q, k, v, self._request.needs_grad or False).forward(q, k, v, with_lse=return_lse)
         if is_bshd:
@@ -201,6 +195,8 @@ class Attention:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The call as `torch.compile` records it: one operator, whatever the batch."""
         import torch
+
+        import sparsec.torch_ops  # noqa: F401  # its operators must be in torch's registry
 
         if self._request.layout == "bshd":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -385,7 +381,7 @@ class _Specialisation:
         import torch
 
         assert self._gradients is not None, "planned without gradients"
-        q, k, v, out, d_out = (_rows_contiguous(t) for t in (q, k, v, out, d_out))
+        q, k, v, out, d_out, lse, d_lse = (_rows_contiguous(t) for t in (q, k, v, out, d_out, lse, d_lse))
         dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
         dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -462,11 +458,6 @@ def _lowered(launch: Launch) -> Kernel:
 def _lowered_backward(launch: Launch) -> GradientKernel:
     gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device, "backward")
     return backend(launch.backend).lower_backward(launch)
-
-
-def _operators() -> types.ModuleType:
-    """The module that talks to torch's registry; imported when tensors are at hand, and not before."""
-    return importlib.import_module("sparsec.torch_ops")
 
 
 def attention(
@@ -560,7 +551,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its last dimension is contiguous, else a copy."""
-    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _dtype_name(dtype: torch.dtype | str) -> Dtype:

@@ -7,59 +7,14 @@ torch, and is imported only when tensors are at hand. It must not know what an e
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from typing import Protocol
-
 import torch
 
-from sparsec.errors import SparsecError
-
-
-class Executor(Protocol):
-    """Who computes for a handle; tensors are `[batch, heads, length, dim]`."""
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp."""
-        ...
-
-    def backward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        d_out: torch.Tensor,
-        d_lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of q, k and v."""
-        ...
-
-
-_executors: weakref.WeakValueDictionary[int, Executor] = weakref.WeakValueDictionary()
-_handles = itertools.count()
-
-
-def register(executor: Executor) -> int:
-    """A handle for an executor, good as long as the executor lives."""
-    handle = next(_handles)
-    _executors[handle] = executor
-    return handle
-
-
-def _executor(handle: int) -> Executor:
-    executor = _executors.get(handle)
-    if executor is None:
-        raise SparsecError(
-            f"attention {handle} no longer exists: keep the object that sparsec.compile returned as long as its graph"
-        )
-    return executor
+from sparsec.handles import executor
 
 
 @torch.library.custom_op("sparsec::forward", mutates_args=())
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _executor(handle).forward(q, k, v)
+    return executor(handle).forward(q, k, v)
 
 
 @forward.register_fake
@@ -81,7 +36,7 @@ def backward(
     d_lse: torch.Tensor,
     handle: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _executor(handle).backward(q, k, v, out, lse, d_out, d_lse)
+    return executor(handle).backward(q, k, v, out, lse, d_out, d_lse)
 
 
 @backward.register_fake

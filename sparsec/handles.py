@@ -1,0 +1,62 @@
+"""Numbers that stand for compiled attentions where torch's operators can take no objects.
+
+This file decides how long a number is good for: as long as the attention lives. It imports no torch, so that an
+attention has its number before tensors are at hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Protocol
+
+from sparsec.errors import SparsecError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Executor(Protocol):
+    """Who computes for a handle; tensors are `[batch, heads, length, dim]`."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp."""
+        ...
+
+    def backward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_out: torch.Tensor,
+        d_lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k and v."""
+        ...
+
+
+_executors: weakref.WeakValueDictionary[int, Executor] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register(executor: Executor) -> int:
+    """A handle for an executor, good as long as the executor lives."""
+    handle = next(_numbers)
+    _executors[handle] = executor
+    return handle
+
+
+def executor(handle: int) -> Executor:
+    """Who computes for a handle.
+
+    Raises:
+        SparsecError: It no longer exists.
+    """
+    found = _executors.get(handle)
+    if found is None:
+        raise SparsecError(
+            f"attention {handle} no longer exists: keep the object that sparsec.compile returned as long as its graph"
+        )
+    return found
