@@ -1,0 +1,231 @@
+"""The Triton kernels through Triton's interpreter, in fp32 and fp16, against dense attention in fp64.
+
+The interpreter has to be chosen before Triton is imported, so the kernels run in a process of their own. It computes
+nothing in bf16; that is lowered (`test_triton_lowering.py`) and run on a device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import running
+import torch
+from cases import Case, by_degree, case, scattered
+
+from sparsec import masks as m
+from sparsec.backends import triton as triton_backend
+from sparsec.backends.base import Launch, Work
+from sparsec.device import device
+from sparsec.layout import Ordering, reordered, row_lists, schedule
+from sparsec.template import Config, template
+
+# Not `importorskip`: the interpreter's process imports this file, and must not import Triton before it chose.
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+DEVICE = "nvidia-h100"
+TEMPLATES = ("block_sparse", "row_traversal", "hybrid")
+
+# Small, because an interpreted operation takes as long as on a large tile. Blocks of 16 leave several of each kind.
+SMALL = {
+    "block_sparse": {"block_q": 16, "block_kv": 16},
+    "row_traversal": {"block_q": 4},
+    "hybrid": {"block_kv": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _interpret) as executor:
+        yield lambda job, *arguments: executor.submit(job, *arguments).result()
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+def _config(name: str, **values: int) -> Config:
+    chosen = template(name)
+    config = Config.of(**{**chosen.default("triton").to_dict(), **values})
+    assert chosen.violation("triton", config) is None
+    return config
+
+
+def _launch(name: str, tried: Case, values: dict[str, int] | None = None, **options) -> Launch:
+    config = _config(name, **{**SMALL[name], **(values or {})})
+    return running.launch(template(name), "triton", tried, config=config, device=device(DEVICE), **options)
+
+
+def _checked(made: Launch, tried: Case) -> None:
+    out, lse = running.poisoned(tried, is_partial=made.is_partial)
+    triton_backend.backend().lower(made)(*running.inputs(tried), out, lse)
+    running.check(tried, out, lse)
+
+
+# What runs in the interpreter's process.
+
+
+def _run(name: str, tried: Case, values: dict[str, int]) -> None:
+    _checked(_launch(name, tried, values), tried)
+
+
+def _run_split(name: str, tried: Case) -> None:
+    made = _launch(name, tried)
+    pieces = split(made.work)
+    assert pieces.schedule.n_slots > 4
+    _checked(replace(made, work=pieces), tried)
+
+
+def _run_shuffled(name: str, tried: Case) -> None:
+    rng = np.random.default_rng(2)
+    orders = (rng.permutation(length).astype(np.int32) for length in tried.bound.shape)
+    ordering = Ordering("shuffled", *orders)
+    bound = reordered(tried.bound, ordering)
+    _checked(_launch(name, tried, ordering=ordering, bound=bound), tried)
+
+
+def _run_partial(name: str, tried: Case) -> None:
+    _checked(_launch(name, tried, is_partial=True), tried)
+
+
+def _run_some_heads(name: str, tried: Case) -> None:
+    made = replace(_launch(name, tried), heads=(1, 2), batch=(1,))
+    out, lse = running.poisoned(tried)
+    triton_backend.backend().lower(made)(*running.inputs(tried), out, lse)
+    whole_out, whole_lse = running.poisoned(tried)
+    triton_backend.backend().lower(_launch(name, tried))(*running.inputs(tried), whole_out, whole_lse)
+    written = torch.zeros_like(lse, dtype=torch.bool)
+    written[1, 1:3] = True
+    assert torch.equal(~torch.isnan(lse), written)
+    assert torch.equal(~torch.isnan(out).any(-1), written)
+    assert torch.equal(out[1, 1:3], whole_out[1, 1:3])
+    assert torch.equal(lse[1, 1:3], whole_lse[1, 1:3])
+
+
+def _run_far_apart(name: str, tried: Case) -> None:
+    # Pages that are never touched cost nothing: rows, heads and batch elements lie gigabytes apart.
+    apart = 2**28
+    virtual = torch.empty(5 * 2 * 2 * apart, dtype=torch.float16)
+    views = []
+    for tensor in (*running.inputs(tried), running.poisoned(tried)[0]):
+        view = virtual.as_strided(tensor.shape, (10 * apart, 5 * apart, apart, 1), 64 * len(views))
+        view.copy_(tensor)
+        views.append(view)
+    assert max(view.stride(0) + view.stride(1) for view in views) > 2**31
+    lse = running.poisoned(tried)[1]
+    triton_backend.backend().lower(_launch(name, tried))(*views, lse)
+    running.check(tried, views[3], lse)
+
+
+def _run_rows_as(form: str, tried: Case) -> None:
+    made = _launch("row_traversal", tried)
+    rows = row_lists(tried.bound, form)
+    assert rows.form == form
+    _checked(replace(made, work=replace(made.work, rows=rows)), tried)
+
+
+def split(work: Work) -> Work:
+    """The same work with every unit in several pieces."""
+    entries = np.zeros(int(work.schedule.unit.max()) + 1, np.int64)
+    np.add.at(entries, work.schedule.unit, work.schedule.stop - work.schedule.start)
+    indptr = np.concatenate(([0], np.cumsum(entries)))
+    planned = schedule(indptr, 1.0, workers=10_000, max_split=3)
+    if work.items is not None:
+        # Pieces of a hybrid's units: each list is cut in the same proportion.
+        return replace(work, schedule=planned, items=_pieces(work, planned, indptr))
+    if work.tiles is None:
+        base = indptr[planned.unit]
+        planned = replace(planned, start=planned.start - base, stop=planned.stop - base)
+    return replace(work, schedule=planned)
+
+
+def _pieces(work: Work, planned, indptr):
+    items, unit_of_item = work.items, work.schedule.unit
+    whole = {int(unit): i for i, unit in enumerate(unit_of_item)}
+    made = {name: np.zeros(planned.n_items, np.int64) for name in items.__slots__}
+    for piece, unit in enumerate(planned.unit.tolist()):
+        length = max(int(indptr[unit + 1] - indptr[unit]), 1)
+        for kind in ("tile", "column", "edge"):
+            low = int(getattr(items, f"{kind}_start")[whole[unit]])
+            count = int(getattr(items, f"{kind}_stop")[whole[unit]]) - low
+            for end, entry in (("start", planned.start[piece]), ("stop", planned.stop[piece])):
+                made[f"{kind}_{end}"][piece] = low + count * (int(entry) - int(indptr[unit])) // length
+    return type(items)(**made)
+
+
+# Tests.
+
+HARD = case("hard", scattered(41, 67, 0.06), 41, 67, 24, v_dim=40, heads=(2, 1))
+GROUPED = case("grouped", scattered(35, 45, 0.15), 35, 45, 20, v_dim=8, heads=(4, 2), batch=2)
+FAR = case("far-apart", by_degree([3, 0, 5, 1, 4], 5), 5, 5, 8, heads=(2, 2), batch=2)
+LONG_ROWS = case("long-rows", by_degree([2, 150, 0, 1, 3, 1, 150, 149, 5], 150), 9, 150, 16)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("job", [_run_split, _run_shuffled, _run_partial], ids=["split", "shuffled", "partial"])
+def test_launches(interpreter, job, name, dtype):
+    interpreter(job, name, HARD.with_dtype(dtype))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_some_heads_of_some_batch_elements(interpreter, name):
+    interpreter(_run_some_heads, name, GROUPED.with_dtype("fp32"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_strides_beyond_two_to_the_31(interpreter, name):
+    interpreter(_run_far_apart, name, FAR.with_dtype("fp16"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "tried",
+    [
+        GROUPED,
+        case("full-ragged", m.full(), 19, 37, 16, v_dim=1),
+        case("empty", ~m.full(), 19, 37, 1, v_dim=16),
+        case("window", m.window(9, 2), 40, 40, 80),
+        case("dilated", m.dilated(20, 3), 40, 50, 17),
+        LONG_ROWS,
+        replace(HARD, scale=-0.2),
+        replace(HARD, scale=0.0),
+    ],
+    ids=lambda tried: tried.id,
+)
+def test_masks(interpreter, tried, name, dtype):
+    interpreter(_run, name, tried.with_dtype(dtype), {})
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"block_q": 64, "block_kv": 64},
+        {"block_q": 32, "block_kv": 128, "num_warps": 8},
+        {"block_q": 16, "block_kv": 32, "pack_gqa": 2},
+        {"block_q": 16, "block_kv": 64, "pack_gqa": 8},
+    ],
+    ids=str,
+)
+def test_tile_sizes_and_packed_heads(interpreter, values, dtype):
+    interpreter(_run, "block_sparse", GROUPED.with_dtype(dtype), values)
+
+
+@pytest.mark.parametrize("values", [{"block_q": 1}, {"block_q": 16, "fetch": 16}, {"num_warps": 1}], ids=str)
+def test_rows_abreast(interpreter, values):
+    interpreter(_run, "row_traversal", LONG_ROWS.with_dtype("fp32"), values)
+
+
+@pytest.mark.parametrize("form", ["offsets", "ranges", "edges"])
+def test_forms_of_rows(interpreter, form):
+    mask = m.dilated(9, 2) | m.window(2, 1)
+    interpreter(_run_rows_as, form, case("two-steps", mask, 27, 31, 16).with_dtype("fp32"))
