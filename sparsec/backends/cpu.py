@@ -25,7 +25,7 @@ from sparsec import data
 from sparsec.backends.base import Launch, Problem
 from sparsec.backends.cpu_kernels import Arguments, CpuGradient, CpuKernel
 from sparsec.device import Device
-from sparsec.errors import BackendMissingError, CompileError
+from sparsec.errors import BackendMissingError, CompileError, SparsecError
 from sparsec.template import Template
 
 logger = logging.getLogger(__name__)
@@ -33,15 +33,16 @@ logger = logging.getLogger(__name__)
 _FLAGS: Final = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-w")
 _DTYPE_NAMES: Final = {"fp32": "float", "fp16": "sx::fp16", "bf16": "sx::bf16"}
 
-# Compiler options of an instruction set, widest first. The levels x86-64-v3 and v4 are AVX2 and AVX-512 with what
-# processors that have those always have beside them.
-_ISA_FLAGS: Final = (
-    ("avx512_bf16", ("-march=x86-64-v4", "-mavx512bf16")),
-    ("avx512f", ("-march=x86-64-v4",)),
-    ("avx2", ("-march=x86-64-v3",)),
-    ("sse2", ("-march=x86-64",)),
-    ("neon", ("-march=armv8-a",)),
-)
+# Compiler options of an instruction set that is there in full. The levels x86-64-v3 and v4 are AVX2 and AVX-512 with
+# what processors that have those always have beside them.
+_ISA_FLAGS: Final = {
+    "avx512_bf16": ("-march=x86-64-v4", "-mavx512bf16"),
+    "avx512": ("-march=x86-64-v4",),
+    "avx2": ("-march=x86-64-v3",),
+    "sse2": ("-march=x86-64",),
+    "neon": ("-march=armv8-a",),
+    "neon_bf16": ("-march=armv8-a",),
+}
 
 
 class CpuBackend:
@@ -112,10 +113,7 @@ def compiler() -> Compiler:
 
 def isa_flags(device: Device) -> tuple[str, ...]:
     """Compiler options for the instruction sets of a processor."""
-    for feature, flags in _ISA_FLAGS:
-        if feature in device.features:
-            return flags
-    return ()
+    return _ISA_FLAGS.get(device.isa, ())
 
 
 def source_files(template: Template) -> tuple[Path, ...]:
@@ -137,11 +135,17 @@ def compiled(sources: tuple[Path, ...], dtype: str, device: Device, defines: tup
     binary = data.cache_dir() / "cpu" / f"{sources[0].parent.name}-{dtype}-{key.hexdigest()[:24]}.so"
     if _is_intact(binary):
         return binary
-    binary.parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        binary.parent.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SparsecError(
+            f"compiled kernels are kept in {binary.parent}, which cannot be made ({error.strerror}); "
+            "remove what is in its place, or set SPARSEC_CACHE_DIR to another directory"
+        ) from None
     with data.entry_lock(binary):
         if not _is_intact(binary):
             content = _compile(sources[0], flags)
-            data.publish(_digest_path(binary), hashlib.sha256(content).hexdigest().encode())
+            data.publish(_digest_path(binary), _digest(content))
             data.publish(binary, content)
     return binary
 
@@ -150,13 +154,17 @@ def _digest_path(binary: Path) -> Path:
     return binary.with_suffix(".sha256")
 
 
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
 def _is_intact(binary: Path) -> bool:
     """Whether a cached binary is all there; one that is not is compiled again, never loaded."""
     try:
-        content, expected = binary.read_bytes(), _digest_path(binary).read_text()
+        content, expected = binary.read_bytes(), _digest_path(binary).read_bytes()
     except OSError:
         return False
-    if hashlib.sha256(content).hexdigest() == expected:
+    if _digest(content) == expected:
         return True
     logger.warning("the cached kernel %s is damaged; it is compiled again", binary)
     return False
