@@ -255,4 +255,4 @@ def backend(name: str) -> Backend:
 
 
 # Back ends by preference where estimates tie.
-BACKENDS = ("cpu", "torch", "reference")
+BACKENDS = ("cpu", "triton", "torch", "reference")

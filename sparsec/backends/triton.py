@@ -114,13 +114,18 @@ def shared_bytes(
 ) -> int:
     """Shared memory of a tile kernel, at most.
 
-    NVIDIA: the queries stay there, K and V have a buffer for every stage but one, and weights pass through. AMD: the
-    queries pass through before the first tile. Checked against what Triton 3.6 and 3.9 allocate, by the tests.
+    NVIDIA: the queries stay there, K and V have a buffer for every stage but one, and weights pass through; in fp32, V
+    and chunks of the others pass through. AMD: the queries pass through before the first tile. The tests hold this
+    against what Triton allocates.
     """
     queries = rows * dims[1] * itemsize
     tiles = max(stages - 1, 1) * step_kv * (dims[1] + dims[3]) * itemsize
     passing = rows * (step_kv + 8) * 4 + 2048
-    return max(queries, tiles + passing) if device.kind == "amd" else queries + tiles + passing
+    if device.kind == "amd":
+        return max(queries, tiles + passing)
+    if itemsize == 4:
+        return step_kv * dims[3] * itemsize + passing + 16384
+    return queries + tiles + passing
 
 
 def _width(dim: int) -> int:

@@ -1,0 +1,131 @@
+"""The Triton back end without a GPU and mostly without Triton: refusals, shapes of kernels, arrays, plans."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import sparsec
+from sparsec import masks as m
+from sparsec.backends import triton
+from sparsec.backends.base import Launch, Problem
+from sparsec.device import device
+from sparsec.planner.works import build_work
+from sparsec.template import Config, template, templates
+
+GPUS = (
+    "nvidia-a100",
+    "nvidia-h100",
+    "nvidia-h100-pcie",
+    "nvidia-h200",
+    "nvidia-b200",
+    "nvidia-l40s",
+    "nvidia-rtx4090",
+    "amd-mi250x",
+    "amd-mi300x",
+)
+TEMPLATES = tuple(name for name, made in templates().items() if "triton" in made.backends())
+
+
+def launch(name: str, gpu: str, problem: Problem, mask=None, heads=None, **values: int) -> Launch:
+    chosen = template(name)
+    config = Config.of(**{**chosen.default("triton").to_dict(), **values})
+    bound = (m.window(40, 3) | m.global_tokens(2) if mask is None else mask).bind(problem.q_len, problem.kv_len)
+    heads = tuple(range(problem.q_heads)) if heads is None else heads
+    work = build_work(chosen, config, bound, problem, device(gpu), heads=len(heads))
+    return Launch(chosen, "triton", config, problem, device(gpu), work, heads, (0,), problem.head_dim**-0.5)
+
+
+def test_three_templates():
+    assert TEMPLATES == ("block_sparse", "hybrid", "row_traversal")
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_default_fits_every_device(name, gpu, head_dim, dtype):
+    problem = Problem(200, 200, 2, 2, head_dim, head_dim, dtype)
+    made = launch(name, gpu, problem)
+    back = triton.backend()
+    assert back.refusal(made.template, problem, made.device) is None
+    assert back.config_refusal(made.template, made.config, problem, made.device) is None
+    shape = triton.shape_of(made)
+    assert shape.shared_bytes <= made.device.shared_bytes_per_block
+    assert shape.num_warps <= 8
+    assert shape.num_stages >= 1
+
+
+def test_refusals():
+    back, problem = triton.backend(), Problem(64, 64)
+    assert "serves GPUs" in back.refusal(template("hybrid"), problem, device("cpu"))
+    old = replace(device("nvidia-a100"), arch="sm_75")
+    assert "sm_80" in back.refusal(template("hybrid"), problem, old)
+    tall = Config.of(**{**template("block_sparse").default("triton").to_dict(), "block_q": 128})
+    wide = Problem(64, 64, head_dim=256, v_dim=256)
+    assert "KiB" in back.config_refusal(template("block_sparse"), tall, wide, device("amd-mi300x"))
+    assert back.config_refusal(template("block_sparse"), tall, problem, device("nvidia-rtx4090")) is None
+
+
+def test_a_configuration_that_does_not_fit_is_not_lowered():
+    made = launch("block_sparse", "amd-mi300x", Problem(200, 200, head_dim=256, v_dim=256), block_q=128)
+    with pytest.raises(sparsec.errors.CompileError, match="KiB of shared memory"):
+        triton.backend().lower(made)
+
+
+def test_packed_heads():
+    grouped = Problem(100, 100, 8, 2)
+
+    def packed(heads: tuple[int, ...], pack: int) -> int:
+        return triton.shape_of(
+            launch("block_sparse", "nvidia-h100", grouped, None, heads, block_q=16, pack_gqa=pack)
+        ).pack
+
+    assert packed(tuple(range(8)), 1) == 1
+    assert packed(tuple(range(8)), 4) == 4
+    assert packed(tuple(range(8)), 8) == 4  # a group has four heads
+    assert packed((0, 1, 6, 7), 4) == 2
+    assert packed((1, 2), 2) == 1  # heads of one group, but not a run the kernel can name by its first
+    assert packed((0, 2), 2) == 1
+
+
+def test_tiles_are_walked_full_ones_first_and_ragged_ones_by_pattern():
+    problem = Problem(100, 150)
+    made = launch("block_sparse", "nvidia-h100", problem, m.full() & ~m.window(-60, 70), block_q=16, block_kv=16)
+    call = triton.calls_of(made)[0]
+    tiles = made.work.tiles
+    tile, full, partial = (call.arrays[name] for name in ("item_tile", "item_full", "item_partial"))
+    pattern, column = call.arrays["tile_pattern"], call.arrays["tile_column"]
+    seen = np.zeros(tiles.tile_map.n_tiles, int)
+    for first, n_full, n_partial in zip(tile, full, partial, strict=True):
+        middle, last = first + n_full, first + n_full + n_partial
+        assert (pattern[first:middle] < 0).all()
+        assert (column[first:middle] < 150 // 16).all(), "a full tile needs no bound"
+        assert (pattern[middle:last] >= 0).all()
+        seen[first:last] += 1
+    assert (seen == 1).all()
+    for start, stop in zip(tiles.tile_map.indptr[:-1], tiles.tile_map.indptr[1:], strict=True):
+        assert sorted(column[start:stop]) == sorted(tiles.tile_map.indices[start:stop])
+    cut = call.arrays["patterns"][pattern[column == 150 // 16]]
+    assert len(cut)
+    assert (cut.view(np.uint64) < 1 << (150 % 16)).all(), "keys beyond the sequence are attended by nobody"
+
+
+@pytest.mark.parametrize("gpu", ["nvidia-h100", "nvidia-rtx4090", "amd-mi300x"])
+def test_plans_without_a_gpu(gpu):
+    made = sparsec.plan(m.window(255, 0), Problem(4096, 4096, 16, 4, 128, 128, "bf16"), gpu)
+    assert {step.launch.backend for group in made.groups for step in group.steps} == {"triton"}
+
+
+def test_planning_for_a_gpu_imports_neither_torch_nor_triton():
+    code = (
+        "import sys, sparsec\n"
+        "from sparsec import masks as m\n"
+        "sparsec.plan(m.window(64, 0), sparsec.backends.base.Problem(512, 512, dtype='bf16'), 'nvidia-h100')\n"
+        "assert not {'torch', 'triton'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
