@@ -208,5 +208,5 @@ def _remember(
         folder = data.cache_dir() / "gate"
         folder.mkdir(mode=0o700, exist_ok=True)
         data.publish(folder / f"{key}.json", json.dumps(passed, indent=1).encode())
-    except SparsecError as error:
+    except (SparsecError, OSError) as error:
         logger.warning("the check of %s is not remembered: %s", template.name, error)
