@@ -1,0 +1,173 @@
+"""The verification gate: a pass is remembered, a wrong kernel is never served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sparsec
+from sparsec import data, gate
+from sparsec import masks as m
+from sparsec.backends import cpu
+from sparsec.backends.base import DTYPES
+from sparsec.device import detect_cpu
+from sparsec.errors import CompileError
+from sparsec.template import template, templates
+
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+CPU_TEMPLATES = [name for name, made in templates().items() if "cpu" in made.backends()]
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    """A process that has seen no kernel pass."""
+    monkeypatch.setattr(gate, "_passed", set())
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SPARSEC_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def own_templates(tmp_path, monkeypatch):
+    """A copy of the templates that a test may spoil."""
+    folder = tmp_path / "templates"
+    shutil.copytree(data.templates_dir(), folder)
+    monkeypatch.setattr(data, "templates_dir", lambda: folder)
+    templates.cache_clear()
+    yield folder
+    monkeypatch.undo()
+    templates.cache_clear()
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """The checks that ran, without running them."""
+    ran: list[tuple[str, str, str]] = []
+
+    def check(each, backend_name, dtype, *_):
+        ran.append((each.name, backend_name, dtype))
+
+    monkeypatch.setattr(gate, "check", check)
+    return ran
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CPU_TEMPLATES)
+def test_every_kernel_passes(name, dtype):
+    assert gate.check(template(name), "cpu", dtype, detect_cpu()) is None
+
+
+@pytest.mark.usefixtures("own_cache", "forgetful")
+def test_a_pass_is_remembered_in_the_process_and_beyond(checks, monkeypatch):
+    rows = template("row_traversal")
+    for _ in range(3):
+        gate.ensure(rows, "cpu", "fp32", detect_cpu())
+    assert checks == [("row_traversal", "cpu", "fp32")]
+    monkeypatch.setattr(gate, "_passed", set())
+    gate.ensure(rows, "cpu", "fp32", detect_cpu())
+    assert len(checks) == 1
+
+
+@pytest.mark.usefixtures("own_cache", "forgetful")
+def test_a_pass_is_for_one_template_dtype_and_device(checks):
+    here = detect_cpu()
+    gate.ensure(template("row_traversal"), "cpu", "fp32", here)
+    gate.ensure(template("row_traversal"), "cpu", "bf16", here)
+    gate.ensure(template("block_sparse"), "cpu", "fp32", here)
+    gate.ensure(template("row_traversal"), "cpu", "fp32", replace(here, features=frozenset({"sse2"})))
+    assert len(checks) == 4
+
+
+@pytest.mark.usefixtures("own_cache", "forgetful")
+def test_a_pass_is_for_one_toolchain(checks, monkeypatch):
+    gate.ensure(template("row_traversal"), "cpu", "fp32", detect_cpu())
+    monkeypatch.setattr(cpu.CpuBackend, "toolchain", lambda self: "another compiler 1.0")
+    gate.ensure(template("row_traversal"), "cpu", "fp32", detect_cpu())
+    assert len(checks) == 2
+
+
+@pytest.mark.usefixtures("own_cache", "forgetful")
+def test_the_reference_and_torch_need_no_check(checks):
+    for name in ("reference", "torch"):
+        gate.ensure(template("dense"), name, "fp32", detect_cpu())
+    assert checks == []
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_what_is_remembered_says_what_passed(own_cache, checks):
+    gate.ensure(template("row_traversal"), "cpu", "fp32", detect_cpu())
+    (path,) = (own_cache / "gate").glob("*.json")
+    passed = json.loads(path.read_text())
+    assert passed["template"] == "row_traversal"
+    assert passed["device"] == detect_cpu().key
+    assert passed["toolchain"] == cpu.compiler().version
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures("own_cache", "forgetful")
+@pytest.mark.parametrize("file", ["row_traversal/kernel_cpu.cpp", "shared/simd.hpp"])
+def test_a_changed_source_is_checked_again(file, own_templates, checks):
+    gate.ensure(template("row_traversal"), "cpu", "fp32", detect_cpu())
+    with (own_templates / file).open("a") as source:
+        source.write("// changed\n")
+    templates.cache_clear()
+    gate.ensure(template("row_traversal"), "cpu", "fp32", detect_cpu())
+    assert len(checks) == 2
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_pass_that_cannot_be_remembered_is_a_pass(own_cache, checks, caplog):
+    own_cache.mkdir(mode=0o700)
+    (own_cache / "gate").write_text("")
+    gate.ensure(template("row_traversal"), "cpu", "fp32", detect_cpu())
+    gate.ensure(template("row_traversal"), "cpu", "fp32", detect_cpu())
+    assert len(checks) == 1
+    assert "not remembered" in caplog.text
+
+
+@pytest.mark.usefixtures("own_cache", "forgetful")
+def test_a_wrong_kernel_is_refused_every_time(own_templates, own_cache):
+    path = own_templates / "shared" / "simd.hpp"
+    source = path.read_text()
+    right, wrong = "constexpr float LOG2_E = 1.4426950408889634f", "constexpr float LOG2_E = 1.4427f"
+    assert right in source
+    path.write_text(source.replace(right, wrong))
+    templates.cache_clear()
+    attn = sparsec.compile(m.window(3, 3), 20, template="row_traversal")
+    for _ in range(2):
+        with pytest.raises(
+            CompileError, match=r"row_traversal on cpu \(fp32\) gave wrong results.*is not used"
+        ) as caught:
+            attn(*(torch.randn(1, 1, 20, 8) for _ in range(3)))
+        assert caught.value.source == own_templates / "row_traversal" / "kernel_cpu.cpp"
+        assert "is allowed" in str(caught.value)
+    assert not list(own_cache.glob("gate/*"))
+
+
+@pytest.mark.usefixtures("own_cache", "forgetful")
+def test_a_kernel_that_does_not_compile_is_told(own_templates):
+    with (own_templates / "row_traversal" / "kernel_cpu.cpp").open("a") as source:
+        source.write("an error\n")
+    templates.cache_clear()
+    with pytest.raises(CompileError, match="could not compile") as caught:
+        sparsec.compile(m.window(3, 3), 20, q_heads=1, head_dim=8, dtype="fp32", template="row_traversal")
+    assert caught.value.log
+
+
+def test_the_hard_mask_is_hard():
+    dense = gate.hard_mask().bind(83, 151).to_dense()
+    degrees = dense.sum(1)
+    assert (degrees == 0).any()
+    assert (degrees == 150).any()  # one column is empty
+    assert (dense.sum(0) == 0).any()
+    tiles = gate.hard_mask().bind(83, 151).tiles(16, 16)
+    assert 0 < tiles.is_full.sum() < tiles.n_tiles
