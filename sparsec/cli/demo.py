@@ -172,7 +172,7 @@ def _measured(case: Case, dtype: Dtype, watched: _Watched, *, is_quick: bool) ->
     ours = Peer(_OURS, _OURS, lambda: run_ours, bound)
     with torch.no_grad():
         for one in (ours, *present):
-            watched.say(one.name)
+            watched.say(one.short_name)
             runs[one.name] = one.prepare()
             answer, first[one.name] = first_run(runs[one.name])
             errors[one.name] = oracles[one.bound.digest].compare(answer)

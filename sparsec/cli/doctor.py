@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import click
 
@@ -32,6 +32,7 @@ _PACKAGES: Final = {
     "cuda-python": "GPU kernels; optional",
 }
 _OPTIONAL: Final = frozenset({"triton", "cuda-python"})
+_REPORT: Final = "report it, with this text"
 _OLDEST_PYTHON: Final = (3, 11)
 _MARKS: Final = {"ok": ("✓", "green"), "note": ("–", "yellow"), "broken": ("✗", "bold red")}
 
@@ -205,23 +206,28 @@ def _gate(device: Device, runs_checks: bool) -> Iterator[Finding]:
                 yield _kernel(template, name, dtype, device, runs_checks)
 
 
-def _kernel(template: Template, backend: str, dtype: Dtype, device: Device, runs_check: bool) -> Finding:
-    """Whether a kernel has passed its check; `runs_check` does it anew."""
+def _kernel(template: Template, backend: str, dtype: Dtype, device: Device, runs_checks: bool) -> Finding:
+    """Which directions of a kernel have passed their check; `runs_checks` does it anew."""
     from sparsec import gate
     from sparsec.errors import SparsecError
 
     title = f"{template.name} on {backend}, {dtype}"
-    try:
-        if runs_check:
-            error = gate.check(template, backend, dtype, device)
-            if error is not None:
-                return Finding("kernels", title, "broken", f"gives wrong results: {error}", "report it, with this text")
-            gate.ensure(template, backend, dtype, device)
-        if gate._is_remembered(gate._key(template, backend, dtype, "forward", device)):
-            return Finding("kernels", title, "ok", "passed its check on this machine")
-    except SparsecError as error:
-        return Finding("kernels", title, "broken", str(error), "report it, with this text")
-    return Finding("kernels", title, "note", "not checked yet", "is checked at its first use")
+    passed = []
+    for direction in get_args(gate.Direction):
+        try:
+            if runs_checks:
+                error = gate.check(template, backend, dtype, device, direction)
+                if error is not None:
+                    return Finding("kernels", title, "broken", f"{direction} gives wrong results: {error}", _REPORT)
+                gate.ensure(template, backend, dtype, device, direction)
+            if gate._is_remembered(gate._key(template, backend, dtype, direction, device)):
+                passed.append(direction)
+        except SparsecError as error:
+            return Finding("kernels", title, "broken", f"{direction}: {error}", _REPORT)
+    if len(passed) == len(get_args(gate.Direction)):
+        return Finding("kernels", title, "ok", f"passed: {', '.join(passed)}")
+    found = f"passed: {', '.join(passed)}; the rest not checked yet" if passed else "not checked yet"
+    return Finding("kernels", title, "note", found, "is checked at its first use")
 
 
 def _show(findings: list[Finding]) -> None:
@@ -242,7 +248,7 @@ def _show(findings: list[Finding]) -> None:
                 grid.add_row(Text(mark, style), Text(finding.name), Text(finding.found))
         show(console, grid)
     problems = [finding for finding in findings if finding.state == "broken"]
-    unchecked = [f for f in findings if f.section == "kernels" and f.state == "note"]
+    has_unchecked = any(finding.section == "kernels" and finding.state == "note" for finding in findings)
     show(console, "")
     for finding in problems:
         show(console, Text(f"✗ {finding.name}: {finding.remedy}", "bold red"))
@@ -251,9 +257,5 @@ def _show(findings: list[Finding]) -> None:
             show(console, Text(f"– {finding.name}: {finding.remedy}", "yellow"))
     if not problems:
         show(console, "Everything that is needed is here.")
-    if unchecked:
-        show(
-            console,
-            f"{len(unchecked)} kernels have not been checked yet; each is at its first use. "
-            "sparsec doctor --check does it now.",
-        )
+    if has_unchecked:
+        show(console, "Kernels are checked at their first use; `sparsec doctor --check` does it now.")

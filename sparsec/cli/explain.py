@@ -37,6 +37,7 @@ class _Request:
     template: str | None
     backend: str | None
     reorder: str
+    needs_grad: bool
     is_json: bool
     has_source: bool
 
@@ -81,6 +82,7 @@ def _count(name: str, text: str, most: int | None = None) -> Callable[[_Command]
     show_default=True,
     help="Whether other orders of tokens compete, or must win.",
 )
+@click.option("--needs-grad", is_flag=True, help="For a forward pass that a backward pass will follow.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 @click.option("--source", "has_source", is_flag=True, help="Also print each launch's source and how it is compiled.")
 def explain(mask: str, **options: Any) -> None:  # Any: click's options
@@ -152,6 +154,7 @@ def _problem(bound: BoundMask, request: _Request) -> Problem:
         v_dim=request.v_dim or head_dim,
         dtype=request.dtype,  # type: ignore[arg-type]  # a choice of the option
         batch=request.batch or bound.n_batch or 1,
+        needs_grad=request.needs_grad,
     )
 
 
