@@ -18,11 +18,14 @@ def plan_text(plan: Plan) -> str:
     problem = plan.problem
     lines = [
         *_wrapped("mask     ", _shortened(str(plan.mask.mask))),
-        f"problem  {problem.q_len:,} queries × {problem.kv_len:,} keys, "
-        f"{problem.q_heads} heads over {problem.kv_heads}, head_dim {problem.head_dim}"
-        + (f", v_dim {problem.v_dim}" if problem.v_dim != problem.head_dim else "")
-        + f", {problem.dtype}"
-        + (f", batch {problem.batch}" if problem.batch > 1 else ""),
+        *_wrapped(
+            "problem  ",
+            f"{problem.q_len:,} queries × {problem.kv_len:,} keys, "
+            f"{problem.q_heads} heads over {problem.kv_heads}, head_dim {problem.head_dim}"
+            + (f", v_dim {problem.v_dim}" if problem.v_dim != problem.head_dim else "")
+            + f", {problem.dtype}"
+            + (f", batch {problem.batch}" if problem.batch > 1 else ""),
+        ),
         *_wrapped("device   ", f"{plan.device.name}: {plan.device.label} ({plan.device.key})"),
     ]
     for group in plan.groups:
@@ -34,7 +37,7 @@ def plan_text(plan: Plan) -> str:
 def _group_lines(plan: Plan, group: Group) -> list[str]:
     lines = []
     if len(plan.groups) > 1:
-        lines.append(f"heads {_listed(group.heads)} of batch elements {_listed(group.batch)}")
+        lines += _wrapped("heads    ", f"{_listed(group.heads)} of batch elements {_listed(group.batch)}")
         lines += _wrapped("mask     ", _shortened(str(group.bound.mask)))
     lines += _profile_lines(group)
     lines.append("")
@@ -68,18 +71,19 @@ def _profile_lines(group: Group) -> list[str]:
     heavy = f"; {profile.q.n_heavy:,} heavy" if profile.q.n_heavy else ""
     empty = f"; {profile.q.n_empty:,} empty" if profile.q.n_empty else ""
     sampled = f" (from {profile.sampled:.0%} of the rows)" if profile.sampled is not None else ""
-    return [
-        f"edges    {profile.nnz:,}, density {profile.density:.3%}",
-        f"degrees  {profile.q.mean:,.1f} keys a query, at most {profile.q.max:,}{heavy}{empty}",
-        f"         {profile.kv.mean:,.1f} queries a key, at most {profile.kv.max:,}",
-        f"tiles    filled {fills}{sampled}",
-        f"reach    {profile.bandwidth_mean:,.0f} tokens from the diagonal, at most {profile.bandwidth_max:,.0f}",
-    ]
+    rows = (
+        ("edges    ", f"{profile.nnz:,}, density {profile.density:.3%}"),
+        ("degrees  ", f"{profile.q.mean:,.1f} keys a query, at most {profile.q.max:,}{heavy}{empty}"),
+        ("         ", f"{profile.kv.mean:,.1f} queries a key, at most {profile.kv.max:,}"),
+        ("tiles    ", f"filled {fills}{sampled}"),
+        ("reach    ", f"{profile.bandwidth_mean:,.0f} tokens from the diagonal, at most {profile.bandwidth_max:,.0f}"),
+    )
+    return [line for label, text in rows for line in _wrapped(label, text)]
 
 
 def _step_lines(number: int, step: Step) -> list[str]:
     launch, work = step.launch, step.launch.work
-    lines = [f"  {number}. {launch.template.name} on {launch.backend}: {launch.template.summary}"]
+    lines = _wrapped(f"  {number}. ", f"{launch.template.name} on {launch.backend}: {launch.template.summary}")
     edges = f"{step.edges} ({work.bound.nnz:,} edges)" if launch.template.layout != "none" else step.edges
     lines += _wrapped("     edges    ", edges)
     if work.ordering.q_order is not None:
