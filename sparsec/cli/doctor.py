@@ -94,11 +94,13 @@ def _findings(runs_checks: bool) -> Iterator[Finding]:
         processor = None
     if processor is not None:
         yield from _processor(processor)
-    yield _gpu()
+    finding, gpu = _gpu()
+    yield finding
     cache = _cache()
     yield cache
-    if processor is not None and cache.state == "ok":
-        yield from _gate(processor, runs_checks)
+    for device in (processor, gpu):
+        if device is not None and cache.state == "ok":
+            yield from _gate(device, runs_checks)
 
 
 def _python() -> Finding:
@@ -167,17 +169,17 @@ def _processor(device: Device) -> Iterator[Finding]:
     yield Finding("processor", "memory", "ok", size(device.memory_bytes))
 
 
-def _gpu() -> Finding:
+def _gpu() -> tuple[Finding, Device | None]:
     from sparsec.device import detect_gpu
     from sparsec.errors import BackendMissingError, SparsecError
 
     try:
         device = detect_gpu()
     except BackendMissingError:
-        return Finding("GPU", "GPU", "note", "torch sees none; kernels run on the processor")
+        return Finding("GPU", "GPU", "note", "torch sees none; kernels run on the processor"), None
     except (SparsecError, OSError) as error:
-        return Finding("GPU", "GPU", "note", str(error))
-    return Finding("GPU", "GPU", "ok", f"{device.label} ({device.key})")
+        return Finding("GPU", "GPU", "note", str(error)), None
+    return Finding("GPU", "GPU", "ok", f"{device.label} ({device.key})"), device
 
 
 def _cache() -> Finding:
@@ -195,12 +197,15 @@ def _cache() -> Finding:
 
 
 def _gate(device: Device, runs_checks: bool) -> Iterator[Finding]:
-    from sparsec.backends.base import BACKENDS, DTYPES, backend
+    from sparsec.backends.base import BACKENDS, DTYPES, Problem, backend
     from sparsec.template import KERNEL_FILES, templates
 
     for template in templates().values():
         for name in template.backends():
-            if name not in BACKENDS or name not in KERNEL_FILES or backend(name).missing(device) is not None:
+            if name not in BACKENDS or name not in KERNEL_FILES:
+                continue
+            server = backend(name)
+            if server.refusal(template, Problem(1, 1), device) or server.missing(device):
                 continue
             for dtype in DTYPES:
                 yield _kernel(template, name, dtype, device, runs_checks)
@@ -209,7 +214,7 @@ def _gate(device: Device, runs_checks: bool) -> Iterator[Finding]:
 def _kernel(template: Template, backend: str, dtype: Dtype, device: Device, runs_checks: bool) -> Finding:
     """Which directions of a kernel have passed their check; `runs_checks` does it anew."""
     from sparsec import gate
-    from sparsec.errors import SparsecError
+    from sparsec.errors import SparsecError, UnsupportedError
 
     title = f"{template.name} on {backend}, {dtype}"
     passed = []
@@ -222,6 +227,8 @@ def _kernel(template: Template, backend: str, dtype: Dtype, device: Device, runs
                 gate.ensure(template, backend, dtype, device, direction)
             if gate._is_remembered(gate._key(template, backend, dtype, direction, device)):
                 passed.append(direction)
+        except UnsupportedError:
+            continue
         except SparsecError as error:
             return Finding("kernels", title, "broken", f"{direction}: {error}", _REPORT)
     if len(passed) == len(get_args(gate.Direction)):

@@ -190,14 +190,21 @@ def _sources(made: Plan) -> dict[str, dict[str, str]]:
 
 
 def _launch_sources(launch: Launch) -> dict[str, str]:
-    if launch.backend != "cpu":
-        from sparsec.backends.base import backend
+    # Lowering would compile, or want the device; sources and command are known without.
+    if launch.backend == "cpu":
+        from sparsec.backends import cpu
 
-        return backend(launch.backend).lower(launch).source()
-    # Lowering would compile; the sources and the command are known without.
-    from sparsec.backends import cpu
+        sources = cpu.source_files(launch.template)
+        flags = (*cpu._FLAGS, *cpu.isa_flags(launch.device), f"-DSX_DTYPE={cpu._DTYPE_NAMES[launch.problem.dtype]}")
+        command = " ".join([*cpu.compiler().command, *flags, str(sources[0]), "-o", "kernel.so"])
+        return {"compiled by": command} | {path.name: path.read_text() for path in sources}
+    if launch.backend == "triton":
+        from sparsec.backends import triton
 
-    sources = cpu.source_files(launch.template)
-    flags = (*cpu._FLAGS, *cpu.isa_flags(launch.device), f"-DSX_DTYPE={cpu._DTYPE_NAMES[launch.problem.dtype]}")
-    command = " ".join([*cpu.compiler().command, *flags, str(sources[0]), "-o", "kernel.so"])
-    return {"compiled by": command} | {path.name: path.read_text() for path in sources}
+        return {
+            str(path.relative_to(launch.template.folder.parent)): path.read_text()
+            for path in triton.source_files(launch.template)
+        }
+    from sparsec.backends.base import backend
+
+    return backend(launch.backend).lower(launch).source()
