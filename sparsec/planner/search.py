@@ -17,17 +17,18 @@ Naming a template or a back end only filters this list. This file must not know 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sparsec.analysis import MaskProfile, analyse, candidate_orderings, residue_ordering
-from sparsec.backends.base import BACKENDS, MAX_HEAD_DIM, Launch, Problem, Work, backend
+from sparsec.backends.base import BACKENDS, DTYPES, MAX_HEAD_DIM, Launch, Problem, Work, backend
 from sparsec.cost import CostModel, Estimate, cost_model, dense_estimate, estimate
 from sparsec.device import Device
 from sparsec.device import device as named_device
-from sparsec.errors import MaskError, UnsupportedError
+from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.layout import Ordering, reordered
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.parts import heavy_rows_apart, residue_part
@@ -76,6 +77,12 @@ def plan(
         UnsupportedError: Nothing can serve the request; carries every refusal.
     """
     started = time.perf_counter()
+    if not isinstance(mask, (Mask, BoundMask)):
+        raise MaskError(f"plan takes a mask of sparsec.masks; got {type(mask).__name__}")
+    if reorder not in get_args(Reorder):
+        raise SparsecError(f"reorder={reorder!r} is none of {', '.join(map(repr, get_args(Reorder)))}")
+    if scale is not None and not math.isfinite(scale):
+        raise SparsecError(f"scale={scale}: the scale of the scores must be a finite number")
     bound = mask if isinstance(mask, BoundMask) else mask.bind(problem.q_len, problem.kv_len)
     _check(bound, problem)
     target = named_device(device) if isinstance(device, str) else device
@@ -93,7 +100,11 @@ def _check(bound: BoundMask, problem: Problem) -> None:
             f"the mask is bound to {bound.q_len} queries and {bound.kv_len} keys, "
             f"and the problem has {problem.q_len} and {problem.kv_len}"
         )
-    if problem.kv_heads < 1 or problem.q_heads % problem.kv_heads:
+    if problem.dtype not in DTYPES:
+        raise UnsupportedError(f"dtype {problem.dtype!r}: sparsec takes {', '.join(DTYPES)}")
+    if problem.batch < 1:
+        raise UnsupportedError(f"batch={problem.batch}: a plan is for at least one batch element")
+    if problem.q_heads < 1 or problem.kv_heads < 1 or problem.q_heads % problem.kv_heads:
         raise UnsupportedError(
             f"{problem.q_heads} query heads over {problem.kv_heads} key heads: "
             "the number of query heads must be a multiple of that of the key heads"
