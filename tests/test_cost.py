@@ -1,0 +1,110 @@
+"""The cost model: what must hold whatever its coefficients are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cases import HARD, Case, case, every_constructor
+
+from sparsec import masks as m
+from sparsec.analysis import analyse
+from sparsec.backends.base import DTYPES
+from sparsec.cost import Estimate, cost_model, dense_estimate, estimate
+from sparsec.device import detect_cpu, devices
+from sparsec.layout import block_tiles
+from sparsec.planner.works import build_work
+from sparsec.template import template
+
+DEVICES = devices()
+TILED = ("row_traversal", "block_sparse", "hybrid")
+
+
+def _estimate(tried: Case, name: str, device=None, **problem) -> Estimate:
+    device = device or detect_cpu()
+    p = replace(tried.problem, **problem)
+    work = build_work(template(name), template(name).default("cpu"), tried.bound, p, device, heads=p.q_heads)
+    return estimate(work, p, device, p.q_heads)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("name", TILED)
+def test_an_estimate_is_the_sum_of_its_parts(name, device):
+    found = _estimate(HARD, name, device)
+    assert found.us >= max(found.compute_us + found.idle_us, found.memory_us)
+    assert min(found.compute_us, found.idle_us, found.memory_us, found.launch_us) >= 0.0
+    assert found.flops == HARD.problem.flops(HARD.bound.nnz)
+    assert found.limiter
+
+
+@pytest.mark.parametrize("tried", every_constructor(), ids=lambda tried: tried.id)
+def test_every_mask_has_an_estimate(tried):
+    for name in TILED:
+        found = _estimate(tried, name)
+        assert np.isfinite(found.us)
+        assert found.us > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_more_work_costs_more(device, dtype):
+    small = case("window", m.window(100, 100), 4096, 4096)
+    large = case("window", m.window(400, 400), 4096, 4096)
+    for name in ("row_traversal", "block_sparse"):
+        of_small = _estimate(small, name, device, dtype=dtype)
+        assert _estimate(large, name, device, dtype=dtype).us > of_small.us
+        assert _estimate(small, name, device, dtype=dtype, q_heads=64, kv_heads=64).us > of_small.us
+        assert _estimate(small, name, device, dtype=dtype, batch=64).us > of_small.us
+        assert _estimate(small, name, device, dtype=dtype, head_dim=256, v_dim=256).us > of_small.us
+
+
+def test_full_tiles_cost_the_same_and_partial_ones_by_their_pattern():
+    here = detect_cpu()
+    model = cost_model(HARD.problem, here)
+    full = model.tiles(block_tiles(m.full().bind(256), 64, 64))
+    assert len(set(full.tolist())) == 1
+    costs = model.tiles(block_tiles(m.window(3, 3).bind(256), 64, 64))
+    assert costs.shape == (10,)
+    assert costs.max() < full[0]
+
+
+def test_keys_from_beyond_the_cache_cost_more():
+    for device in DEVICES[:1]:
+        model = cost_model(HARD.problem, device)
+        assert model.edge(1e7) > model.edge(100)
+    assert model.unit(64, is_rows=True) > 0
+    assert model.unit(64, is_rows=False) > 0
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_rough_figures_are_near_the_exact_ones(device):
+    # A rough figure decides what is not looked at: 2.5 times the best is passed over.
+    for tried in (case("window", m.window(255, 255), 8192, 8192), case("full", m.full(), 4096, 4096)):
+        profile = analyse(tried.bound)
+        model = cost_model(tried.problem, device)
+        tiles = block_tiles(tried.bound, 64, 64)
+        ratio = model.rough_tiles(profile) / float(model.tiles(tiles).sum())
+        assert 0.5 < ratio < 2.0
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_estimates(device, dtype):
+    problem = replace(case("full", m.full(), 4096, 4096, heads=(8, 8)).problem, dtype=dtype)
+    whole, half = dense_estimate(problem, device, 1.0), dense_estimate(problem, device, 0.5)
+    assert whole.us > half.us > 0
+    assert whole.flops == 2 * half.flops == problem.flops(4096 * 4096)
+
+
+def test_two_launches_add_up():
+    one = Estimate(10.0, 6.0, 2.0, 5.0, 2.0, 100.0)
+    both = one + one
+    assert (both.us, both.launch_us, both.flops) == (20.0, 4.0, 200.0)
+
+
+def test_what_most_of_the_time_goes_to():
+    assert Estimate(10.0, 8.0, 0.0, 1.0, 1.0, 1.0).limiter == "arithmetic and fetching keys"
+    assert Estimate(10.0, 1.0, 8.0, 1.0, 1.0, 1.0).limiter == "uneven work"
+    assert Estimate(10.0, 1.0, 0.0, 8.0, 1.0, 1.0).limiter == "moving q, k, v and out"
+    assert Estimate(10.0, 1.0, 0.0, 1.0, 8.0, 1.0).limiter == "starting the kernel"

@@ -1,0 +1,121 @@
+"""The oracle itself: against torch in fp64, and whether its tolerances tell right from wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import every_constructor, scattered
+
+from sparsec import masks as m
+from sparsec.backends import reference
+from sparsec.backends.base import DTYPES
+
+TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _inputs(q_len, kv_len, head_dim, v_dim, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(shape) for shape in ((q_len, head_dim), (kv_len, head_dim), (kv_len, v_dim)))
+
+
+def _dense(q, k, v, attended, scale):
+    scores = torch.from_numpy(q @ k.T * scale).masked_fill(~torch.from_numpy(attended), -torch.inf)
+    out = torch.softmax(scores, -1).nan_to_num(0.0) @ torch.from_numpy(v)
+    return out.numpy(), torch.logsumexp(scores, -1).numpy()
+
+
+@pytest.mark.parametrize("case", every_constructor(), ids=lambda case: case.id)
+def test_it_is_dense_masked_attention(case):
+    q, k, v = _inputs(case.problem.q_len, case.problem.kv_len, 16, 8)
+    out, lse = reference.attention(q, k, v, case.bound, 0.25)
+    wanted, wanted_lse = _dense(q, k, v, case.bound.to_dense(), 0.25)
+    np.testing.assert_allclose(out, wanted, atol=1e-13)
+    np.testing.assert_allclose(lse, wanted_lse, atol=1e-13)
+
+
+def test_long_masks_go_by_stretches_of_rows():
+    bound = m.window(30, 7).bind(700, 650)
+    q, k, v = _inputs(700, 650, 4, 3)
+    out, lse = reference.attention(q, k, v, bound, 0.5)
+    wanted, wanted_lse = _dense(q, k, v, bound.to_dense(), 0.5)
+    np.testing.assert_allclose(out, wanted, atol=1e-13)
+    np.testing.assert_allclose(lse, wanted_lse, atol=1e-13)
+
+
+@pytest.mark.parametrize("rows", [[5], [0, 1, 2], [64, 3, 3, 17], [], list(range(10, 60)) + [2]])
+def test_chosen_rows(rows):
+    bound = scattered(65, 67, 0.3).bind(65, 67)
+    q, k, v = _inputs(65, 67, 8, 8)
+    everything = reference.attention(q, k, v, bound, 1.0)
+    chosen = reference.attention(q, k, v, bound, 1.0, np.array(rows, int))
+    for some, every in zip(chosen, everything, strict=True):
+        np.testing.assert_allclose(some, every[rows], atol=1e-14)
+
+
+def test_an_empty_row_gives_zero_and_minus_infinity():
+    q, k, v = _inputs(9, 7, 4, 4)
+    out, lse = reference.attention(q, k, v, (~m.full()).bind(9, 7), 1.0)
+    assert (out == 0).all()
+    assert np.isneginf(lse).all()
+
+
+def test_a_nan_that_no_row_attends_spoils_none():
+    bound = m.prefix(3).bind(5, 6)
+    q, k, v = _inputs(5, 6, 4, 4)
+    k[4] = v[5] = np.nan
+    out, lse = reference.attention(q, k, v, bound, 1.0)
+    assert np.isfinite(out).all()
+    assert np.isfinite(lse).all()
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = _inputs(20, 30, 8, 8)
+    out, lse = reference.attention(q * 1e6, k, v, m.full().bind(20, 30), 1.0)
+    assert np.isfinite(out).all()
+    assert np.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_is_that_of_torch(dtype):
+    rng = np.random.default_rng(1)
+    values = np.concatenate(
+        [rng.standard_normal(5000) * 10.0 ** rng.integers(-4, 4, 5000), [0.0, -0.0, 1.0, 1 + 2**-8]]
+    )
+    values = values.astype(np.float32)
+    wanted = torch.from_numpy(values).to(TORCH[dtype]).double().numpy()
+    assert np.array_equal(reference.rounded(values, dtype), wanted)
+
+
+def test_rounding_keeps_what_is_not_finite():
+    values = np.array([np.inf, -np.inf, np.nan])
+    for dtype in DTYPES:
+        assert np.array_equal(reference.rounded(values, dtype), values, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tolerances_tell_right_from_wrong(dtype):
+    bound = scattered(65, 67, 0.3).bind(65, 67)
+    q, k, v = (reference.rounded(array, dtype) for array in _inputs(65, 67, 64, 64))
+    out, lse = reference.attention(q, k, v, bound, 0.125)
+    allowed, allowed_lse = reference.tolerances(q, k, v, bound, 0.125, dtype)
+    unit = reference.unit_roundoff(dtype)
+    largest = np.abs(out).max()
+    # An output that is merely rounded passes; one that is off by a few units of its dtype does not.
+    assert np.abs(reference.rounded(out, dtype) - out).max() < allowed
+    assert allowed < 24 * unit * largest
+    assert allowed_lse < 2e-5
+    # A key left out, or one too many, is far outside.
+    dense = bound.to_dense()
+    row = int(dense.sum(1).argmax())
+    dense[row, int(dense[row].argmax())] = False
+    other, other_lse = reference.attention(q, k, v, m.from_dense(dense).bind(65, 67), 0.125)
+    assert np.abs(other - out).max() > allowed
+    assert abs(other_lse[row] - lse[row]) > allowed_lse
+
+
+def test_tolerances_of_an_empty_mask():
+    q, k, v = _inputs(5, 6, 4, 4)
+    allowed, allowed_lse = reference.tolerances(q, k, v, (~m.full()).bind(5, 6), 1.0, "bf16")
+    assert allowed == 0.0
+    assert 0.0 <= allowed_lse < 1e-5
