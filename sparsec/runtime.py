@@ -270,9 +270,9 @@ class Attention:
             q_len=self._bound.q_len,
             kv_len=self._bound.kv_len,
             q_heads=request.q_heads,
-            kv_heads=request.kv_heads or request.q_heads,
+            kv_heads=request.q_heads if request.kv_heads is None else request.kv_heads,
             head_dim=request.head_dim,
-            v_dim=request.v_dim or request.head_dim,
+            v_dim=request.head_dim if request.v_dim is None else request.v_dim,
             dtype=request.dtype,
             batch=self._bound.n_batch or 1,
             needs_grad=request.needs_grad or False,
@@ -305,6 +305,7 @@ class Attention:
                 f"the mask is bound to {bound.q_len} queries and {bound.kv_len} keys, and the tensors have "
                 f"{q.shape[2]} and {k.shape[2]}: compile another for these lengths"
             )
+        _check_device(request.device, q.device)
         # One plan serves every batch size, unless the mask has a member for each element.
         batch = q.shape[0] if bound.varies_by_batch else 1
         dtype = _dtype_name(q.dtype)
@@ -481,6 +482,7 @@ def attention(
         return_lse: Whether to return the log-sum-exp too.
         layout: Of the tensors.
     """
+    _check_mask(mask)
     _check_tensors(q, k, v)
     length = 1 if layout == "bshd" else 2
     compiled = _cached(mask, q.shape[length], k.shape[length], scale, layout)
@@ -493,12 +495,10 @@ def _cached(mask: Mask, q_len: int, kv_len: int, scale: float | None, layout: La
 
 
 def _bound(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None, kv_len: int | None) -> BoundMask:
-    if not isinstance(mask, (Mask, BoundMask)):
-        raise MaskError(
-            f"compile takes a mask of sparsec.masks; got {type(mask).__name__}: "
-            "use masks.from_dense, from_csr, from_mask_mod or from_block_mask"
-        )
+    _check_mask(mask)
     if isinstance(seq_len, tuple):
+        if len(seq_len) != 2:
+            raise MaskError(f"seq_len={seq_len}: give one length, or (q_len, kv_len)")
         q_len: int | None = seq_len[0]
         if kv_len not in (None, seq_len[1]):
             raise MaskError(f"seq_len={seq_len} and kv_len={kv_len} disagree: give the number of keys once")
@@ -513,9 +513,27 @@ def _bound(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None, kv_len
     return mask
 
 
+def _check_mask(mask: object) -> None:
+    if not isinstance(mask, (Mask, BoundMask)):
+        raise MaskError(
+            f"sparsec takes a mask of sparsec.masks; got {type(mask).__name__}: "
+            "use masks.from_dense, from_csr, from_mask_mod or from_block_mask"
+        )
+
+
+def _check_device(told: str | None, found: torch.device) -> None:
+    """Raises where tensors are elsewhere than `compile` was told; a name of `devices.yaml` stands for any GPU here."""
+    if told is None:
+        return
+    family, _, index = told.partition(":")
+    is_family = found.type == ("cpu" if family == "cpu" else "cuda")
+    if not is_family or (found.type == "cuda" and index not in ("", str(found.index))):
+        raise SparsecError(f"compile was told device={told}, and the tensors are on {found}")
+
+
 def _device(name: str) -> Device:
     """The device a torch device string or a name of `devices.yaml` stands for."""
-    if name == "cpu":
+    if name.split(":", maxsplit=1)[0] == "cpu":
         return detect_cpu()
     if name.split(":", maxsplit=1)[0] == "cuda":
         index = int(name.split(":")[1]) if ":" in name else None
@@ -551,6 +569,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its last dimension is contiguous, else a copy."""
+    tensor = tensor.resolve_neg()  # a sign that is only a flag would be lost
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
