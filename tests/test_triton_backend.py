@@ -62,7 +62,9 @@ def test_the_default_fits_every_device(name, gpu, head_dim, dtype):
 
 def test_refusals():
     back, problem = triton.backend(), Problem(64, 64)
-    assert "serves GPUs" in back.refusal(template("hybrid"), problem, device("cpu"))
+    assert not back.serves(device("cpu"))
+    assert all(back.serves(device(gpu)) for gpu in GPUS)
+    assert "score" in back.refusal(template("hybrid"), replace(problem, has_score_mod=True), device("nvidia-h100"))
     old = replace(device("nvidia-a100"), arch="sm_75")
     assert "sm_80" in back.refusal(template("hybrid"), problem, old)
     tall = Config.of(**{**template("block_sparse").default("triton").to_dict(), "block_q": 128})

@@ -8,6 +8,7 @@ With PACK > 1 the rows of the query tile are PACK heads of one group for each qu
 import triton
 import triton.language as tl
 
+from ..shared.gradient_triton import add_up, backward, prepare
 from ..shared.kernel_triton import (
     add_full_tiles,
     add_partial_tiles,
@@ -20,7 +21,7 @@ from ..shared.kernel_triton import (
     tokens_at,
 )
 
-__all__ = ["forward", "merge"]
+__all__ = ["add_up", "backward", "forward", "merge", "prepare"]
 
 
 @triton.jit(do_not_specialize=["n_items", "n_slots", "n_heads", "abreast", "q_len", "kv_len"])

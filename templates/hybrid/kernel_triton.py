@@ -7,6 +7,7 @@ units, a gathered column being a key row fetched by its index with one bit a que
 import triton
 import triton.language as tl
 
+from ..shared.gradient_triton import add_up, backward, prepare
 from ..shared.kernel_triton import (
     add_full_tiles,
     add_partial_tiles,
@@ -23,7 +24,7 @@ from ..shared.kernel_triton import (
     walk,
 )
 
-__all__ = ["forward", "merge"]
+__all__ = ["add_up", "backward", "forward", "merge", "prepare"]
 
 
 @triton.jit

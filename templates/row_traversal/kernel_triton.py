@@ -9,9 +9,10 @@ leaves nothing idle.
 import triton
 import triton.language as tl
 
+from ..shared.gradient_triton import add_up, backward, prepare
 from ..shared.kernel_triton import degrees, finish, load_rows, locate, merge, save, tokens_at, walk
 
-__all__ = ["forward", "merge"]
+__all__ = ["add_up", "backward", "forward", "merge", "prepare"]
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 
 NEG_INF = tl.constexpr(float("-inf"))
 LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -1,0 +1,317 @@
+"""What a launch asks of Triton: its kernels, the arrays they walk, the constants they are specialised on.
+
+This file decides tile steps, warps and stages from the launch and its device, and the form of the index arrays. It must
+not know how kernels are compiled or run, and imports neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsec.backends.base import Launch
+from sparsec.device import Device
+from sparsec.layout import BlockTiles
+
+Array = npt.NDArray[Any]
+
+LOG2_E: Final = 1.4426950408889634
+# Rows a merge program joins: few, so that 256 columns of fp32 stay in registers.
+MERGE_ROWS: Final = 16
+# Of the accumulator, so many fp32 a thread at most: the scores, weights and addresses need most of 255 registers.
+ACCUMULATOR_PER_THREAD: Final = 64
+# The row kernel: without a limit, the assembler spills a few registers to reach the next occupancy.
+ROW_REGISTERS: Final = 168
+# Scores a thread holds at most, likewise.
+_SCORES_PER_THREAD: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a launch's kernel is specialised on beyond its problem; follows from launch and device alone.
+
+    Attributes:
+        dims: `(head_dim, head_width, v_dim, v_width)`; a width is a power of two, at least 16, that holds a dimension.
+        pack: Query heads packed into the query tile.
+        step_kv: Keys that go to the matrix units at a time.
+        chunk: Dimensions of q and k that go at a time; head_width on matrix units.
+        keys: Keys a row that go to the vector units at a time.
+        num_warps: At least what the configuration says; more where the accumulator would not fit the registers.
+        num_stages: At most what the configuration says; fewer where the stages would not fit the shared memory.
+        shared_bytes: What the kernel should ask for, at most.
+    """
+
+    dims: tuple[int, int, int, int]
+    pack: int
+    step_kv: int
+    chunk: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    shared_bytes: int
+
+
+def shape_of(launch: Launch) -> Shape:
+    """The shape of a launch's kernel."""
+    config, problem = launch.config, launch.problem
+    pack = _packed_heads(launch)
+    dims = (problem.head_dim, width(problem.head_dim), problem.v_dim, width(problem.v_dim))
+    rows = config["block_q"] * pack
+    warp = 64 if launch.device.kind == "amd" else 32
+    warps = config["num_warps"]
+    if launch.template.layout != "rows":
+        while rows * dims[3] > ACCUMULATOR_PER_THREAD * warp * warps and warps < 8:
+            warps *= 2
+    threads = warp * warps
+    row_bytes = max(dims[1], dims[3]) * problem.itemsize
+    keys = max(1, config.get("fetch", 64) * threads // (rows * row_bytes))
+    if launch.template.layout == "rows":
+        return Shape(dims, pack, 0, dims[1], keys, warps, 1, 0)
+    step = min(config["block_kv"], max(16, _SCORES_PER_THREAD * threads // rows))
+    stages, chunk = config["num_stages"], dims[1]
+    if launch.device.kind == "nvidia" and problem.dtype == "fp32":
+        # No matrix units: operands are held by threads, so they are cut small, and nothing is staged.
+        step, stages, chunk = 16, 1, 16
+    device, itemsize = launch.device, problem.itemsize
+
+    def needed() -> int:
+        return shared_bytes(device, rows, step, dims, stages, itemsize)
+
+    while needed() > device.shared_bytes_per_block and (step > 16 or stages > 1):
+        # Two tiles in flight hide most of what can be hidden; smaller steps than that cost less.
+        if stages > 2 or step == 16:
+            stages -= 1
+        else:
+            step //= 2
+    return Shape(dims, pack, step, chunk, keys, warps, stages, needed())
+
+
+def shared_bytes(
+    device: Device, rows: int, step_kv: int, dims: tuple[int, int, int, int], stages: int, itemsize: int
+) -> int:
+    """Shared memory of a tile kernel, at most.
+
+    NVIDIA: the queries stay there, K and V have a buffer for every stage but one, and weights pass through; in fp32, V
+    and chunks of the others pass through. AMD: the queries pass through before the first tile. The tests hold this
+    against what Triton allocates.
+    """
+    queries = rows * dims[1] * itemsize
+    tiles = max(stages - 1, 1) * step_kv * (dims[1] + dims[3]) * itemsize
+    passing = rows * (step_kv + 8) * 4 + 2048
+    if device.kind == "amd":
+        return max(queries, tiles + passing)
+    if itemsize == 4:
+        return step_kv * dims[3] * itemsize + passing + 16384
+    return queries + tiles + passing
+
+
+def width(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _packed_heads(launch: Launch) -> int:
+    """Heads that go together: at most what the configuration says, and whole runs of heads of one group."""
+    group = launch.problem.q_heads // launch.problem.kv_heads
+    pack = launch.config.get("pack_gqa", 1)
+    while pack > 1:
+        first = launch.heads[::pack]
+        runs = tuple(head + i for head in first for i in range(pack))
+        if group % pack == 0 and runs == launch.heads and all(head % pack == 0 for head in first):
+            return pack
+        pack //= 2
+    return 1
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel of a launch: its arguments but for addresses and strides.
+
+    Attributes:
+        name: The kernel's name in the template's file.
+        programs: Its grid for one copy: a batch element and an entry of the array `heads`.
+        tensors: The tensor behind each pointer parameter; None where there is none. Parameters named after it with
+            `_batch`, `_head` and `_row` are its strides.
+        arrays: Index arrays by parameter.
+        numbers: Integers and floats by parameter.
+        constants: `tl.constexpr` parameters.
+        num_warps: Warps a program.
+        num_stages: Depth of software pipelining.
+        max_registers: 32-bit registers a thread may have; None lets the compiler choose.
+    """
+
+    name: str
+    programs: int
+    tensors: Mapping[str, str | None]
+    arrays: Mapping[str, Array | None]
+    numbers: Mapping[str, int | float]
+    constants: Mapping[str, object]
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its index arrays."""
+        return sum(array.nbytes for array in self.arrays.values() if array is not None)
+
+
+def calls_of(launch: Launch) -> tuple[Call, ...]:
+    """The kernels of a launch, in the order they run."""
+    shape, work, problem = shape_of(launch), launch.work, launch.problem
+    schedule, ordering = work.schedule, work.ordering
+    group = problem.q_heads // problem.kv_heads
+    heads = np.array(launch.heads[:: shape.pack], np.int32)
+    # Heads of one group share their keys: they walk an item side by side.
+    abreast = max(1, math.gcd(len(heads), group // shape.pack))
+    common_arrays = {"heads": heads, "q_order": ordering.q_order}
+    common_numbers = {"n_slots": schedule.n_slots, "n_heads": len(heads), "q_len": work.bound.q_len}
+    arrays, constants = _LISTS[launch.template.layout](launch, shape)
+    numbers: dict[str, int | float] = {
+        "n_items": schedule.n_items,
+        "abreast": abreast,
+        "kv_len": work.bound.kv_len,
+        # A scale of 0 must not turn -inf into a NaN.
+        "scale": max(abs(launch.scale), 1e-30) * LOG2_E,
+    }
+    if launch.template.layout == "rows":
+        numbers["n_offsets"] = len(work.rows.start) if work.rows is not None and work.rows.form == "offsets" else 0
+    forward = Call(
+        name="forward",
+        programs=schedule.n_items,
+        tensors={name: name for name in ("q", "k", "v", "out", "lse", "partial")},
+        arrays={
+            **common_arrays,
+            "kv_order": ordering.kv_order,
+            "item_unit": schedule.unit,
+            "item_slot": schedule.slot,
+            **arrays,
+        },
+        numbers={**common_numbers, **numbers},
+        constants={
+            "GROUP": group,
+            "NEGATE": launch.scale < 0,
+            "BLOCK_Q": work.block_q,
+            "DIMS": shape.dims,
+            **constants,
+        },
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        max_registers=ROW_REGISTERS if launch.template.layout == "rows" and launch.device.kind == "nvidia" else None,
+    )
+    if not len(schedule.merge_unit):
+        return (forward,)
+    rows = min(MERGE_ROWS, work.block_q * shape.pack)
+    merge = Call(
+        name="merge",
+        programs=len(schedule.merge_unit) * (work.block_q * shape.pack // rows),
+        tensors={name: name for name in ("out", "lse", "partial")},
+        arrays={**common_arrays, "merge_unit": schedule.merge_unit, "merge_indptr": schedule.merge_indptr},
+        numbers={**common_numbers, "n_merges": len(schedule.merge_unit)},
+        constants={
+            "BLOCK_Q": work.block_q,
+            "PACK": shape.pack,
+            "ROWS": rows,
+            "V_DIM": shape.dims[2],
+            "V_WIDTH": shape.dims[3],
+        },
+        num_warps=4,
+        num_stages=1,
+    )
+    return forward, merge
+
+
+Lists = tuple[dict[str, Array | None], dict[str, object]]
+
+
+def _row_lists(launch: Launch, shape: Shape) -> Lists:
+    rows, schedule = launch.work.rows, launch.work.schedule
+    assert rows is not None, "row_traversal walks rows"
+    is_edges = rows.form == "edges"
+    arrays: dict[str, Array | None] = {
+        "item_start": schedule.start,
+        "item_stop": schedule.stop,
+        "row_indptr": None if rows.form == "offsets" else rows.indptr,
+        "row_first": rows.columns if is_edges else rows.start,
+        "row_last": None if is_edges else rows.stop,
+        "row_step": None if is_edges else rows.step,
+    }
+    return arrays, {"KEYS": shape.keys, "FORM": rows.form}
+
+
+def _tile_lists(launch: Launch, shape: Shape) -> Lists:
+    tiles, schedule = launch.work.tiles, launch.work.schedule
+    assert tiles is not None, "block_sparse walks tiles"
+    arrays = tile_arrays(tiles, schedule.start, schedule.stop)
+    return arrays, {"PACK": shape.pack, "BLOCK_KV": tiles.tile_map.block_kv, **_steps(shape)}
+
+
+def _hybrid_lists(launch: Launch, shape: Shape) -> Lists:
+    work = launch.work
+    tiles, gathered, rows, items = work.tiles, work.gathered, work.rows, work.items
+    assert tiles is not None, "hybrid walks tiles"
+    assert gathered is not None, "hybrid walks gathered columns"
+    assert rows is not None, "hybrid walks single edges"
+    assert items is not None, "a hybrid's items name stretches of three lists"
+    arrays: dict[str, Array | None] = {
+        **tile_arrays(tiles, items.tile_start, items.tile_stop),
+        "item_column": items.column_start,
+        "item_column_stop": items.column_stop,
+        "item_edge": items.edge_start,
+        "item_edge_stop": items.edge_stop,
+        "gathered_columns": gathered.columns,
+        "gathered_lanes": gathered.lanes.view(np.int64),
+        "row_indptr": rows.indptr,
+        "row_first": rows.columns,
+    }
+    return arrays, {"BLOCK_KV": tiles.tile_map.block_kv, **_steps(shape), "KEYS": shape.keys}
+
+
+def _steps(shape: Shape) -> dict[str, object]:
+    return {"STEP_KV": shape.step_kv, "CHUNK": shape.chunk}
+
+
+_LISTS: Final = {"rows": _row_lists, "tiles": _tile_lists, "hybrid": _hybrid_lists}
+
+
+def tile_arrays(tiles: BlockTiles, start: Array, stop: Array) -> dict[str, Array | None]:
+    """Tiles in the order the kernels walk them: of each item the full ones, then the partial ones.
+
+    A full tile that the end of the key sequence cuts off becomes a partial one, so that no full tile needs a bound.
+    """
+    tile_map = tiles.tile_map
+    pattern = tiles.patterns.index.copy()
+    masks = tiles.row_masks().view(np.int64)
+    ragged = tile_map.shape[1] % tile_map.block_kv
+    if ragged:
+        is_cut = tile_map.is_full & (tile_map.indices == tile_map.shape[1] // tile_map.block_kv)
+        pattern[is_cut] = len(masks)
+        keys = np.arange(masks.shape[2] * 64) < ragged
+        words = np.packbits(keys, bitorder="little").view("<i8")
+        masks = np.concatenate([masks, np.broadcast_to(words, (1, *masks.shape[1:]))])
+    is_partial = pattern >= 0
+    # Items are disjoint stretches that cover all tiles: sorting by (first tile of the item, partial) stays inside them.
+    first = np.sort(start[start < stop])
+    item = np.searchsorted(first, np.arange(tile_map.n_tiles), side="right")
+    order = np.lexsort((is_partial, item))
+    before = np.concatenate(([0], np.cumsum(is_partial)))
+    n_partial = before[stop] - before[start]
+    return {
+        "item_tile": start,
+        "item_full": (stop - start - n_partial).astype(np.int32),
+        "item_partial": n_partial.astype(np.int32),
+        "tile_column": tile_map.indices[order],
+        "tile_pattern": pattern[order],
+        "patterns": masks,
+    }
+
+
+def options_of(call: Call) -> dict[str, Any]:  # what Triton's compiler takes
+    """Compiler options of a kernel."""
+    # Fused multiply-adds are stated: Triton's default for them is about to change.
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True}
+    return options if call.max_registers is None else options | {"maxnreg": call.max_registers}

@@ -1,0 +1,266 @@
+"""What the backward pass of a launch asks of Triton: delta, then dQ by queries, then dK and dV by keys.
+
+This file decides the transposed lists, their schedule and the shapes of the kernels of `shared/gradient_triton.py`. It
+must not know how kernels are compiled or run, and imports neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sparsec.backends.base import Launch, Work
+from sparsec.backends.triton_calls import (
+    ACCUMULATOR_PER_THREAD,
+    LOG2_E,
+    MERGE_ROWS,
+    ROW_REGISTERS,
+    Array,
+    Call,
+    tile_arrays,
+    width,
+)
+from sparsec.layout import Ordering, RowLists, row_lists, schedule
+from sparsec.layout.hybrid import HybridItems, HybridLayout
+
+# Queries that one program of the pre-pass takes.
+_PREPARED_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One of the two sides that own gradient rows.
+
+    Attributes:
+        is_dq: Whether queries own the rows.
+        work: Lists by those rows.
+        length: Of the sequence that owns rows.
+        stream_length: Of the other.
+        heads: Own heads.
+        stream_heads: For each of them, the heads that meet it.
+    """
+
+    is_dq: bool
+    work: Work
+    length: int
+    stream_length: int
+    heads: tuple[int, ...]
+    stream_heads: tuple[tuple[int, ...], ...]
+
+
+def gradient_calls_of(launch: Launch) -> tuple[Call, ...]:
+    """The kernels of a launch's backward pass, in the order they run."""
+    problem, work = launch.problem, launch.work
+    q_len, kv_len = work.bound.shape
+    group = problem.q_heads // problem.kv_heads
+    kv_heads = tuple(sorted({head // group for head in launch.heads}))
+    meeting = tuple(tuple(h for h in launch.heads if h // group == kv_head) for kv_head in kv_heads)
+    by_queries = _Side(True, work, q_len, kv_len, launch.heads, tuple((h // group,) for h in launch.heads))
+    by_keys = _Side(False, transposed_work(launch), kv_len, q_len, kv_heads, meeting)
+    return (_prepare(launch), *_side_calls(launch, by_queries), *_side_calls(launch, by_keys))
+
+
+def transposed_work(launch: Launch) -> Work:
+    """The lists of a launch by keys, scheduled anew."""
+    work, config = launch.work, launch.config
+    bound = work.bound.T
+    ordering = Ordering(work.ordering.name, work.ordering.kv_order, work.ordering.q_order)
+    group = launch.problem.q_heads // launch.problem.kv_heads
+    copies = max(1, len(launch.heads) // group) * launch.problem.batch
+    workers = launch.device.units
+    if launch.template.layout == "rows":
+        assert work.rows is not None, "row_traversal walks rows"
+        rows = row_lists(bound)
+        block = config["block_q"]
+        before = np.concatenate(([0], np.cumsum(rows.degrees())))
+        units = np.arange(-(-bound.q_len // block) + 1)
+        indptr = before[np.minimum(units * block, bound.q_len)]
+        # A key that many queries attend is cut into pieces of a few hundred edges: its program walks them alone.
+        planned = schedule(indptr, 1.0, workers=workers, copies=copies, item_cost=4.0 * block, min_piece=512.0)
+        base = indptr[planned.unit]
+        planned = replace(planned, start=planned.start - base, stop=planned.stop - base)
+        return Work(bound, ordering, block, planned, rows=rows)
+    assert work.tiles is not None, "a tiled launch has tiles"
+    if launch.template.layout == "tiles":
+        tiles = work.tiles.transpose()
+        planned = schedule(tiles.tile_map.indptr, 1.0, workers=workers, copies=copies, item_cost=1.0, min_piece=8.0)
+        return Work(bound, ordering, tiles.tile_map.block_q, planned, tiles=tiles)
+    assert work.gathered is not None, "a hybrid has gathered columns"
+    assert work.rows is not None, "a hybrid has single edges"
+    layout = HybridLayout(work.tiles, work.gathered, work.rows).transpose()
+    # In tiles: a tile's worth of gathered columns costs about as much, single edges four times that.
+    costs = layout.entry_costs(1.0, 1 / 64, 1 / 16)
+    planned = schedule(layout.entry_indptr(), costs, workers=workers, copies=copies, item_cost=1.0, min_piece=8.0)
+    return Work(
+        bound,
+        ordering,
+        layout.gathered.block_q,
+        planned,
+        items=layout.items(planned),
+        tiles=layout.tiles,
+        gathered=layout.gathered,
+        rows=layout.leftovers,
+    )
+
+
+def _prepare(launch: Launch) -> Call:
+    problem, q_len = launch.problem, launch.work.bound.q_len
+    return Call(
+        name="prepare",
+        programs=-(-q_len // _PREPARED_ROWS),
+        tensors={name: name for name in ("out", "d_out", "d_lse", "delta")},
+        arrays={"heads": np.array(launch.heads, np.int32)},
+        numbers={"n_heads": len(launch.heads), "q_len": q_len},
+        constants={"ROWS": _PREPARED_ROWS, "V_DIM": problem.v_dim, "V_WIDTH": width(problem.v_dim)},
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
+    problem, work, is_dq = launch.problem, side.work, side.is_dq
+    planned = work.schedule
+    dims = (problem.head_dim, width(problem.head_dim), problem.v_dim, width(problem.v_dim))
+    into: dict[str, str | None] = {"into_1": "dq" if is_dq else "dk", "into_2": None if is_dq else "dv"}
+    q_side, kv_side = ("q", "d_out"), ("k", "v")
+    own, stream = (q_side, kv_side) if is_dq else (kv_side, q_side)
+    arrays: dict[str, Array | None] = {"heads": np.array(side.heads, np.int32), "order": work.ordering.q_order}
+    numbers: dict[str, int | float] = {
+        "n_slots": planned.n_slots,
+        "n_heads": len(side.heads),
+        "length": side.length,
+    }
+    rows = work.rows
+    steps, warps, stages = _steps(launch, side, dims)
+    backward = Call(
+        name="backward",
+        programs=planned.n_items,
+        tensors={
+            "own_1": own[0],
+            "own_2": own[1],
+            "stream_1": stream[0],
+            "stream_2": stream[1],
+            **{name: name for name in ("lse", "delta", "partial")},
+            **into,
+        },
+        arrays={
+            **arrays,
+            "head_indptr": np.concatenate(([0], np.cumsum([len(heads) for heads in side.stream_heads]))).astype(
+                np.int32
+            ),
+            "stream_heads": np.array([head for heads in side.stream_heads for head in heads], np.int32),
+            "item_unit": planned.unit,
+            "item_slot": planned.slot,
+            "stream_order": work.ordering.kv_order,
+            **_tiles(work),
+            **_gathered(work),
+            **_rows(work),
+        },
+        numbers={
+            **numbers,
+            "n_items": planned.n_items,
+            "stream_length": side.stream_length,
+            "n_offsets": len(rows.start) if rows is not None and rows.form == "offsets" else 0,
+            "scale": max(abs(launch.scale), 1e-30) * LOG2_E,
+            "plain_scale": float(launch.scale),
+        },
+        constants={
+            "FORM": None if rows is None else rows.form,
+            "IS_DQ": is_dq,
+            "NEGATE": launch.scale < 0,
+            "BLOCK": work.block_q,
+            "DIMS": dims,
+            **steps,
+        },
+        num_warps=warps,
+        num_stages=stages,
+        max_registers=ROW_REGISTERS if work.tiles is None and launch.device.kind == "nvidia" else None,
+    )
+    if not len(planned.merge_unit):
+        return (backward,)
+    merged_rows = min(MERGE_ROWS, work.block_q)
+    add_up = Call(
+        name="add_up",
+        programs=len(planned.merge_unit) * (work.block_q // merged_rows),
+        tensors={**into, "partial": "partial"},
+        arrays={**arrays, "merge_unit": planned.merge_unit, "merge_indptr": planned.merge_indptr},
+        numbers={**numbers, "n_merges": len(planned.merge_unit)},
+        constants={"IS_DQ": is_dq, "BLOCK": work.block_q, "ROWS": merged_rows, "DIMS": dims},
+        num_warps=4,
+        num_stages=1,
+    )
+    return backward, add_up
+
+
+def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tuple[dict[str, object], int, int]:
+    """Constants, warps and stages that fit the registers and the shared memory."""
+    config, device, itemsize = launch.config, launch.device, launch.problem.itemsize
+    tiles, block = side.work.tiles, side.work.block_q
+    accumulated = dims[1] if side.is_dq else dims[1] + dims[3]
+    threads_a_warp = 64 if device.kind == "amd" else 32
+    warps = config["num_warps"]
+    if tiles is not None:
+        while block * accumulated > ACCUMULATOR_PER_THREAD * threads_a_warp * warps and warps < 8:
+            warps *= 2
+    row_bytes = max(dims[1], dims[3]) * itemsize
+    keys = max(1, config.get("fetch", 64) * threads_a_warp * warps // (2 * block * row_bytes))
+    constants: dict[str, object] = {"KEYS": keys, "CHUNK": dims[1], "CHUNK_2": dims[3], "STREAM": 16, "STEP": 16}
+    if tiles is None:
+        return constants, warps, 1
+    stream = tiles.tile_map.block_kv
+    constants["STREAM"] = stream
+    if device.kind == "nvidia" and itemsize == 4:
+        return constants | {"CHUNK": 16, "CHUNK_2": 16}, warps, 1
+    # Both operands of the own rows and of a step of the stream, and the weights and score gradients between.
+    step, stages = min(stream, 64 if block * accumulated <= 64 * 128 else 32), 2
+    while step > 16 and (block * (dims[1] + dims[3]) + step * (dims[1] + dims[3]) + 2 * block * step) * itemsize > (
+        device.shared_bytes_per_block - 4096
+    ):
+        step //= 2
+    return constants | {"STEP": step}, warps, stages
+
+
+def _tiles(work: Work) -> dict[str, Array | None]:
+    if work.tiles is None:
+        names = ("item_tile", "item_full", "item_partial", "tile_column", "tile_pattern", "patterns")
+        return dict.fromkeys(names)
+    if work.items is not None:
+        return tile_arrays(work.tiles, work.items.tile_start, work.items.tile_stop)
+    return tile_arrays(work.tiles, work.schedule.start, work.schedule.stop)
+
+
+def _gathered(work: Work) -> dict[str, Array | None]:
+    if work.gathered is None or work.items is None:
+        return dict.fromkeys(("item_column", "item_column_stop", "gathered_columns", "gathered_lanes"))
+    return {
+        "item_column": work.items.column_start,
+        "item_column_stop": work.items.column_stop,
+        "gathered_columns": work.gathered.columns,
+        "gathered_lanes": work.gathered.lanes.view(np.int64),
+    }
+
+
+def _rows(work: Work) -> dict[str, Array | None]:
+    rows = work.rows
+    if rows is None:
+        return dict.fromkeys(("item_start", "item_stop", "row_indptr", "row_first", "row_last", "row_step"))
+    start, stop = work.schedule.start, work.schedule.stop
+    if work.items is not None:
+        start, stop = _within_units(work, rows, work.items)
+    is_edges = rows.form == "edges"
+    return {
+        "item_start": start,
+        "item_stop": stop,
+        "row_indptr": None if rows.form == "offsets" else rows.indptr,
+        "row_first": rows.columns if is_edges else rows.start,
+        "row_last": None if is_edges else rows.stop,
+        "row_step": None if is_edges else rows.step,
+    }
+
+
+def _within_units(work: Work, rows: RowLists, items: HybridItems) -> tuple[Array, Array]:
+    """The single edges of a hybrid's items, counted from the first of their unit."""
+    first_row = np.minimum(work.schedule.unit.astype(np.int64) * work.block_q, len(rows.indptr) - 1)
+    base = rows.indptr[first_row]
+    return items.edge_start - base, items.edge_stop - base

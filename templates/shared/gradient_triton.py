@@ -1,0 +1,334 @@
+"""Device code of the backward pass, which all Triton templates share.
+
+With P the probabilities, dP = dO·Vᵀ and dS = P ∘ (dP - delta), where delta = rowsum(dO ∘ O) - dLSE,
+
+    dQ = scale · dS·K      dK = scale · dSᵀ·Q      dV = Pᵀ·dO
+
+One kernel makes either side. Its programs own a block of *rows* and run through the other side, the *stream*: queries own
+rows for dQ and stream keys; keys own rows for dK and dV and stream queries, over the transposed lists. So each result row
+has one owner, there are no atomics, and the order of sums is fixed. This file must not know how the lists were made.
+
+Source: Dao et al., "FlashAttention", NeurIPS 2022, algorithm 4 and appendix B.
+"""
+
+import triton
+import triton.language as tl
+
+from .kernel_triton import LOG2_E, NEG_INF, degrees, load_rows, n_progressions, progression, score, tokens_at
+
+
+@triton.jit(do_not_specialize=["n_heads", "q_len"])
+def prepare(
+    out, d_out, d_lse, delta,
+    out_batch, out_head, out_row, d_out_batch, d_out_head, d_out_row, d_lse_batch, d_lse_head, delta_batch, delta_head,
+    batches, heads, n_heads, q_len,
+    ROWS: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`delta [batch, q_heads, q_len]`, fp32, for all queries of the launch's heads; `d_lse` may be None."""
+    blocks = (q_len + ROWS - 1) // ROWS
+    program = tl.program_id(0)
+    copy = program // blocks
+    batch = tl.load(batches + copy // n_heads).to(tl.int64)
+    head = tl.load(heads + copy % n_heads).to(tl.int64)
+    row = (program % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < q_len
+    o = load_rows(out, batch * out_batch + head * out_head + row * out_row, inside, V_DIM, V_WIDTH)
+    do = load_rows(d_out, batch * d_out_batch + head * d_out_head + row * d_out_row, inside, V_DIM, V_WIDTH)
+    found = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if d_lse is not None:
+        found -= tl.load(d_lse + batch * d_lse_batch + head * d_lse_head + row, mask=inside, other=0.0)
+    tl.store(delta + batch * delta_batch + head * delta_head + row, found, mask=inside)
+
+
+@triton.jit
+def statistics(lse, delta, offsets, delta_offsets, inside):
+    """`(lse in units of log 2, delta)` of some queries; a query without keys has nothing to recompute."""
+    base = tl.load(lse + offsets, mask=inside, other=0.0)
+    base = tl.where(base == NEG_INF, 0.0, base * LOG2_E)
+    return base, tl.load(delta + delta_offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def add_tile(
+    rows, row_base, row_delta, stream, token, live, attended, acc_1, acc_2, scale,
+    IS_DQ: tl.constexpr, NEGATE: tl.constexpr, STEP: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK_2: tl.constexpr,
+):  # fmt: skip
+    """The gradients after a block of the stream, on matrix units.
+
+    rows: (first, second, first pointer, first offsets, second pointer, second offsets, inside); stream: (first pointer,
+    first stride, second pointer, second stride, lse, delta, their offsets of token 0).
+    """
+    one_offsets, two_offsets = token * stream[1], token * stream[3]
+    scores = score(rows[0], rows[2], rows[3], rows[6], stream[0], one_offsets, live, NEGATE, STEP, DIMS, CHUNK)
+    # The second operands, V and dO, are v_dim wide.
+    dims_2: tl.constexpr = (DIMS[2], DIMS[3])
+    d_weights = score(rows[1], rows[4], rows[5], rows[6], stream[2], two_offsets, live, False, STEP, dims_2, CHUNK_2)
+    if IS_DQ:
+        base, delta = row_base[:, None], row_delta[:, None]
+    else:
+        stream_base, stream_delta = statistics(stream[4], stream[5], stream[6] + token, stream[7] + token, live)
+        base, delta = stream_base[None, :], stream_delta[None, :]
+    weights = tl.exp2(scores * scale - base)
+    if attended is not None:
+        weights = tl.where(attended, weights, 0.0)
+    d_scores = weights * (d_weights - delta)
+    one = load_rows(stream[0], one_offsets, live, DIMS[0], DIMS[1])
+    acc_1 = tl.dot(d_scores.to(one.dtype), one, acc_1, input_precision="ieee")
+    if not IS_DQ:
+        two = load_rows(stream[2], two_offsets, live, DIMS[2], DIMS[3])
+        acc_2 = tl.dot(weights.to(two.dtype), two, acc_2, input_precision="ieee")
+    return acc_1, acc_2
+
+
+@triton.jit
+def add_tiles(
+    rows, row_base, row_delta, stream, columns, which, n_tiles, patterns, lane, order, length, acc_1, acc_2, scale,
+    IS_PARTIAL: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr,
+    STEP: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
+):  # fmt: skip
+    """The gradients after tiles of BLOCK rows and STREAM tokens of the stream, full or by pattern."""
+    steps: tl.constexpr = STREAM // STEP
+    words: tl.constexpr = (STREAM + 63) // 64
+    within = tl.arange(0, STEP)
+    for i in range(n_tiles * steps):
+        offset = i % steps * STEP
+        position = tl.load(columns + i // steps) * STREAM + offset + within
+        live = position < length
+        token = tokens_at(order, position, live)
+        if IS_PARTIAL:
+            at = patterns + (tl.load(which + i // steps).to(tl.int64) * BLOCK + lane) * words + offset // 64
+            bit = (offset % 64 + within)[None, :]
+            attended = ((tl.load(at)[:, None] >> bit.to(tl.int64)) & 1) != 0
+        else:
+            attended = None
+        acc_1, acc_2 = add_tile(
+            rows, row_base, row_delta, stream, token, live, attended, acc_1, acc_2, scale,
+            IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
+        )  # fmt: skip
+    return acc_1, acc_2
+
+
+@triton.jit
+def add_columns(
+    rows, row_base, row_delta, stream, columns, lanes, n_columns, lane, order, acc_1, acc_2, scale,
+    IS_DQ: tl.constexpr, NEGATE: tl.constexpr, STEP: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK_2: tl.constexpr,
+):  # fmt: skip
+    """The gradients after gathered columns."""
+    for done in range(0, n_columns, STEP):
+        nth = done + tl.arange(0, STEP)
+        live = nth < n_columns
+        token = tokens_at(order, tl.load(columns + nth, mask=live, other=0), live)
+        bits = tl.load(lanes + nth, mask=live, other=0)
+        attended = ((bits[None, :] >> lane[:, None].to(tl.int64)) & 1) != 0
+        acc_1, acc_2 = add_tile(
+            rows, row_base, row_delta, stream, token, live, attended, acc_1, acc_2, scale,
+            IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
+        )  # fmt: skip
+    return acc_1, acc_2
+
+
+@triton.jit
+def add_singly(
+    one, two, row_base, row_delta, stream, position, live, start, stop, indptr, first, last, step, n_offsets, order,
+    length, acc_1, acc_2, scale,
+    FORM: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """The gradients after rows met their partners `start … stop - 1`, KEYS at a time, without matrix units.
+
+    one, two: fp32 rows of both operands. Partners are numbered in the order of a row's progressions.
+    """
+    nth = tl.arange(0, KEYS).to(tl.int64)[:, None]
+    column_1, column_2 = tl.arange(0, DIMS[1])[None, None, :], tl.arange(0, DIMS[3])[None, None, :]
+    passed = position * 0
+    n = 1
+    if FORM != "edges":
+        n = n_progressions(position, live, indptr, n_offsets, FORM)
+    for p in range(n):
+        if FORM == "edges":
+            begin = tl.load(indptr + position, mask=live, other=0)
+            count = tl.load(indptr + position + 1, mask=live, other=0) - begin
+            by = begin * 0 + 1
+        else:
+            begin, by, count = progression(p, position, live, indptr, first, last, step, length, FORM)
+        low = tl.minimum(tl.maximum(start - passed, 0), count)
+        high = tl.minimum(tl.maximum(stop - passed, 0), count)
+        passed += count
+        for done in range(0, tl.max(high - low, 0).to(tl.int32), KEYS):
+            index = low[None, :] + (nth + done)
+            is_here = index < high[None, :]
+            partner = tl.where(is_here, begin[None, :] + index * by[None, :], 0)
+            if FORM == "edges":
+                partner = tl.load(first + partner, mask=is_here, other=0)
+            token = tokens_at(order, partner, is_here)
+            one_at = stream[0] + (token * stream[1])[:, :, None] + column_1
+            two_at = stream[2] + (token * stream[3])[:, :, None] + column_2
+            other_1 = tl.load(one_at, mask=is_here[:, :, None] & (column_1 < DIMS[0]), other=0.0).to(tl.float32)
+            other_2 = tl.load(two_at, mask=is_here[:, :, None] & (column_2 < DIMS[2]), other=0.0).to(tl.float32)
+            scores = tl.sum(one[None, :, :] * other_1, 2)
+            if NEGATE:
+                scores = -scores
+            if IS_DQ:
+                base, delta = row_base[None, :], row_delta[None, :]
+            else:
+                base, delta = statistics(stream[4], stream[5], stream[6] + token, stream[7] + token, is_here)
+            weights = tl.where(is_here, tl.exp2(scores * scale - base), 0.0)
+            d_scores = weights * (tl.sum(two[None, :, :] * other_2, 2) - delta)
+            acc_1 += tl.sum(d_scores[:, :, None] * other_1, 0)
+            if not IS_DQ:
+                acc_2 += tl.sum(weights[:, :, None] * other_2, 0)
+    return acc_1, acc_2
+
+
+@triton.jit(do_not_specialize=["n_items", "n_slots", "n_heads", "length", "stream_length", "n_offsets"])
+def backward(
+    own_1, own_2, stream_1, stream_2, lse, delta, into_1, into_2, partial,
+    own_1_batch, own_1_head, own_1_row, own_2_batch, own_2_head, own_2_row,
+    stream_1_batch, stream_1_head, stream_1_row, stream_2_batch, stream_2_head, stream_2_row,
+    into_1_batch, into_1_head, into_1_row, into_2_batch, into_2_head, into_2_row,
+    lse_batch, lse_head, delta_batch, delta_head,
+    batches, heads, head_indptr, stream_heads, item_unit, item_slot,
+    item_tile, item_full, item_partial, tile_column, tile_pattern, patterns,
+    item_column, item_column_stop, gathered_columns, gathered_lanes,
+    item_start, item_stop, row_indptr, row_first, row_last, row_step,
+    order, stream_order,
+    n_items, n_slots, n_heads, length, stream_length, n_offsets, scale, plain_scale,
+    FORM: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr,
+    STEP: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
+):  # fmt: skip
+    """dQ, written, or dK and dV, added to what is there; a split unit goes to `partial`, for `add_up`.
+
+    Own and stream operands are (q, dO) and (k, v) for dQ, the other way round for dK and dV. A program serves one own
+    head and all stream heads that meet it, in their order. None arrays mean that there is no such list; FORM None
+    that there are no single edges.
+    """
+    program = tl.program_id(0)
+    item = program % n_items
+    copy = (program // n_items).to(tl.int64)
+    batch = tl.load(batches + copy // n_heads).to(tl.int64)
+    head_index = copy % n_heads
+    head = tl.load(heads + head_index).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    position = tl.load(item_unit + item) * BLOCK + lane
+    inside = position < length
+    token = tokens_at(order, position, inside)
+    base_1 = own_1 + batch * own_1_batch + head * own_1_head
+    base_2 = own_2 + batch * own_2_batch + head * own_2_head
+    offsets_1, offsets_2 = token * own_1_row, token * own_2_row
+    row_base, row_delta = None, None
+    if IS_DQ:
+        row_base, row_delta = statistics(
+            lse, delta, batch * lse_batch + head * lse_head + token, batch * delta_batch + head * delta_head + token,
+            inside,
+        )  # fmt: skip
+    rows_1, rows_2 = None, None
+    if item_tile is not None:
+        if DIMS[1] == CHUNK:
+            rows_1 = load_rows(base_1, offsets_1, inside, DIMS[0], DIMS[1])
+        if DIMS[3] == CHUNK_2:
+            rows_2 = load_rows(base_2, offsets_2, inside, DIMS[2], DIMS[3])
+    rows = (rows_1, rows_2, base_1, offsets_1, base_2, offsets_2, inside)
+    acc_1 = tl.zeros([BLOCK, DIMS[1]], tl.float32)
+    acc_2 = tl.zeros([BLOCK, DIMS[3]], tl.float32)
+
+    for i in range(tl.load(head_indptr + head_index), tl.load(head_indptr + head_index + 1)):
+        other_head = tl.load(stream_heads + i).to(tl.int64)
+        query_head = head if IS_DQ else other_head
+        stream = (
+            stream_1 + batch * stream_1_batch + other_head * stream_1_head, stream_1_row,
+            stream_2 + batch * stream_2_batch + other_head * stream_2_head, stream_2_row,
+            lse, delta, batch * lse_batch + query_head * lse_head, batch * delta_batch + query_head * delta_head,
+        )  # fmt: skip
+        if FORM is not None:
+            start, stop = tl.load(item_start + item), tl.load(item_stop + item)
+            if start < stop or item_tile is None:
+                row = position.to(tl.int64)
+                degree = degrees(row, inside, row_indptr, row_first, row_last, row_step, n_offsets, stream_length, FORM)
+                before = tl.cumsum(degree, 0) - degree
+                low = tl.minimum(tl.maximum(start - before, 0), degree)
+                high = tl.minimum(tl.maximum(stop - before, 0), degree)
+                one = load_rows(base_1, offsets_1, inside, DIMS[0], DIMS[1]).to(tl.float32)
+                two = load_rows(base_2, offsets_2, inside, DIMS[2], DIMS[3]).to(tl.float32)
+                acc_1, acc_2 = add_singly(
+                    one, two, row_base, row_delta, stream, row, inside, low, high, row_indptr, row_first, row_last,
+                    row_step, n_offsets, stream_order, stream_length, acc_1, acc_2, scale, FORM, IS_DQ, NEGATE, KEYS,
+                    DIMS,
+                )  # fmt: skip
+        if item_tile is not None:
+            first_tile, n_full = tl.load(item_tile + item), tl.load(item_full + item)
+            acc_1, acc_2 = add_tiles(
+                rows, row_base, row_delta, stream, tile_column + first_tile, None, n_full, None, lane, stream_order,
+                stream_length, acc_1, acc_2, scale, False, IS_DQ, NEGATE, BLOCK, STREAM, STEP, DIMS, CHUNK, CHUNK_2,
+            )  # fmt: skip
+            first_partial = first_tile + n_full
+            acc_1, acc_2 = add_tiles(
+                rows, row_base, row_delta, stream, tile_column + first_partial, tile_pattern + first_partial,
+                tl.load(item_partial + item), patterns, lane, stream_order, stream_length, acc_1, acc_2, scale,
+                True, IS_DQ, NEGATE, BLOCK, STREAM, STEP, DIMS, CHUNK, CHUNK_2,
+            )  # fmt: skip
+        if item_column is not None:
+            column = tl.load(item_column + item)
+            n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
+            acc_1, acc_2 = add_columns(
+                rows, row_base, row_delta, stream, gathered_columns + column, gathered_lanes + column, n_columns, lane,
+                stream_order, acc_1, acc_2, scale, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
+            )  # fmt: skip
+
+    acc_1 *= plain_scale
+    slot = tl.load(item_slot + item)
+    column_1, column_2 = tl.arange(0, DIMS[1])[None, :], tl.arange(0, DIMS[3])[None, :]
+    is_1, is_2 = inside[:, None] & (column_1 < DIMS[0]), inside[:, None] & (column_2 < DIMS[2])
+    at_1 = into_1 + (batch * into_1_batch + head * into_1_head + token * into_1_row)[:, None] + column_1
+    if slot >= 0:
+        width: tl.constexpr = DIMS[0] if IS_DQ else DIMS[0] + DIMS[2]
+        at = partial + (((copy * n_slots + slot) * BLOCK + lane) * width)[:, None]
+        tl.store(at + column_1, acc_1, mask=is_1)
+        if not IS_DQ:
+            tl.store(at + DIMS[0] + column_2, acc_2, mask=is_2)
+    elif IS_DQ:
+        tl.store(at_1, acc_1.to(into_1.dtype.element_ty), mask=is_1)
+    else:
+        at_2 = into_2 + (batch * into_2_batch + head * into_2_head + token * into_2_row)[:, None] + column_2
+        tl.store(at_1, tl.load(at_1, mask=is_1, other=0.0) + acc_1, mask=is_1)
+        tl.store(at_2, tl.load(at_2, mask=is_2, other=0.0) + acc_2, mask=is_2)
+
+
+@triton.jit(do_not_specialize=["n_merges", "n_slots", "n_heads", "length"])
+def add_up(
+    into_1, into_2, partial,
+    into_1_batch, into_1_head, into_1_row, into_2_batch, into_2_head, into_2_row,
+    batches, heads, merge_unit, merge_indptr, order,
+    n_merges, n_slots, n_heads, length,
+    IS_DQ: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """Sums the pieces of each split unit in their order, ROWS rows a program: deterministic."""
+    n_parts: tl.constexpr = BLOCK // ROWS
+    program = tl.program_id(0)
+    merged = program // n_parts % n_merges
+    copy = (program // n_parts // n_merges).to(tl.int64)
+    batch = tl.load(batches + copy // n_heads).to(tl.int64)
+    head = tl.load(heads + copy % n_heads).to(tl.int64)
+    row = program % n_parts * ROWS + tl.arange(0, ROWS)
+    position = tl.load(merge_unit + merged) * BLOCK + row
+    inside = position < length
+    token = tokens_at(order, position, inside)
+
+    width: tl.constexpr = DIMS[0] if IS_DQ else DIMS[0] + DIMS[2]
+    column_1, column_2 = tl.arange(0, DIMS[1])[None, :], tl.arange(0, DIMS[3])[None, :]
+    is_1, is_2 = inside[:, None] & (column_1 < DIMS[0]), inside[:, None] & (column_2 < DIMS[2])
+    sum_1 = tl.zeros([ROWS, DIMS[1]], tl.float32)
+    sum_2 = tl.zeros([ROWS, DIMS[3]], tl.float32)
+    first_slot = tl.load(merge_indptr + merged)
+    for i in range((tl.load(merge_indptr + merged + 1) - first_slot).to(tl.int32)):
+        at = partial + (((copy * n_slots + first_slot + i) * BLOCK + row) * width)[:, None]
+        sum_1 += tl.load(at + column_1, mask=is_1, other=0.0)
+        if not IS_DQ:
+            sum_2 += tl.load(at + DIMS[0] + column_2, mask=is_2, other=0.0)
+    at_1 = into_1 + (batch * into_1_batch + head * into_1_head + token * into_1_row)[:, None] + column_1
+    if IS_DQ:
+        tl.store(at_1, sum_1.to(into_1.dtype.element_ty), mask=is_1)
+    else:
+        at_2 = into_2 + (batch * into_2_batch + head * into_2_head + token * into_2_row)[:, None] + column_2
+        tl.store(at_1, tl.load(at_1, mask=is_1, other=0.0) + sum_1, mask=is_1)
+        tl.store(at_2, tl.load(at_2, mask=is_2, other=0.0) + sum_2, mask=is_2)
