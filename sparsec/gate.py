@@ -24,6 +24,7 @@ from sparsec.errors import CompileError, SparsecError
 from sparsec.masks import from_dense
 from sparsec.masks.mask import Mask
 from sparsec.planner.works import build_work
+from sparsec.score import ScoreMod
 from sparsec.template import Template
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ _passed: set[str] = set()
 
 
 def ensure(
-    template: Template, backend_name: str, dtype: Dtype, device: Device, direction: Direction = "forward"
+    template: Template,
+    backend_name: str,
+    dtype: Dtype,
+    device: Device,
+    direction: Direction = "forward",
+    score: ScoreMod | None = None,
 ) -> None:
     """Returns when the kernel has passed its check here, now or earlier.
 
@@ -49,11 +55,11 @@ def ensure(
     """
     if backend_name in ("reference", "torch"):
         return
-    key = _key(template, backend_name, dtype, direction, device)
+    key = _key(template, backend_name, dtype, direction, device, score)
     if key in _passed or _is_remembered(key):
         _passed.add(key)
         return
-    error = check(template, backend_name, dtype, device, direction)
+    error = check(template, backend_name, dtype, device, direction, score)
     if error is not None:
         raise CompileError(
             f"{template.name} on {backend_name} ({dtype}) gave wrong results on {device.name} and is not used: "
@@ -64,8 +70,21 @@ def ensure(
     _remember(key, template, backend_name, dtype, device, direction)
 
 
-def check(
+def is_passed(
     template: Template, backend_name: str, dtype: Dtype, device: Device, direction: Direction = "forward"
+) -> bool:
+    """Whether a kernel has passed its check here, with the sources and the toolchain of today."""
+    key = _key(template, backend_name, dtype, direction, device, None)
+    return key in _passed or _is_remembered(key)
+
+
+def check(
+    template: Template,
+    backend_name: str,
+    dtype: Dtype,
+    device: Device,
+    direction: Direction = "forward",
+    score: ScoreMod | None = None,
 ) -> str | None:
     """What is wrong with a kernel's results on the hard case, in one sentence, or None."""
     import torch
@@ -75,7 +94,9 @@ def check(
     config = template.default(backend_name)
     heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
     work = build_work(template, config, bound, problem, device, heads=problem.q_heads)
-    launch = Launch(template, backend_name, config, problem, device, work, heads, batch, problem.head_dim**-0.5)
+    launch = Launch(
+        template, backend_name, config, problem, device, work, heads, batch, problem.head_dim**-0.5, score=score
+    )
     q, k, v = _inputs(problem)
     out = torch.full((problem.batch, problem.q_heads, problem.q_len, problem.v_dim), float("nan"), dtype=q.dtype)
     lse = torch.full(out.shape[:3], float("nan"))
@@ -94,8 +115,9 @@ def _forward_error(
     for b in launch.batch:
         for h in launch.heads:
             heads = (_array(q[b, h]), _array(k[b, h // _GROUP]), _array(v[b, h // _GROUP]))
-            expected = reference.attention(*heads, bound, scale)
-            allowed = reference.tolerances(*heads, bound, scale, dtype)
+            modifier = reference.modifier_of(launch, b, h)
+            expected = reference.attention(*heads, bound, scale, modifier=modifier)
+            allowed = reference.tolerances(*heads, bound, scale, dtype, modifier)
             found = (_array(out[b, h]), _array(lse[b, h]))
             error = _worst(("the output", "the log-sum-exp"), found, expected, allowed)
             if error is not None:
@@ -121,8 +143,9 @@ def _backward_error(
             for h in range(kv_head * _GROUP, (kv_head + 1) * _GROUP):
                 heads = (_array(q[b, h]), _array(k[b, kv_head]), _array(v[b, kv_head]))
                 above = (_array(d_out[b, h]), _array(d_lse[b, h]))
-                expected = reference.gradients(*heads, bound, scale, *above)
-                allowed = reference.gradient_tolerances(*heads, bound, scale, *above, dtype)
+                modifier = reference.modifier_of(launch, b, h)
+                expected = reference.gradients(*heads, bound, scale, *above, modifier)
+                allowed = reference.gradient_tolerances(*heads, bound, scale, *above, dtype, modifier)
                 error = _worst(("dq",), (_array(dq[b, h]),), expected[:1], allowed[:1])
                 if error is not None:
                     return f"head {h} of batch element {b}: {error}"
@@ -184,8 +207,18 @@ def _worst(
     return None
 
 
-def _key(template: Template, backend_name: str, dtype: str, direction: Direction, device: Device) -> str:
-    parts = (template.source_digest, backend_name, backend(backend_name).toolchain(), dtype, direction, device.key)
+def _key(
+    template: Template, backend_name: str, dtype: str, direction: Direction, device: Device, score: ScoreMod | None
+) -> str:
+    parts: tuple[str, ...] = (
+        template.source_digest,
+        backend_name,
+        backend(backend_name).toolchain(),
+        dtype,
+        direction,
+        device.key,
+    )
+    parts += () if score is None else (score.digest,)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 

@@ -7,27 +7,27 @@ and handed to kernels, and how partial results are joined. It must not know how 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from sparsec import data, gate
 from sparsec.backends.base import DTYPES, Dtype, GradientKernel, Kernel, Launch, Problem, backend
 from sparsec.device import Device, detect_cpu, detect_gpu
 from sparsec.device import device as named_device
 from sparsec.errors import BackendMissingError, MaskError, SparsecError, UnsupportedError
+from sparsec.expr import Expr
 from sparsec.handles import register
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner import Group, Plan, plan
 from sparsec.planner.search import Reorder
+from sparsec.score import ScoreFunction, ScoreMod, as_score_mod
 
 if TYPE_CHECKING:
     import torch
 
 Layout = Literal["bhsd", "bshd"]
 Tune = Literal["off", "cached", "auto", "quick", "full"]
-ScoreMod = Callable[..., Any]  # a user's function of symbolic values
 
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -46,6 +46,7 @@ class Request:
     template: str | None
     needs_grad: bool | None
     scale: float | None
+    score: ScoreMod | None
     layout: Layout
     tune: Tune
     reorder: Reorder
@@ -66,7 +67,7 @@ def compile(
     template: str | None = None,
     needs_grad: bool | None = None,
     scale: float | None = None,
-    score_mod: ScoreMod | None = None,
+    score_mod: ScoreMod | Expr | ScoreFunction | None = None,
     layout: Layout = "bhsd",
     tune: Tune | None = None,
     reorder: Reorder = "auto",
@@ -91,7 +92,8 @@ def compile(
         needs_grad: Whether a backward pass will follow; by default whatever the first tensors require. False refuses
             tensors that require gradients.
         scale: Of the scores; `1/√head_dim` by default.
-        score_mod: `fn(score, b, h, q_idx, kv_idx)`.
+        score_mod: What happens to scaled scores before softmax: `fn(score, b, h, q_idx, kv_idx)`, traced once, or one
+            of `sparsec.score`.
         layout: Of q, k, v and the output: `"bhsd"` is `[batch, heads, length, dim]`, `"bshd"` has heads and length
             swapped.
         tune: `"off"`, `"cached"` or `"auto"` choose by records and the cost model; `SPARSEC_TUNE` sets the default.
@@ -103,8 +105,6 @@ def compile(
         BackendMissingError: The back end that was named, or the only one that could serve, lacks something.
         CompileError: The kernel does not compile or fails its check.
     """
-    if score_mod is not None:
-        raise UnsupportedError("score_mod is not built yet: call compile without it")
     chosen_tune = tune or data.forced_tune_mode() or "auto"
     _check_choice("layout", layout, get_args(Layout))
     _check_choice("tune", chosen_tune, get_args(Tune))
@@ -125,6 +125,7 @@ def compile(
         template,
         needs_grad,
         scale,
+        None if score_mod is None else as_score_mod(score_mod),
         layout,
         chosen_tune,  # type: ignore[arg-type]  # checked above
         reorder,
@@ -330,6 +331,7 @@ class Attention:
                     backend=request.backend,
                     reorder=request.reorder,
                     scale=request.scale,
+                    score=request.score,
                 )
                 found = self._specialised[key] = _Specialisation(made)
             self._latest = found
@@ -452,12 +454,12 @@ def _lowered(launch: Launch) -> Kernel:
         raise BackendMissingError(
             f"{launch.template.name} was planned for the {launch.backend} back end, but {missing}"
         )
-    gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device, "forward")
+    gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device, "forward", launch.score)
     return server.lower(launch)
 
 
 def _lowered_backward(launch: Launch) -> GradientKernel:
-    gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device, "backward")
+    gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device, "backward", launch.score)
     return backend(launch.backend).lower_backward(launch)
 
 

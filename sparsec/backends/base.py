@@ -13,6 +13,7 @@ from sparsec.device import Device
 from sparsec.layout import BlockTiles, GatheredTiles, Ordering, RowLists, Schedule
 from sparsec.layout.hybrid import HybridItems
 from sparsec.masks.mask import BoundMask
+from sparsec.score import ScoreMod
 from sparsec.template import Config, Template
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Problem:
         dtype: Of q, k, v and the output; accumulation is fp32.
         batch: Batch elements.
         needs_grad: Whether a backward pass will follow.
+        has_score_mod: Whether scores are modified before softmax.
     """
 
     q_len: int
@@ -49,6 +51,7 @@ class Problem:
     dtype: Dtype = "fp32"
     batch: int = 1
     needs_grad: bool = False
+    has_score_mod: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -112,6 +115,7 @@ class Launch:
         batch: The batch elements it serves.
         scale: Of the scores.
         is_partial: Whether its result is joined with others': the output is then fp32.
+        score: What happens to scores before softmax, or None.
     """
 
     template: Template
@@ -124,6 +128,7 @@ class Launch:
     batch: tuple[int, ...]
     scale: float
     is_partial: bool = False
+    score: ScoreMod | None = None
 
     def elements(self, batch: int) -> tuple[int, ...]:
         """The batch elements it serves of tensors that have so many: one plan for all serves any number."""
@@ -204,6 +209,10 @@ class Backend(Protocol):
     """One file of `backends/`, found by name."""
 
     name: str
+
+    def serves(self, device: Device) -> bool:
+        """Whether this kind of device is its business at all."""
+        ...
 
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
         """Why it cannot serve this template and problem on such a device anywhere, in one sentence, or None."""

@@ -26,6 +26,7 @@ from sparsec.backends.base import Launch, Problem
 from sparsec.backends.cpu_kernels import Arguments, CpuGradient, CpuKernel
 from sparsec.device import Device
 from sparsec.errors import BackendMissingError, CompileError, SparsecError
+from sparsec.score import ScoreMod
 from sparsec.template import Template
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ class CpuBackend:
 
     name = "cpu"
 
+    def serves(self, device: Device) -> bool:
+        return device.kind == "cpu"
+
     def missing(self, device: Device) -> str | None:
         try:
             compiler()
@@ -58,8 +62,6 @@ class CpuBackend:
         return None
 
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
-        if device.kind != "cpu":
-            return f"it serves processors, and {device.name} is a GPU"
         return None
 
     def toolchain(self) -> str:
@@ -67,12 +69,12 @@ class CpuBackend:
 
     def lower(self, launch: Launch) -> CpuKernel:
         sources = source_files(launch.template)
-        path = compiled(sources, launch.problem.dtype, launch.device)
+        path = compiled(sources, launch.problem.dtype, launch.device, score_defines(launch.score))
         return CpuKernel(launch, _load(path, sources[0]), sources)
 
     def lower_backward(self, launch: Launch) -> CpuGradient:
         sources = source_files(launch.template)
-        path = compiled(sources, launch.problem.dtype, launch.device, defines=("-DSX_BACKWARD",))
+        path = compiled(sources, launch.problem.dtype, launch.device, ("-DSX_BACKWARD", *score_defines(launch.score)))
         return CpuGradient(launch, _load(path, sources[0]), sources)
 
 
@@ -122,6 +124,18 @@ def source_files(template: Template) -> tuple[Path, ...]:
     return (template.kernel_path("cpu"), *shared)
 
 
+def score_defines(score: ScoreMod | None) -> tuple[str, ...]:
+    """What includes a score modifier's generated header in a kernel; the header is in the cache afterwards."""
+    if score is None:
+        return ()
+    text = score.cpp_header().encode()
+    path = data.cache_dir() / "cpu" / f"score-{hashlib.sha256(text).hexdigest()[:24]}.hpp"
+    if not path.is_file() or path.read_bytes() != text:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        data.publish(path, text)
+    return (f'-DSX_SCORE_HEADER="{path}"',)
+
+
 def compiled(sources: tuple[Path, ...], dtype: str, device: Device, defines: tuple[str, ...] = ()) -> Path:
     """The shared library of a kernel, from the cache or the compiler.
 
@@ -148,6 +162,12 @@ def compiled(sources: tuple[Path, ...], dtype: str, device: Device, defines: tup
             data.publish(_digest_path(binary), _digest(content))
             data.publish(binary, content)
     return binary
+
+
+def compile_command(template: Template, dtype: str, device: Device) -> tuple[str, ...]:
+    """The command that compiles a template's kernel, for a person to read; the output goes to the cache."""
+    flags = (*_FLAGS, *isa_flags(device), f"-DSX_DTYPE={_DTYPE_NAMES[dtype]}")
+    return (*compiler().command, *flags, str(template.kernel_path("cpu")))
 
 
 def _digest_path(binary: Path) -> Path:

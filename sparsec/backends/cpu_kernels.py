@@ -58,6 +58,8 @@ class Arguments(ctypes.Structure):
         *_pointers("heads"),
         *_int64s("n_heads"),
         ("scale", ctypes.c_double),
+        *_int64s("first_batch"),
+        *_pointers("tables"),
         *_int64s("out_is_fp32 block_q block_kv"),
         *_pointers("tile_indptr tile_columns tile_pattern patterns gathered_indptr gathered_columns gathered_lanes"),
         *_int64s("row_form"),
@@ -88,11 +90,12 @@ class _Prepared:
         self._is_whole_batch = launch.batch == tuple(range(launch.problem.batch))
 
     def source(self) -> dict[str, str]:
-        return {path.name: path.read_text() for path in self._sources}
+        generated = {} if self.launch.score is None else {"score modifier": self.launch.score.cpp_header()}
+        return {path.name: path.read_text() for path in self._sources} | generated
 
     def _batches(self) -> list[slice]:
         """The batch elements to serve: all at once, or one at a time."""
-        return [slice(None)] if self._is_whole_batch else [slice(b, b + 1) for b in self.launch.batch]
+        return [slice(0, None)] if self._is_whole_batch else [slice(b, b + 1) for b in self.launch.batch]
 
     def _prepared(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
@@ -117,6 +120,9 @@ class _Prepared:
         a.scale, a.out_is_fp32 = launch.scale, int(launch.is_partial)
         a.block_q = work.block_q
         a.q_order, a.kv_order = self._pointer(work.ordering.q_order), self._pointer(work.ordering.kv_order)
+        if launch.score is not None:
+            tables = [self._pointer(table.array) for table in launch.score.tables]
+            a.tables = self._pointer(np.array([*tables, 0], np.uintp))
         schedule = work.schedule
         a.n_items, a.n_merges, a.n_slots = schedule.n_items, len(schedule.merge_unit), schedule.n_slots
         a.item_unit, a.item_slot = self._pointer(schedule.unit), self._pointer(schedule.slot)
@@ -182,6 +188,7 @@ class CpuKernel(_Prepared):
     ) -> None:
         for b in self._batches():
             a = self._prepared(q[b], k[b], v[b], out[b], None if lse is None else lse[b])
+            a.first_batch = b.start
             partial = np.empty(self._partial_words(a.batch), np.float32)
             a.partial = partial.ctypes.data
             self._run(ctypes.byref(a))
@@ -225,6 +232,7 @@ class CpuGradient(_Prepared):
     ) -> None:
         for b in self._batches():
             a = self._prepared(q[b], k[b], v[b], out[b], lse[b])
+            a.first_batch = b.start
             a.d_out, a.dq = _tensor(d_out[b]), _tensor(dq[b])
             if d_lse is not None:
                 a.d_lse, a.d_lse_batch, a.d_lse_head = d_lse[b].data_ptr(), d_lse.stride(0), d_lse.stride(1)

@@ -16,15 +16,54 @@ import numpy.typing as npt
 from sparsec.backends.base import Dtype, Launch, Problem
 from sparsec.device import Device
 from sparsec.masks.mask import BoundMask
+from sparsec.score import ScoreMod
 from sparsec.template import Template
 
 if TYPE_CHECKING:
     import torch
 
 FloatArray = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating]
+Integers = npt.NDArray[np.integer]
 
 # Queries whose dense rows are held at a time.
 _ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Modifier:
+    """A score modifier for one head of one batch element.
+
+    Attributes:
+        score: The modifier.
+        batch: The batch element.
+        head: The query head.
+        q_tokens: Which query stands at each row; row i by default.
+        kv_tokens: Which key stands at each column; likewise.
+    """
+
+    score: ScoreMod
+    batch: int
+    head: int
+    q_tokens: Integers | None = None
+    kv_tokens: Integers | None = None
+
+    def value(self, scaled: Floats, rows: Integers) -> Floats:
+        return self.score.value(scaled, self.batch, self.head, *self._places(scaled, rows))
+
+    def slope(self, scaled: Floats, rows: Integers) -> Floats:
+        return self.score.slopes(scaled, self.batch, self.head, *self._places(scaled, rows))
+
+    def _places(self, scaled: Floats, rows: Integers) -> tuple[Integers, Integers]:
+        queries = rows if self.q_tokens is None else self.q_tokens[rows]
+        keys = np.arange(scaled.shape[1]) if self.kv_tokens is None else self.kv_tokens
+        return queries[:, None], keys[None]
+
+
+def modifier_of(launch: Launch, batch: int, head: int) -> Modifier | None:
+    """The launch's score modifier at one head, for rows and columns in its order of tokens."""
+    order = launch.work.ordering
+    return None if launch.score is None else Modifier(launch.score, batch, head, order.q_order, order.kv_order)
 
 
 def attention(
@@ -34,6 +73,7 @@ def attention(
     bound: BoundMask,
     scale: float,
     rows: npt.NDArray[np.integer] | None = None,
+    modifier: Modifier | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """Output and log-sum-exp of one head, in fp64.
 
@@ -44,6 +84,7 @@ def attention(
         bound: The mask.
         scale: Of the scores.
         rows: The queries to compute; all by default.
+        modifier: What happens to scores before softmax.
 
     Returns:
         `out [rows, v_dim]` and `lse [rows]`; an empty row gives 0 and -inf.
@@ -55,7 +96,8 @@ def attention(
     for first in range(0, len(rows), _ROWS):
         chosen = rows[first : first + _ROWS]
         attended = _dense_rows(bound, chosen)
-        scores = np.where(attended, q[chosen].astype(np.float64) @ k.T * scale, -np.inf)
+        scaled = q[chosen].astype(np.float64) @ k.T * scale
+        scores = np.where(attended, scaled if modifier is None else modifier.value(scaled, chosen), -np.inf)
         peak = scores.max(axis=1, initial=-np.inf)
         finite_peak = np.where(np.isneginf(peak), 0.0, peak)
         weights = np.exp(scores - finite_peak[:, None])
@@ -91,6 +133,7 @@ def gradients(
     scale: float,
     d_out: FloatArray,
     d_lse: FloatArray,
+    modifier: Modifier | None = None,
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Gradients of one head's q, k and v, in fp64, given those of its output and log-sum-exp.
 
@@ -105,12 +148,15 @@ def gradients(
         rows, attended = rows[attends], attended[attends]
         if not len(rows):
             continue
-        scores = np.where(attended, q[rows] @ k.T * scale, -np.inf)
+        scaled = q[rows] @ k.T * scale
+        scores = np.where(attended, scaled if modifier is None else modifier.value(scaled, rows), -np.inf)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         d_weights = d_out[rows] @ v.T
         mean = (weights * d_weights).sum(axis=1, keepdims=True)
         d_scores = weights * (d_weights - mean + d_lse[rows, None])
+        if modifier is not None:
+            d_scores = np.where(attended, d_scores * modifier.slope(scaled, rows), 0.0)
         dq[rows] = d_scores @ k * scale
         dk += d_scores.T @ q[rows] * scale
         dv += weights.T @ d_out[rows]
@@ -134,7 +180,13 @@ def unit_roundoff(dtype: Dtype) -> float:
 
 
 def tolerances(
-    q: FloatArray, k: FloatArray, v: FloatArray, bound: BoundMask, scale: float, dtype: Dtype
+    q: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    bound: BoundMask,
+    scale: float,
+    dtype: Dtype,
+    modifier: Modifier | None = None,
 ) -> tuple[float, float]:
     """The largest errors of output and log-sum-exp that a correct kernel of a dtype may show on one head.
 
@@ -144,10 +196,12 @@ def tolerances(
 
     Source: the same-dtype reference of FlashAttention's tests, with the rounding emulated where NumPy lacks the type.
     """
-    exact, exact_lse = attention(q, k, v, bound, scale)
+    exact, exact_lse = attention(q, k, v, bound, scale, modifier=modifier)
     attended = bound.to_dense()
     q32, k32, v32 = (array.astype(np.float32) for array in (q, k, v))
-    scores = np.where(attended, q32 @ k32.T * np.float32(scale), np.float32(-np.inf))
+    scaled = q32 @ k32.T * np.float32(scale)
+    modified = scaled if modifier is None else modifier.value(scaled, np.arange(bound.q_len))
+    scores = np.where(attended, modified, np.float32(-np.inf))
     peak = scores.max(axis=1, initial=-np.inf, keepdims=True)
     weights = np.exp(scores - np.where(np.isneginf(peak), np.float32(0.0), peak))
     total = weights.sum(axis=1, keepdims=True, dtype=np.float32)
@@ -176,24 +230,28 @@ def gradient_tolerances(
     d_out: FloatArray,
     d_lse: FloatArray,
     dtype: Dtype,
+    modifier: Modifier | None = None,
 ) -> tuple[float, float, float]:
     """The largest errors of one head's dq, dk and dv that a correct kernel of a dtype may show.
 
     By the rule of `tolerances`: the plain computation is in fp32, with probabilities, the output and the gradients of
     the scores rounded to the dtype.
     """
-    exact = gradients(q, k, v, bound, scale, d_out, d_lse)
+    exact = gradients(q, k, v, bound, scale, d_out, d_lse, modifier)
     attended = bound.to_dense()
     attends = attended.any(axis=1)
     q32, k32, v32, d_out32 = (array.astype(np.float32) for array in (q, k, v, d_out))
-    scores = np.where(attended, q32 @ k32.T * np.float32(scale), np.float32(-np.inf))
+    scaled, every = q32 @ k32.T * np.float32(scale), np.arange(bound.q_len)
+    modified = scaled if modifier is None else modifier.value(scaled, every)
+    scores = np.where(attended, modified, np.float32(-np.inf))
     # Probabilities are recomputed from the log-sum-exp, which is kept in fp32.
-    lse = attention(q, k, v, bound, scale)[1].astype(np.float32)
+    lse = attention(q, k, v, bound, scale, modifier=modifier)[1].astype(np.float32)
     weights = np.exp(scores - np.where(attends, lse, np.float32(0.0))[:, None])
     halves = rounded(weights, dtype).astype(np.float32)
     out = rounded(halves @ v32, dtype).astype(np.float32)
     delta = (out * d_out32).sum(axis=1, keepdims=True) - d_lse.astype(np.float32)[:, None]
-    d_scores = rounded(weights * (d_out32 @ v32.T - delta), dtype).astype(np.float32)
+    slopes = np.float32(1.0) if modifier is None else np.where(attended, modifier.slope(scaled, every), np.float32(0.0))
+    d_scores = rounded(weights * (d_out32 @ v32.T - delta) * slopes, dtype).astype(np.float32)
     plain = (d_scores @ k32 * np.float32(scale), d_scores.T @ q32 * np.float32(scale), halves.T @ d_out32)
 
     def allowed(got: npt.NDArray[np.floating], wanted: FloatArray) -> float:
@@ -233,7 +291,10 @@ class ReferenceKernel:
                 )
                 rows = _tokens(launch.work.ordering.q_order, len(q64))
                 keys = _tokens(launch.work.ordering.kv_order, len(k64))
-                values, log_sums = attention(q64[rows], k64[keys], v64[keys], launch.work.bound, launch.scale)
+                modifier = modifier_of(launch, b, h)
+                values, log_sums = attention(
+                    q64[rows], k64[keys], v64[keys], launch.work.bound, launch.scale, modifier=modifier
+                )
                 out[b, h, torch.from_numpy(rows)] = torch.from_numpy(values).to(out)
                 if lse is not None:
                     lse[b, h, torch.from_numpy(rows)] = torch.from_numpy(log_sums).to(lse)
@@ -276,10 +337,21 @@ class ReferenceGradient:
                 heads = (q[b, h], k[b, h // group], v[b, h // group], d_out[b, h])
                 q64, k64, v64, d_out64 = (t.detach().double().cpu().numpy() for t in heads)
                 d_lse64 = np.zeros(q.shape[2]) if d_lse is None else d_lse[b, h].double().cpu().numpy()
-                found = gradients(q64, k64, v64, launch.work.bound, launch.scale, d_out64, d_lse64)
-                dq[b, h] = torch.from_numpy(found[0]).to(dq)
-                dk[b, h // group] += torch.from_numpy(found[1]).to(dk)
-                dv[b, h // group] += torch.from_numpy(found[2]).to(dv)
+                rows = _tokens(launch.work.ordering.q_order, len(q64))
+                keys = _tokens(launch.work.ordering.kv_order, len(k64))
+                dq_rows, dk_rows, dv_rows = gradients(
+                    q64[rows],
+                    k64[keys],
+                    v64[keys],
+                    launch.work.bound,
+                    launch.scale,
+                    d_out64[rows],
+                    d_lse64[rows],
+                    modifier_of(launch, b, h),
+                )
+                dq[b, h, torch.from_numpy(rows)] = torch.from_numpy(dq_rows).to(dq)
+                dk[b, h // group, torch.from_numpy(keys)] += torch.from_numpy(dk_rows).to(dk)
+                dv[b, h // group, torch.from_numpy(keys)] += torch.from_numpy(dv_rows).to(dv)
 
     def source(self) -> dict[str, str]:
         from pathlib import Path
@@ -291,6 +363,9 @@ class ReferenceBackend:
     """Serves every problem on every device, slowly."""
 
     name = "reference"
+
+    def serves(self, device: Device) -> bool:
+        return True
 
     def missing(self, device: Device) -> str | None:
         return None

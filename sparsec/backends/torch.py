@@ -67,9 +67,12 @@ class TorchBackend:
 
     name = "torch"
 
+    def serves(self, device: Device) -> bool:
+        return device.kind == "cpu"  # handing over work on GPUs is not built yet
+
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
-        if device.kind != "cpu":
-            return f"handing {device.name} work to torch is not built yet"
+        if problem.has_score_mod:
+            return "it applies no score modifier"
         if problem.needs_grad:
             return "its backward pass would not know the gradient of the log-sum-exp"
         if problem.head_dim != problem.v_dim:

@@ -195,8 +195,7 @@ def _launch_sources(launch: Launch) -> dict[str, str]:
         from sparsec.backends import cpu
 
         sources = cpu.source_files(launch.template)
-        flags = (*cpu._FLAGS, *cpu.isa_flags(launch.device), f"-DSX_DTYPE={cpu._DTYPE_NAMES[launch.problem.dtype]}")
-        command = " ".join([*cpu.compiler().command, *flags, str(sources[0]), "-o", "kernel.so"])
+        command = " ".join(cpu.compile_command(launch.template, launch.problem.dtype, launch.device))
         return {"compiled by": command} | {path.name: path.read_text() for path in sources}
     if launch.backend == "triton":
         from sparsec.backends import triton

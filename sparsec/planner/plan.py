@@ -57,7 +57,8 @@ class Candidate:
 
     def __str__(self) -> str:
         order = "" if self.ordering == "tokens' own order" else f", {self.ordering}"
-        return f"{self.template} on {self.backend} ({self.config}{order})"
+        settings = f"{self.config}{order}" if self.config.items else order.removeprefix(", ")
+        return f"{self.template} on {self.backend}" + (f" ({settings})" if settings else "")
 
 
 @dataclass(frozen=True, slots=True)

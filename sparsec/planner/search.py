@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sparsec.analysis import MaskProfile, analyse, candidate_orderings, residue_ordering
@@ -34,6 +34,7 @@ from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.parts import heavy_rows_apart, residue_part
 from sparsec.planner.plan import Candidate, Group, Plan, Refusal, Step
 from sparsec.planner.works import IDENTITY, build_work, span_of
+from sparsec.score import ScoreMod
 from sparsec.template import Config, Template, template, templates
 
 Reorder = Literal["auto", "off", "force"]
@@ -60,6 +61,7 @@ def plan(
     backend: str | None = None,
     reorder: Reorder = "auto",
     scale: float | None = None,
+    score: ScoreMod | None = None,
 ) -> Plan:
     """What should run for a mask and a problem on a device; needs neither torch nor the device.
 
@@ -71,6 +73,7 @@ def plan(
         backend: Only this back end.
         reorder: `"auto"` lets orders of tokens compete, `"off"` keeps the tokens' own, `"force"` takes the best other.
         scale: Of the scores; `1/√head_dim` by default.
+        score: What happens to scores before softmax.
 
     Raises:
         MaskError: The mask does not fit the lengths or heads.
@@ -85,8 +88,9 @@ def plan(
         raise SparsecError(f"scale={scale}: the scale of the scores must be a finite number")
     bound = mask if isinstance(mask, BoundMask) else mask.bind(problem.q_len, problem.kv_len)
     _check(bound, problem)
+    problem = replace(problem, has_score_mod=score is not None)
     target = named_device(device) if isinstance(device, str) else device
-    wanted = _Wanted(template, backend, reorder, problem.head_dim**-0.5 if scale is None else scale)
+    wanted = _Wanted(template, backend, reorder, problem.head_dim**-0.5 if scale is None else scale, score)
     groups = [
         _Search(each, problem, target, heads, batch, wanted).group()
         for each, heads, batch in _distinct_masks(bound, problem)
@@ -153,6 +157,7 @@ class _Wanted:
     backend: str | None
     reorder: Reorder
     scale: float
+    score: ScoreMod | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +252,14 @@ class _Search:
                     if name == self._wanted.backend:
                         self._refusals.append(Refusal(f"{each.name} on {name}", "the template has no such kernel"))
                     continue
-                reason = server.refusal(each, self._problem, self._device)
                 if name == "reference" and self._wanted.backend != name:
                     continue
+                if not server.serves(self._device):
+                    if name == self._wanted.backend:
+                        wrong_kind = f"it does not serve {self._device.kind} devices such as {self._device.name}"
+                        self._refusals.append(Refusal(f"{each.name} on {name}", wrong_kind))
+                    continue
+                reason = server.refusal(each, self._problem, self._device)
                 if each.layout == "none":
                     reason = reason or self._dense_refusal()
                 if reason is not None:
@@ -349,7 +359,7 @@ class _Search:
         by_rows = profile.nnz * self._model.edge(span_of(profile)) + self._model.unit(q_len, is_rows=True)
         by_tiles = self._model.rough_tiles(profile) + self._model.unit(q_len, is_rows=False)
         ns = {"rows": by_rows, "tiles": by_tiles}.get(each.layout, 0.8 * min(by_rows, by_tiles))
-        return ns * per_worker
+        return ns * per_worker + self._device.launch_us
 
     def _layout_refusal(self, each: Template, profile: MaskProfile) -> str | None:
         limit = _LAYOUT_SHARE * self._device.memory_bytes
@@ -415,6 +425,7 @@ class _Search:
                 batch=self._batch,
                 scale=self._wanted.scale,
                 is_partial=draft.is_joined,
+                score=self._wanted.score,
             )
             yield Step(launch, edges, self._estimate(each, work))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 
+from sparsec.backends.base import Problem
 from sparsec.planner.plan import Candidate, Group, Plan, Step
 
 WIDTH = 80
@@ -21,7 +22,7 @@ def plan_text(plan: Plan) -> str:
         *_wrapped(
             "problem  ",
             f"{problem.q_len:,} queries × {problem.kv_len:,} keys, "
-            f"{problem.q_heads} heads over {problem.kv_heads}, head_dim {problem.head_dim}"
+            f"{_heads(problem)}, head_dim {problem.head_dim}"
             + (f", v_dim {problem.v_dim}" if problem.v_dim != problem.head_dim else "")
             + f", {problem.dtype}"
             + (f", batch {problem.batch}" if problem.batch > 1 else ""),
@@ -134,6 +135,11 @@ def _wrapped(label: str, text: str) -> list[str]:
     return textwrap.wrap(
         text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
     ) or [label.rstrip()]
+
+
+def _heads(problem: Problem) -> str:
+    heads = "1 head" if problem.q_heads == 1 else f"{problem.q_heads} heads"
+    return heads if problem.kv_heads == problem.q_heads else f"{heads} over {problem.kv_heads} of k and v"
 
 
 def _shortened(text: str) -> str:

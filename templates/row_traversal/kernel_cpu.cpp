@@ -24,12 +24,13 @@ template <class T> class RowForward {
   }
 
  private:
-  struct Head { const T* q; KeyRows<T> rows; void* out; float* lse; };
+  struct Head { const T* q; KeyRows<T> rows; void* out; float* lse; Score score; };
   Head head(int64_t copy) const {
     const int64_t b = copy / a_.n_heads, h = a_.heads[copy % a_.n_heads], kv = h / group_;
     auto at = [&](const Tensor& t, int64_t i, size_t size = sizeof(T)) { return (char*)t.data + (b * t.batch + i * t.head) * size; };
     return {(T*)at(a_.q, h), {(T*)at(a_.k, kv), (T*)at(a_.v, kv), a_.k.row, a_.v.row},
-            at(a_.out, h, a_.out_is_fp32 ? 4 : sizeof(T)), a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr};
+            at(a_.out, h, a_.out_is_fp32 ? 4 : sizeof(T)), a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr,
+            Score(a_.tables, (int32_t)(a_.first_batch + b), (int32_t)h)};
   }
   int64_t q_token(int64_t position) const { return a_.q_order ? a_.q_order[position] : position; }
   float* slot(int64_t copy, int64_t index, int64_t row) const {
@@ -41,7 +42,7 @@ template <class T> class RowForward {
     const int64_t first = a_.item_unit[index] * a_.block_q;
     const int64_t n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
     const int64_t start = a_.edge_start[index], stop = a_.edge_stop[index], slot_index = a_.item_slot[index];
-    RowEngine<T> engine(a_.head_dim, a_.v_dim, (float)a_.scale);
+    RowEngine<T> engine(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     int64_t seen = 0;  // edges of the unit's earlier queries
     for (int64_t done = 0; done < n;) {
       int64_t rows = n - done;
@@ -59,7 +60,7 @@ template <class T> class RowForward {
         T* out = (T*)h.out + token * a_.out.row;
         float* lse = h.lse ? h.lse + token : nullptr;
         if (slot_index < 0 && !a_.out_is_fp32 && engine.attend_short(h.q + token * a_.q.row, h.rows, keys.tokens + from, to - from, end - from, out, lse)) continue;
-        engine.begin(h.q + token * a_.q.row);
+        engine.begin(h.q + token * a_.q.row, token);
         if (from < to) engine.add(h.rows, keys.tokens + from, to - from, end - from);
         if (slot_index < 0) finish(engine, h, token);
         else engine.save(slot(copy, slot_index, done + i));
@@ -72,10 +73,10 @@ template <class T> class RowForward {
     const Head h = head(copy);
     const int64_t first = a_.merge_unit[index] * a_.block_q;
     const int64_t n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
-    RowEngine<T> engine(a_.head_dim, a_.v_dim, (float)a_.scale);
+    RowEngine<T> engine(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t token = q_token(first + i);
-      engine.begin(h.q + token * a_.q.row);
+      engine.begin(h.q + token * a_.q.row, token);
       for (int64_t s = a_.merge_indptr[index]; s < a_.merge_indptr[index + 1]; ++s) engine.join(slot(copy, s, i));
       finish(engine, h, token);
     }

@@ -23,6 +23,8 @@ struct Arguments {
   const int32_t* heads;  // the query heads of this launch
   int64_t n_heads;
   double scale;
+  int64_t first_batch;         // what batch element 0 of the tensors is called in a score modifier
+  const void* const* tables;   // captured arrays of the score modifier, or null
   int64_t out_is_fp32;  // rows of `out` are fp32 whatever the dtype: results that are joined with others'
 
   // Tiles; a pattern of -1 is a full tile. `patterns` is [n_patterns, block_kv]: the query bits of each key.

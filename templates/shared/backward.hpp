@@ -35,6 +35,7 @@ template <class T, bool HAS_TILES> class Backward {
     void* dq;
     const float *lse, *d_lse;
     GradientRows<T> rows;
+    Score score;
   };
 
   Head head(int64_t b, int64_t h, int64_t part) const {
@@ -45,7 +46,8 @@ template <class T, bool HAS_TILES> class Backward {
     return {at(a_.q, h), at(a_.out, h), at(a_.d_out, h),
             (char*)a_.dq.data + (b * a_.dq.batch + h * a_.dq.head) * (a_.out_is_fp32 ? 4 : sizeof(T)),
             a_.lse + at_lse, a_.d_lse ? a_.d_lse + b * a_.d_lse_batch + h * a_.d_lse_head : nullptr,
-            {at(a_.k, kv), at(a_.v, kv), sums(a_.dk, a_.dk_part), sums(a_.dv, a_.dv_part), a_.k.row, a_.v.row, a_.dk.row, a_.dv.row}};
+            {at(a_.k, kv), at(a_.v, kv), sums(a_.dk, a_.dk_part), sums(a_.dv, a_.dv_part), a_.k.row, a_.v.row, a_.dk.row, a_.dv.row},
+            Score(a_.tables, (int32_t)(a_.first_batch + b), (int32_t)h)};
   }
   int64_t q_token(int64_t position) const { return a_.q_order ? a_.q_order[position] : position; }
   int64_t kv_token(int64_t position) const { return a_.kv_order ? a_.kv_order[position] : position; }
@@ -69,13 +71,14 @@ template <class T, bool HAS_TILES> class Backward {
     const int64_t first = unit * a_.block_q, n = std::min(a_.q_len - first, a_.block_q);
     bool has_tiles = false;
     if constexpr (HAS_TILES) {
-      TileGradient<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale);
+      TileGradient<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
       const bool has_columns = a_.gathered_indptr && a_.gathered_indptr[unit] < a_.gathered_indptr[unit + 1];
       has_tiles = has_columns || a_.tile_indptr[unit] < a_.tile_indptr[unit + 1];
       if (has_tiles) {
         engine.begin(n, [&](int64_t i) { return h.q + q_token(first + i) * a_.q.row; },
                      [&](int64_t i) { return h.d_out + q_token(first + i) * a_.d_out.row; },
-                     [&](int64_t i) { return h.lse[q_token(first + i)]; }, [&](int64_t i) { return delta(h, q_token(first + i)); });
+                     [&](int64_t i) { return h.lse[q_token(first + i)]; }, [&](int64_t i) { return delta(h, q_token(first + i)); },
+                     [&](int64_t i) { return q_token(first + i); });
         for (int64_t t = a_.tile_indptr[unit]; t < a_.tile_indptr[unit + 1]; ++t) add_tile(engine, h, t);
         if (has_columns)
           for (int64_t c = a_.gathered_indptr[unit]; c < a_.gathered_indptr[unit + 1]; ++c)
@@ -90,7 +93,8 @@ template <class T, bool HAS_TILES> class Backward {
 
   SX_INLINE void add(TileGradient<T>& engine, const Head& h, int64_t token, uint64_t lanes) const {
     const auto& r = h.rows;
-    engine.add(r.k + token * r.k_pitch, r.v + token * r.v_pitch, r.dk + token * r.dk_pitch, r.dv + token * r.dv_pitch, lanes);
+    engine.add(r.k + token * r.k_pitch, r.v + token * r.v_pitch, r.dk + token * r.dk_pitch, r.dv + token * r.dv_pitch, token,
+               lanes);
   }
   void add_tile(TileGradient<T>& engine, const Head& h, int64_t tile) const {
     const int64_t first = a_.tile_columns[tile] * a_.block_kv, n = std::min(a_.kv_len - first, a_.block_kv);
@@ -102,7 +106,7 @@ template <class T, bool HAS_TILES> class Backward {
 
   // Finishes each query with its single edges, from what the tiles gave (or from nothing).
   void walk_rows(const Head& h, int64_t first, int64_t n, const TileGradient<T>* tiles) const {
-    RowGradient<T> row(a_.head_dim, a_.v_dim, (float)a_.scale);
+    RowGradient<T> row(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     const bool has_rows = a_.row_form != 0 || a_.row_indptr;
     for (int64_t done = 0; done < n;) {
       int64_t rows = n - done;
@@ -114,7 +118,8 @@ template <class T, bool HAS_TILES> class Backward {
           write_plain(h, token, tiles ? tiles->row(i) : nullptr);
           continue;
         }
-        row.begin(h.q + token * a_.q.row, h.d_out + token * a_.d_out.row, h.lse[token], delta(h, token), tiles ? tiles->row(i) : nullptr);
+        row.begin(h.q + token * a_.q.row, h.d_out + token * a_.d_out.row, h.lse[token], delta(h, token), token,
+                  tiles ? tiles->row(i) : nullptr);
         row.add(h.rows, keys.tokens + from, to - from, keys.indptr[rows] - from);
         write(h, token, row);
       }

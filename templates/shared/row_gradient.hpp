@@ -18,11 +18,12 @@ template <class T> struct GradientRows {
 
 template <class T> class RowGradient {
  public:
-  RowGradient(int64_t head_dim, int64_t v_dim, float scale)
-      : head_dim_(head_dim), v_dim_(v_dim), scale_(scale), log2_scale_((scale == 0 ? 1e-30f : scale) * LOG2_E) {}
+  RowGradient(int64_t head_dim, int64_t v_dim, float scale, const Score& modifier)
+      : modifier_(modifier), head_dim_(head_dim), v_dim_(v_dim), scale_(scale), log2_scale_((scale == 0 ? 1e-30f : scale) * LOG2_E) {}
 
-  // Takes up a query with dQ = 0, or with what other keys have given (`dq`, scaled).
-  void begin(const T* q, const T* d_out, float lse, float delta, const float* dq = nullptr) {
+  // Takes up the query at place `token`, with dQ = 0 or with what other keys have given (`dq`, scaled).
+  void begin(const T* q, const T* d_out, float lse, float delta, int64_t token, const float* dq = nullptr) {
+    q_token_ = (int32_t)token;
     take(q_, q, head_dim_);
     take(do_, d_out, v_dim_);
     for (int64_t x = 0; x < head_dim_; x += VL) store(dq_ + x, dq && scale_ != 0 ? load(dq + x) * (1 / scale_) : vf{});
@@ -87,9 +88,20 @@ template <class T> class RowGradient {
       products[i] = i < n ? dot<VECTORS>(do_, rows.v + tokens[i] * rows.v_pitch, v_dim_) : vf{};
     }
     alignas(64) float p[VL], ds[VL];
-    const vf probability = exp2<std::is_same_v<T, float> ? 5 : 4>(horizontal_sums(scores) * log2_scale_ - lse_);
-    store(p, probability);
-    store(ds, probability * (horizontal_sums(products) - delta_));
+    constexpr int DEGREE = std::is_same_v<T, float> ? 5 : 4;
+    const vf s = horizontal_sums(scores), d_score = horizontal_sums(products) - delta_;
+    if constexpr (HAS_SCORE_MOD) {
+      vi places{};
+      for (int i = 0; i < n; ++i) places[i] = tokens[i];
+      const vf scaled = s * scale_;
+      const vf probability = exp2<DEGREE>(modifier_.value(scaled, q_token_, places) * LOG2_E - lse_);
+      store(p, probability);
+      store(ds, probability * d_score * modifier_.slope(scaled, q_token_, places));
+    } else {
+      const vf probability = exp2<DEGREE>(s * log2_scale_ - lse_);
+      store(p, probability);
+      store(ds, probability * d_score);
+    }
     if constexpr (VECTORS > 0) {
       vf dq[VECTORS];
 #pragma GCC unroll 8
@@ -121,6 +133,8 @@ template <class T> class RowGradient {
     }
   }
 
+  const Score& modifier_;
+  int32_t q_token_ = 0;
   const int64_t head_dim_, v_dim_;
   const float scale_, log2_scale_;
   float lse_ = 0, delta_ = 0;

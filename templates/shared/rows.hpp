@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "arguments.hpp"
+#include "score.hpp"
 #include "simd.hpp"
 
 namespace sx {
@@ -34,12 +35,16 @@ template <class T> struct KeyRows {
 
 template <class T> class RowEngine {
  public:
-  RowEngine(int64_t head_dim, int64_t v_dim, float scale)
-      : head_dim_(head_dim), v_dim_(v_dim),
-        // As in TileEngine: a negative scale is taken into q; a zero one must not turn -inf into NaN.
-        sign_(scale < 0 ? -1.0f : 1.0f), scale_(std::fabs(scale)), log2_scale_(std::fmax(std::fabs(scale), 1e-30f) * LOG2_E) {}
+  RowEngine(int64_t head_dim, int64_t v_dim, float scale, const Score& modifier)
+      : modifier_(modifier), raw_scale_(scale), head_dim_(head_dim), v_dim_(v_dim),
+        // As in TileEngine: a negative scale is taken into q; a zero one must not turn -inf into NaN; a modifier leaves
+        // nothing to scale.
+        sign_(scale < 0 && !HAS_SCORE_MOD ? -1.0f : 1.0f), scale_(HAS_SCORE_MOD ? 1.0f : std::fabs(scale)),
+        log2_scale_(std::fmax(scale_, 1e-30f) * LOG2_E) {}
 
-  void begin(const T* q) {
+  // Takes up the query at place `token` of the sequence.
+  void begin(const T* q, int64_t token) {
+    q_token_ = (int32_t)token;
     for (int64_t x = 0; x < head_dim_; x += VL)
       store(q_ + x, (x + VL <= head_dim_ ? load_f32(q + x) : load_f32_partial(q + x, (int)(head_dim_ - x))) * sign_);
 #if defined(SX_BF16_DOT)
@@ -52,8 +57,8 @@ template <class T> class RowEngine {
   }
 
   // Takes up a query some of whose keys were added elsewhere: maximum (in scores), sum, unnormalised output.
-  void resume(const T* q, float m, float l, const float* acc) {
-    begin(q);
+  void resume(const T* q, int64_t token, float m, float l, const float* acc) {
+    begin(q, token);
     m_ = m;
     l_[0] = l;
     std::memcpy(acc_, acc, v_dim_ * 4);
@@ -74,7 +79,7 @@ template <class T> class RowEngine {
   // A whole query of 1 ≤ n ≤ SHORT keys in registers, where the dimensions allow it: begin, add and finish in one.
   SX_INLINE bool attend_short(const T* q, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead, T* out,
                               float* lse) const {
-    if (n > SHORT || n == 0 || v_dim_ != head_dim_) return false;
+    if (HAS_SCORE_MOD || n > SHORT || n == 0 || v_dim_ != head_dim_) return false;
     if (head_dim_ == 2 * VL) return attend_short<2>(q, rows, tokens, n, ahead, out, lse);
     if (head_dim_ == 4 * VL) return attend_short<4>(q, rows, tokens, n, ahead, out, lse);
     if (head_dim_ == 8 * VL) return attend_short<8>(q, rows, tokens, n, ahead, out, lse);
@@ -231,7 +236,12 @@ template <class T> class RowEngine {
     vf partial[N];
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) partial[i] = i < n ? dot<VECTORS>(rows.k + tokens[i] * rows.k_pitch) : vf{};
-    const vf sums = horizontal_sums<N>(partial);
+    vf sums = horizontal_sums<N>(partial);
+    if constexpr (HAS_SCORE_MOD) {
+      vi places{};
+      for (int i = 0; i < n; ++i) places[i] = tokens[i];
+      sums = modifier_.value(sums * raw_scale_, q_token_, places);
+    }
     return select_bits((1u << n) - 1, sums, splat(NEG_INF));
   }
   template <int VECTORS> SX_INLINE vf few_scores(const KeyRows<T>& rows, const int32_t* tokens, int n) const {
@@ -278,6 +288,9 @@ template <class T> class RowEngine {
     for (int64_t x = 0; x < v_dim_; x += VL) store(acc_ + x, load(acc_ + x) * shrink);
   }
 
+  const Score& modifier_;
+  const float raw_scale_;
+  int32_t q_token_ = 0;
   const int64_t head_dim_, v_dim_;
   const float sign_, scale_, log2_scale_;
   float m_;

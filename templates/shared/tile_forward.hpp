@@ -22,12 +22,13 @@ template <class T> class TileForward {
   }
 
  private:
-  struct Head { const T *q, *k, *v; void* out; float* lse; };
+  struct Head { const T *q, *k, *v; void* out; float* lse; Score score; };
 
   Head head(int64_t copy) const {
     const int64_t b = copy / a_.n_heads, h = a_.heads[copy % a_.n_heads], kv = h / group_;
     auto at = [&](const Tensor& t, int64_t i, size_t size = sizeof(T)) { return (char*)t.data + (b * t.batch + i * t.head) * size; };
-    return {(T*)at(a_.q, h), (T*)at(a_.k, kv), (T*)at(a_.v, kv), at(a_.out, h, a_.out_is_fp32 ? 4 : sizeof(T)), a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr};
+    return {(T*)at(a_.q, h), (T*)at(a_.k, kv), (T*)at(a_.v, kv), at(a_.out, h, a_.out_is_fp32 ? 4 : sizeof(T)), a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr,
+            Score(a_.tables, (int32_t)(a_.first_batch + b), (int32_t)h)};
   }
   static Scratch& scratch() { thread_local Scratch s; return s; }
   int64_t q_token(int64_t position) const { return a_.q_order ? a_.q_order[position] : position; }
@@ -38,7 +39,7 @@ template <class T> class TileForward {
 
   void begin(TileEngine<T>& engine, const Head& h, int64_t unit) const {
     const int64_t first = unit * a_.block_q, n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
-    engine.begin(n, [&](int64_t i) { return h.q + q_token(first + i) * a_.q.row; });
+    engine.begin(n, [&](int64_t i) { return h.q + q_token(first + i) * a_.q.row; }, [&](int64_t i) { return q_token(first + i); });
   }
   void finish(TileEngine<T>& engine, const Head& h, int64_t unit) const {
     const int64_t first = unit * a_.block_q;
@@ -57,13 +58,13 @@ template <class T> class TileForward {
       walk_rows(h, unit, nullptr);
       return;
     }
-    TileEngine<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale);
+    TileEngine<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     begin(engine, h, unit);
     for (int64_t t = a_.tile_start[index]; t < a_.tile_stop[index]; ++t) add_tile(engine, h, t);
     if (has_columns)
       for (int64_t c = a_.column_start[index]; c < a_.column_stop[index]; ++c) {
         const int64_t token = kv_token(a_.gathered_columns[c]);
-        engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, a_.gathered_lanes[c]);
+        engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, token, a_.gathered_lanes[c]);
       }
     if (!is_whole) {
       if (has_edges) join_rows(engine, h, unit, a_.edge_start[index], a_.edge_stop[index]);
@@ -83,7 +84,7 @@ template <class T> class TileForward {
     if (pattern < 0) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t token = kv_token(first + i);
-        engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row);
+        engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, token);
       }
       return;
     }
@@ -91,7 +92,7 @@ template <class T> class TileForward {
     for (int64_t i = 0; i < n; ++i) {
       if (!lanes[i]) continue;
       const int64_t token = kv_token(first + i);
-      engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, lanes[i]);
+      engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, token, lanes[i]);
     }
   }
 
@@ -99,7 +100,7 @@ template <class T> class TileForward {
   void walk_rows(const Head& h, int64_t unit, const TileEngine<T>* tiles) const {
     const int64_t first = unit * a_.block_q, n = std::min(a_.q_len - first, a_.block_q);
     const int64_t end = a_.row_indptr[first + n];
-    RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale);
+    RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t from = a_.row_indptr[first + i], count = a_.row_indptr[first + i + 1] - from, token = q_token(first + i);
       const T* q = h.q + token * a_.q.row;
@@ -108,8 +109,8 @@ template <class T> class TileForward {
       if (is_fresh && !a_.out_is_fp32 && !a_.kv_order &&
           row.attend_short(q, rows(h), a_.row_start + from, count, end - from, (T*)h.out + token * a_.out.row, lse))
         continue;
-      if (is_fresh) row.begin(q);
-      else row.resume(q, tiles->maximum_score(i), tiles->sum(i), tiles->accumulator(i));
+      if (is_fresh) row.begin(q, token);
+      else row.resume(q, token, tiles->maximum_score(i), tiles->sum(i), tiles->accumulator(i));
       add_edges(row, h, from, count, end);
       if (a_.out_is_fp32) row.finish((float*)h.out + token * a_.out.row, lse);
       else row.finish((T*)h.out + token * a_.out.row, lse);
@@ -119,12 +120,12 @@ template <class T> class TileForward {
   // Adds edges [start, stop), all of this unit's queries, to a state that will be merged with others.
   void join_rows(TileEngine<T>& engine, const Head& h, int64_t unit, int64_t start, int64_t stop) const {
     const int64_t first = unit * a_.block_q, n = std::min(a_.q_len - first, a_.block_q);
-    RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale);
+    RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     engine.flush();
     for (int64_t i = 0; i < n; ++i) {
       const int64_t from = std::max(a_.row_indptr[first + i], start), to = std::min(a_.row_indptr[first + i + 1], stop);
       if (from >= to) continue;
-      row.begin(h.q + q_token(first + i) * a_.q.row);
+      row.begin(h.q + q_token(first + i) * a_.q.row, q_token(first + i));
       add_edges(row, h, from, to - from, stop);
       engine.join(i, row.maximum_score(), row.sum(), row.accumulator());
     }
@@ -149,7 +150,7 @@ template <class T> class TileForward {
   void merge(int64_t copy, int64_t index) const {
     const Head h = head(copy);
     const int64_t unit = a_.merge_unit[index];
-    TileEngine<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale);
+    TileEngine<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     begin(engine, h, unit);
     for (int64_t s = a_.merge_indptr[index]; s < a_.merge_indptr[index + 1]; ++s) engine.join(slot(copy, s));
     finish(engine, h, unit);

@@ -49,8 +49,10 @@ template <class T> class TileGradient {
   static constexpr int PACK = Dtype<T>::pack;
 
  public:
-  TileGradient(Scratch& scratch, int64_t block_q, int64_t head_dim, int64_t v_dim, float scale)
-      : block_q_(block_q), head_dim_(head_dim), v_dim_(v_dim), scale_(scale), log2_scale_((scale == 0 ? 1e-30f : scale) * LOG2_E) {
+  TileGradient(Scratch& scratch, int64_t block_q, int64_t head_dim, int64_t v_dim, float scale, const Score& modifier)
+      : modifier_(modifier), block_q_(block_q), head_dim_(head_dim), v_dim_(v_dim), scale_(scale),
+        // A zero scale must not turn -inf into NaN.
+        log2_scale_((scale == 0 ? 1e-30f : scale) * LOG2_E) {
     q_pitch_ = padded(head_dim);
     v_pitch_ = padded(v_dim);
     const int64_t rows = STRIP + MAX_KEY_GROUP + 2, dims = q_pitch_ + v_pitch_;
@@ -86,8 +88,11 @@ template <class T> class TileGradient {
     if constexpr (PACK == 2) k_pairs_ = (Operand*)take(rows * q_pitch_);
   }
 
-  // Takes up queries: addresses of their rows of q and dO, their log-sum-exp, and delta.
-  template <class Q, class Do, class Lse, class Delta> void begin(int64_t n, Q&& q, Do&& d_out, Lse&& lse, Delta&& delta) {
+  // Takes up queries: addresses of their rows of q and dO, their log-sum-exp, delta, and places in the sequence.
+  template <class Q, class Do, class Lse, class Delta, class Token>
+  void begin(int64_t n, Q&& q, Do&& d_out, Lse&& lse, Delta&& delta, Token&& token) {
+    if constexpr (HAS_SCORE_MOD)
+      for (int64_t i = 0; i < block_q_; ++i) q_tokens_[i / VL][i % VL] = i < n ? (int32_t)token(i) : 0;
     n_ = n;
     vectors_ = (int)((n + VL - 1) / VL);
     for (int64_t i = 0; i < vectors_ * VL; ++i) {
@@ -109,8 +114,10 @@ template <class T> class TileGradient {
     masked_ = false;
   }
 
-  // Adds one key for the queries whose bit is set: its rows of K and V, and the fp32 rows its gradients are added to.
-  SX_INLINE void add(const T* k, const T* v, float* dk, float* dv, uint64_t lanes) {
+  // Adds one key, at place `token`, for the queries whose bit is set: its rows of K and V, and the fp32 rows its gradients
+  // are added to.
+  SX_INLINE void add(const T* k, const T* v, float* dk, float* dv, int64_t token, uint64_t lanes) {
+    if constexpr (HAS_SCORE_MOD) kv_tokens_[keys_] = (int32_t)token;
     k_[keys_] = k; v_[keys_] = v; dk_[keys_] = dk; dv_[keys_] = dv; lanes_[keys_] = lanes;
     masked_ |= lanes != ~uint64_t(0);
     if (++keys_ == STRIP) flush();
@@ -124,7 +131,7 @@ template <class T> class TileGradient {
     else chunks_[n_chunks_++] = {0, keys_, 0, vectors_};
     for (int c = 0; c < n_chunks_; ++c) {
       const Chunk& chunk = chunks_[c];
-      if (masked_) scores<true>(chunk, kp_, qt_, depth(head_dim_), s_);
+      if (masked_ && !HAS_SCORE_MOD) scores<true>(chunk, kp_, qt_, depth(head_dim_), s_);
       else scores<false>(chunk, kp_, qt_, depth(head_dim_), s_);
       scores<false>(chunk, vp_, dot_, depth(v_dim_), dp_);
       differentiate(chunk);
@@ -255,8 +262,22 @@ template <class T> class TileGradient {
     for (int v = c.low; v < c.high; ++v) {
       const vf lse = load(lse_ + v * VL), delta = load(delta_ + v * VL);
       auto both = [&](int i, vf& p, vf& ds) {
-        p = exp2<Dtype<T>::exp2_degree>(load(s_ + i * block_q_ + v * VL) * log2_scale_ - lse);
-        ds = p * (load(dp_ + i * block_q_ + v * VL) - delta);
+        const vf s = load(s_ + i * block_q_ + v * VL);
+        const vf d_score = load(dp_ + i * block_q_ + v * VL) - delta;
+        if constexpr (HAS_SCORE_MOD) {
+          const vf scaled = s * scale_;
+          const vf modified = modifier_.value(scaled, q_tokens_[v], kv_tokens_[i]);
+          p = exp2<Dtype<T>::exp2_degree>(modified * LOG2_E - lse);
+          ds = p * d_score * modifier_.slope(scaled, q_tokens_[v], kv_tokens_[i]);
+          if (masked_) {
+            const uint32_t live = (uint32_t)(lanes_[i] >> (v * VL)) & ALL_LANES;
+            p = select_bits(live, p, vf{});
+            ds = select_bits(live, ds, vf{});
+          }
+        } else {
+          p = exp2<Dtype<T>::exp2_degree>(s * log2_scale_ - lse);
+          ds = p * d_score;
+        }
       };
       if constexpr (PACK == 1) {
 #pragma GCC unroll 4
@@ -319,6 +340,9 @@ template <class T> class TileGradient {
       });
   }
 
+  const Score& modifier_;
+  vi q_tokens_[MAX_BLOCK_Q / VL];
+  int32_t kv_tokens_[STRIP];
   const int64_t block_q_, head_dim_, v_dim_;
   const float scale_, log2_scale_;
   int64_t q_pitch_, v_pitch_, n_ = 0;

@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "arguments.hpp"
+#include "score.hpp"
 #include "simd.hpp"
 
 namespace sx {
@@ -20,6 +21,7 @@ namespace sx {
 constexpr int STRIP = 64;         // keys a strip
 constexpr int CHUNK_STEP = 8;     // keys that share one decision about which query vectors are live
 constexpr int MAX_BLOCK_Q = 64;
+constexpr uint32_t ALL_LANES = (1u << (VL - 1)) * 2 - 1;
 constexpr int MAX_KEY_GROUP = 14;
 
 
@@ -85,7 +87,7 @@ static void score_block(const Operand* const* k, const Operand* qt, int64_t bloc
     vf highest = load(peak + j * VL);
 #pragma GCC unroll 16
     for (int i = 0; i < KEYS; ++i) {
-      if constexpr (MASKED) acc[i][j] = select_bits((uint32_t)(lanes[i] >> (first_lane + j * VL)) & ((1u << (VL - 1)) * 2 - 1), acc[i][j], splat(NEG_INF));
+      if constexpr (MASKED) acc[i][j] = select_bits((uint32_t)(lanes[i] >> (first_lane + j * VL)) & ALL_LANES, acc[i][j], splat(NEG_INF));
       highest = maximum(acc[i][j], highest);
       store(s + i * block_q + j * VL, acc[i][j]);
     }
@@ -163,10 +165,12 @@ template <class T> class TileEngine {
 
  public:
   // `block_q` is a multiple of VL up to 64; `heads_dim` and `v_dim` any.
-  TileEngine(Scratch& scratch, int64_t block_q, int64_t head_dim, int64_t v_dim, float scale)
-      : block_q_(block_q), head_dim_(head_dim), v_dim_(v_dim), depth_((head_dim + PACK - 1) / PACK),
-        // A negative scale is taken into q; a zero one must not turn -inf into NaN.
-        sign_(scale < 0 ? -1.0f : 1.0f), scale_(std::fabs(scale)), log2_scale_(std::fmax(std::fabs(scale), 1e-30f) * LOG2_E) {
+  TileEngine(Scratch& scratch, int64_t block_q, int64_t head_dim, int64_t v_dim, float scale, const Score& modifier)
+      : modifier_(modifier), raw_scale_(scale), block_q_(block_q), head_dim_(head_dim), v_dim_(v_dim), depth_((head_dim + PACK - 1) / PACK),
+        // A negative scale is taken into q; a zero one must not turn -inf into NaN. A modifier takes scaled scores and
+        // leaves nothing to scale.
+        sign_(scale < 0 && !HAS_SCORE_MOD ? -1.0f : 1.0f), scale_(HAS_SCORE_MOD ? 1.0f : std::fabs(scale)),
+        log2_scale_(std::fmax(scale_, 1e-30f) * LOG2_E) {
     padded_ = (depth_ + VL - 1) / VL * VL;
     int64_t rows = STRIP + MAX_KEY_GROUP + 2;
     int64_t v_padded = (v_dim + VL - 1) / VL * VL + VL;
@@ -192,8 +196,10 @@ template <class T> class TileEngine {
     v_pitch_ = v_padded;
   }
 
-  // Takes up queries: `row(i)` is the address of query i, for i < n.
-  template <class Row> void begin(int64_t n, Row&& row) {
+  // Takes up queries: `row(i)` is the address of query i, for i < n, and `token(i)` its place in the sequence.
+  template <class Row, class Token> void begin(int64_t n, Row&& row, Token&& token) {
+    if constexpr (HAS_SCORE_MOD)
+      for (int64_t i = 0; i < block_q_; ++i) q_tokens_[i / VL][i % VL] = i < n ? (int32_t)token(i) : 0;
     n_ = n;
     vectors_ = (int)((n + VL - 1) / VL);
     const int64_t pitch = padded_ * PACK;
@@ -216,15 +222,17 @@ template <class T> class TileEngine {
     fresh_ = true;
   }
 
-  // Adds one key for the queries whose bit is set; `k` and `v` are its rows.
-  SX_INLINE void add(const T* k, const T* v, uint64_t lanes) {
+  // Adds one key, at place `token`, for the queries whose bit is set; `k` and `v` are its rows.
+  SX_INLINE void add(const T* k, const T* v, int64_t token, uint64_t lanes) {
     k_[keys_] = k; v_[keys_] = v; lanes_[keys_] = lanes;
+    if constexpr (HAS_SCORE_MOD) kv_tokens_[keys_] = (int32_t)token;
     masked_ = true;
     if (++keys_ == STRIP) flush();
   }
   // Adds one key for all queries.
-  SX_INLINE void add(const T* k, const T* v) {
+  SX_INLINE void add(const T* k, const T* v, int64_t token) {
     k_[keys_] = k; v_[keys_] = v; lanes_[keys_] = ~uint64_t(0);
+    if constexpr (HAS_SCORE_MOD) kv_tokens_[keys_] = (int32_t)token;
     if (++keys_ == STRIP) flush();
   }
 
@@ -236,7 +244,13 @@ template <class T> class TileEngine {
     n_chunks_ = 0;
     if (masked_) n_chunks_ = find_chunks(chunks_, lanes_, keys, n_);
     else chunks_[n_chunks_++] = {0, keys, 0, vectors_};
-    for (int c = 0; c < n_chunks_; ++c) masked_ ? score<true>(chunks_[c]) : score<false>(chunks_[c]);
+    if constexpr (HAS_SCORE_MOD) {
+      for (int c = 0; c < n_chunks_; ++c) score<false>(chunks_[c]);
+      for (int i = 0; i < vectors_ * VL; i += VL) store(peak_ + i, splat(NEG_INF));
+      for (int c = 0; c < n_chunks_; ++c) modify(chunks_[c]);
+    } else {
+      for (int c = 0; c < n_chunks_; ++c) masked_ ? score<true>(chunks_[c]) : score<false>(chunks_[c]);
+    }
     raise_maximum();
     for (int c = 0; c < n_chunks_; ++c) exponentiate(chunks_[c]);
     for (int c = 0; c < n_chunks_; ++c) add_values(chunks_[c]);
@@ -398,6 +412,21 @@ template <class T> class TileEngine {
       });
   }
 
+  // Applies the score modifier, then the mask, and finds the peaks anew.
+  void modify(const Chunk& c) {
+    for (int v = c.low; v < c.high; ++v) {
+      vf highest = load(peak_ + v * VL);
+      for (int i = c.first; i < c.last; ++i) {
+        float* s = s_ + i * block_q_ + v * VL;
+        vf modified = modifier_.value(load(s) * raw_scale_, q_tokens_[v], kv_tokens_[i]);
+        if (masked_) modified = select_bits((uint32_t)(lanes_[i] >> (v * VL)) & ALL_LANES, modified, splat(NEG_INF));
+        highest = maximum(modified, highest);
+        store(s, modified);
+      }
+      store(peak_ + v * VL, highest);
+    }
+  }
+
   // Moves the reference point of the exponentials where a strip's scores have outgrown it.
   void raise_maximum() {
     const float slack = RESCALE_LOG2 / log2_scale_;
@@ -464,6 +493,10 @@ template <class T> class TileEngine {
       });
   }
 
+  const Score& modifier_;
+  const float raw_scale_;
+  vi q_tokens_[MAX_BLOCK_Q / VL];
+  int32_t kv_tokens_[STRIP];
   const int64_t block_q_, head_dim_, v_dim_, depth_;
   const float sign_, scale_, log2_scale_;
   int64_t padded_, v_pitch_, n_ = 0;
