@@ -19,22 +19,48 @@ Layers, from the top; imports go down only:
 Importing this package, and planning, load none of torch, triton, cuda and optuna.
 """
 
-from sparsec import masks
-from sparsec.analysis import MaskProfile, analyse
-from sparsec.backends.base import Problem
-from sparsec.device import Device, device
-from sparsec.errors import (
-    BackendMissingError,
-    CompileError,
-    MaskError,
-    RecordError,
-    SparsecError,
-    UnsupportedError,
-)
-from sparsec.planner import Plan, plan
-from sparsec.runtime import Attention, attention, compile
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsec import masks, score
+    from sparsec.analysis import MaskProfile, analyse
+    from sparsec.backends.base import Problem
+    from sparsec.device import Device
+    from sparsec.errors import (
+        BackendMissingError,
+        CompileError,
+        MaskError,
+        RecordError,
+        SparsecError,
+        UnsupportedError,
+    )
+    from sparsec.planner import Plan, plan
+    from sparsec.runtime import Attention, attention, compile
 
 __version__ = "0.1.0"
+
+# Where each public name lives. Names are loaded when first used, so that importing the package costs next to nothing.
+_HOMES = {
+    "Attention": "sparsec.runtime",
+    "BackendMissingError": "sparsec.errors",
+    "CompileError": "sparsec.errors",
+    "Device": "sparsec.device",
+    "MaskError": "sparsec.errors",
+    "MaskProfile": "sparsec.analysis",
+    "Plan": "sparsec.planner",
+    "Problem": "sparsec.backends.base",
+    "RecordError": "sparsec.errors",
+    "SparsecError": "sparsec.errors",
+    "UnsupportedError": "sparsec.errors",
+    "analyse": "sparsec.analysis",
+    "attention": "sparsec.runtime",
+    "compile": "sparsec.runtime",
+    "plan": "sparsec.planner",
+}
+_SUBMODULES = ("masks", "score")
 
 __all__ = [
     "Attention",
@@ -51,7 +77,21 @@ __all__ = [
     "analyse",
     "attention",
     "compile",
-    "device",
     "masks",
     "plan",
+    "score",
 ]
+
+
+def __getattr__(name: str) -> Any:  # any public object
+    if name in _SUBMODULES:
+        return importlib.import_module(f"sparsec.{name}")
+    if name in _HOMES:
+        found = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = found
+        return found
+    raise AttributeError(f"module 'sparsec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
