@@ -1,6 +1,6 @@
 """From a mask and a problem to a plan: what runs, in which order of tokens, and why."""
 
-from sparsec.planner.plan import Candidate, Group, Plan, Refusal, Step
+from sparsec.planner.plans import Candidate, Group, Plan, Refusal, Step
 from sparsec.planner.search import plan
 
 __all__ = ["Candidate", "Group", "Plan", "Refusal", "Step", "plan"]

@@ -32,7 +32,7 @@ from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.layout import Ordering, reordered
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.parts import heavy_rows_apart, residue_part
-from sparsec.planner.plan import Candidate, Group, Plan, Refusal, Step
+from sparsec.planner.plans import Candidate, Group, Plan, Refusal, Step
 from sparsec.planner.works import IDENTITY, build_work, span_of
 from sparsec.score import ScoreMod
 from sparsec.template import Config, Template, template, templates

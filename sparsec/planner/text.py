@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 
 from sparsec.backends.base import Problem
-from sparsec.planner.plan import Candidate, Group, Plan, Step
+from sparsec.planner.plans import Candidate, Group, Plan, Step
 
 WIDTH = 80
 _SHOWN_ALTERNATIVES = 6
