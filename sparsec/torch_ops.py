@@ -12,6 +12,14 @@ import torch
 from sparsec.handles import executor
 
 
+def new_output(q: torch.Tensor, v_dim: int) -> torch.Tensor:
+    """An output `[batch, q_heads, q_len, v_dim]` whose heads lie within its rows where those of q do."""
+    batch, heads, length, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(batch, length, heads, v_dim).transpose(1, 2)
+    return q.new_empty(batch, heads, length, v_dim)
+
+
 @torch.library.custom_op("sparsec::forward", mutates_args=())
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
     return executor(handle).forward(q, k, v)
@@ -21,8 +29,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, handle: int) -> t
 def _forward_shapes(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, handle: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, length, _ = q.shape
-    return q.new_empty(batch, heads, length, v.shape[3]), q.new_empty(batch, heads, length, dtype=torch.float32)
+    return new_output(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("sparsec::backward", mutates_args=())
