@@ -360,7 +360,9 @@ class _Specialisation:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         import torch
 
-        out = _operators().new_output(q, v.shape[3])
+        from sparsec import torch_ops
+
+        out = torch_ops.new_output(q, v.shape[3])
         q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
         for group, kernels in zip(self.plan.groups, self._kernels, strict=True):
