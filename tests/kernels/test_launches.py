@@ -90,7 +90,9 @@ def test_strided_inputs(name, view, dtype):
     assert not any(tensor.is_contiguous() for tensor in views)
     _, (out, lse) = _call(tried, *views, template=name)
     running.check(tried, out, lse)
-    assert out.is_contiguous()
+    # As of torch's own attention: where q has its heads within its rows, so has the output.
+    has_heads_in_rows = views[0].stride(1) < views[0].stride(2)
+    assert (out.transpose(1, 2) if has_heads_in_rows else out).is_contiguous()
 
 
 @pytest.mark.parametrize("name", CPU_TEMPLATES)
