@@ -46,10 +46,10 @@ def _group_lines(plan: Plan, group: Group) -> list[str]:
     for number, step in enumerate(group.steps, 1):
         lines += _step_lines(number, step)
     estimate = group.estimate
-    rate = estimate.flops / estimate.us * 1e-3
+    rate = _rate(estimate.flops / estimate.us * 1e-3)
     lines += _wrapped(
         "  total  ",
-        f"estimated {duration(estimate.us)}, {rate:,.0f} GFLOP/s of useful work; "
+        f"estimated {duration(estimate.us)}, {rate} of useful work; "
         f"most of it goes to {estimate.limiter} (configuration from the {group.config_source})",
     )
     if group.alternatives:
@@ -135,6 +135,10 @@ def _wrapped(label: str, text: str) -> list[str]:
     return textwrap.wrap(
         text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
     ) or [label.rstrip()]
+
+
+def _rate(gflops: float) -> str:
+    return f"{gflops / 1e3:,.0f} TFLOP/s" if gflops >= 1e4 else f"{gflops:,.0f} GFLOP/s"
 
 
 def _heads(problem: Problem) -> str:
