@@ -203,6 +203,9 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
     if tiles is not None:
         while block * accumulated > ACCUMULATOR_PER_THREAD * threads_a_warp * warps and warps < 8:
             warps *= 2
+    if side.work.gathered is not None and not side.is_dq:
+        # Two accumulators, and three kinds of lists in one kernel.
+        warps = 8
     row_bytes = max(dims[1], dims[3]) * itemsize
     keys = max(1, config.get("fetch", 64) * threads_a_warp * warps // (2 * block * row_bytes))
     constants: dict[str, object] = {"KEYS": keys, "CHUNK": dims[1], "CHUNK_2": dims[3], "STREAM": 16, "STEP": 16}

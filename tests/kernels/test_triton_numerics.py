@@ -19,6 +19,7 @@ import torch
 from cases import Case, by_degree, case, scattered
 
 from sparsec import masks as m
+from sparsec.backends import reference
 from sparsec.backends import triton as triton_backend
 from sparsec.backends.base import Launch, Work
 from sparsec.device import device
@@ -131,6 +132,63 @@ def _run_rows_as(form: str, tried: Case) -> None:
     _checked(replace(made, work=replace(made.work, rows=rows)), tried)
 
 
+def _run_gradient(name: str, tried: Case, values: dict[str, int] | None = None, *, is_split: bool = False) -> None:
+    made = _launch(name, tried, values)
+    _check_gradient(replace(made, work=split(made.work)) if is_split else made, tried)
+
+
+def _run_gradient_split(name: str, tried: Case) -> None:
+    _run_gradient(name, tried, is_split=True)
+
+
+def _run_gradient_shuffled(name: str, tried: Case) -> None:
+    rng = np.random.default_rng(2)
+    orders = (rng.permutation(length).astype(np.int32) for length in tried.bound.shape)
+    ordering = Ordering("shuffled", *orders)
+    _check_gradient(_launch(name, tried, ordering=ordering, bound=reordered(tried.bound, ordering)), tried)
+
+
+def _run_gradient_of_some_heads(name: str, tried: Case) -> None:
+    _check_gradient(replace(_launch(name, tried), heads=(1, 2), batch=(1,)), tried, with_d_lse=False)
+
+
+def _check_gradient(made: Launch, tried: Case, *, with_d_lse: bool = True) -> None:
+    """Holds dq, and what is added to dk and dv, to the reference, given exact results of the forward pass."""
+    p, scale = tried.problem, running.scale_of(tried)
+    group = p.q_heads // p.kv_heads
+    q, k, v = running.inputs(tried)
+    # Coarse, so that scores are exact in any order of sums, and every error is the backward pass's own.
+    q, k = (tensor.mul(8).round().div(8) for tensor in (q, k))
+    out, lse = running.poisoned(tried)
+    whole = replace(_launch(made.template.name, tried), heads=tuple(range(p.q_heads)), batch=tuple(range(p.batch)))
+    reference.ReferenceKernel(whole)(q, k, v, out, lse)
+    generator = torch.Generator().manual_seed(13)
+    d_out = torch.randn(out.shape, generator=generator).to(out.dtype)
+    d_lse = torch.randn(lse.shape, generator=generator)
+    dq, dk, dv = torch.full_like(q, float("nan")), torch.ones(k.shape), torch.ones(v.shape)
+    gradient = triton_backend.backend().lower_backward(made)
+    gradient(q, k, v, out, lse, d_out, d_lse if with_d_lse else None, dq, dk, dv)
+    written = torch.zeros(lse.shape, dtype=torch.bool)
+    allowed_k, allowed_v = np.full(k.shape[:2], 1e-5), np.full(v.shape[:2], 1e-5)
+    expected_k, expected_v = np.ones(k.shape), np.ones(v.shape)
+    for b in made.elements(p.batch):
+        for h in made.heads:
+            heads = tuple(t.double().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group]))
+            above = d_out[b, h].double().numpy(), d_lse[b, h].double().numpy() * with_d_lse
+            wanted = reference.gradients(*heads, tried.bound, scale, *above)
+            allowed = reference.gradient_tolerances(*heads, tried.bound, scale, *above, p.dtype)
+            running.check_close(dq[b, h], wanted[0], allowed[0], f"dq of head {h}, batch element {b}")
+            written[b, h] = True
+            expected_k[b, h // group] += wanted[1]
+            expected_v[b, h // group] += wanted[2]
+            allowed_k[b, h // group] += allowed[1]
+            allowed_v[b, h // group] += allowed[2]
+    assert torch.equal(~torch.isnan(dq).any(-1), written)
+    for b, h in np.ndindex(p.batch, p.kv_heads):
+        running.check_close(dk[b, h], expected_k[b, h], allowed_k[b, h], f"dk of head {h}, batch element {b}")
+        running.check_close(dv[b, h], expected_v[b, h], allowed_v[b, h], f"dv of head {h}, batch element {b}")
+
+
 def split(work: Work) -> Work:
     """The same work with every unit in several pieces."""
     entries = np.zeros(int(work.schedule.unit.max()) + 1, np.int64)
@@ -229,3 +287,38 @@ def test_rows_abreast(interpreter, values):
 def test_forms_of_rows(interpreter, form):
     mask = m.dilated(9, 2) | m.window(2, 1)
     interpreter(_run_rows_as, form, case("two-steps", mask, 27, 31, 16).with_dtype("fp32"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("job", [_run_gradient_split, _run_gradient_shuffled], ids=["split", "shuffled"])
+def test_gradients_of_launches(interpreter, job, name, dtype):
+    interpreter(job, name, HARD.with_dtype(dtype))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_gradients_of_some_heads(interpreter, name):
+    interpreter(_run_gradient_of_some_heads, name, GROUPED.with_dtype("fp32"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "tried",
+    [
+        GROUPED.with_dtype("fp32"),
+        GROUPED.with_dtype("fp16"),
+        case("full-ragged", m.full(), 19, 37, 16, v_dim=1).with_dtype("fp32"),
+        case("empty", ~m.full(), 19, 37, 1, v_dim=16).with_dtype("fp32"),
+        case("dilated", m.dilated(20, 3), 40, 50, 17).with_dtype("fp16"),
+        LONG_ROWS.with_dtype("fp32"),
+        replace(HARD, scale=-0.2).with_dtype("fp32"),
+    ],
+    ids=lambda tried: f"{tried.id}-{tried.problem.dtype}",
+)
+def test_gradients(interpreter, tried, name):
+    interpreter(_run_gradient, name, tried)
+
+
+@pytest.mark.parametrize("values", [{"block_q": 64, "block_kv": 32}, {"block_q": 16, "block_kv": 128}], ids=str)
+def test_gradients_in_tiles_of_other_sizes(interpreter, values):
+    interpreter(_run_gradient, "block_sparse", GROUPED.with_dtype("fp32"), values)
