@@ -19,7 +19,7 @@ template <class T> struct GradientRows {
 template <class T> class RowGradient {
  public:
   RowGradient(int64_t head_dim, int64_t v_dim, float scale, const Score& modifier)
-      : modifier_(modifier), head_dim_(head_dim), v_dim_(v_dim), scale_(scale), log2_scale_((scale == 0 ? 1e-30f : scale) * LOG2_E) {}
+      : modifier_(modifier), head_dim_(head_dim), v_dim_(v_dim), scale_(scale) {}
 
   // Takes up the query at place `token`, with dQ = 0 or with what other keys have given (`dq`, scaled).
   void begin(const T* q, const T* d_out, float lse, float delta, int64_t token, const float* dq = nullptr) {
@@ -27,7 +27,7 @@ template <class T> class RowGradient {
     take(q_, q, head_dim_);
     take(do_, d_out, v_dim_);
     for (int64_t x = 0; x < head_dim_; x += VL) store(dq_ + x, dq && scale_ != 0 ? load(dq + x) * (1 / scale_) : vf{});
-    lse_ = lse == NEG_INF ? 0.0f : lse * LOG2_E;
+    lse_ = lse == NEG_INF ? 0.0f : lse;
     delta_ = delta;
   }
 
@@ -94,11 +94,11 @@ template <class T> class RowGradient {
       vi places{};
       for (int i = 0; i < n; ++i) places[i] = tokens[i];
       const vf scaled = s * scale_;
-      const vf probability = exp2<DEGREE>(modifier_.value(scaled, q_token_, places) * LOG2_E - lse_);
+      const vf probability = exp2<DEGREE>((modifier_.value(scaled, q_token_, places) - lse_) * LOG2_E);
       store(p, probability);
       store(ds, probability * d_score * modifier_.slope(scaled, q_token_, places));
     } else {
-      const vf probability = exp2<DEGREE>(s * log2_scale_ - lse_);
+      const vf probability = exp2<DEGREE>((s * scale_ - lse_) * LOG2_E);
       store(p, probability);
       store(ds, probability * d_score);
     }
@@ -136,7 +136,7 @@ template <class T> class RowGradient {
   const Score& modifier_;
   int32_t q_token_ = 0;
   const int64_t head_dim_, v_dim_;
-  const float scale_, log2_scale_;
+  const float scale_;
   float lse_ = 0, delta_ = 0;
   alignas(64) float q_[MAX_DIM + VL], do_[MAX_DIM + VL], dq_[MAX_DIM + VL];
 };

@@ -25,7 +25,7 @@ static void row_block(const Operand* weight, int64_t weight_pitch, const Operand
 #pragma GCC unroll 16
   for (int i = 0; i < KEYS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) acc[i][j] = load(to[i] + column + j * VL);
+    for (int j = 0; j < VECTORS; ++j) acc[i][j] = vf{};
   rows += first * rows_pitch + column;
   for (int64_t x = first; x < last; ++x, rows += rows_pitch) {
     V row[VECTORS];
@@ -41,7 +41,7 @@ static void row_block(const Operand* weight, int64_t weight_pitch, const Operand
 #pragma GCC unroll 16
   for (int i = 0; i < KEYS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) store(to[i] + column + j * VL, acc[i][j]);
+    for (int j = 0; j < VECTORS; ++j) store(to[i] + column + j * VL, load(to[i] + column + j * VL) + acc[i][j]);
 }
 
 template <class T> class TileGradient {
@@ -51,8 +51,8 @@ template <class T> class TileGradient {
  public:
   TileGradient(Scratch& scratch, int64_t block_q, int64_t head_dim, int64_t v_dim, float scale, const Score& modifier)
       : modifier_(modifier), block_q_(block_q), head_dim_(head_dim), v_dim_(v_dim), scale_(scale),
-        // A zero scale must not turn -inf into NaN.
-        log2_scale_((scale == 0 ? 1e-30f : scale) * LOG2_E) {
+        // As in TileEngine: a negative scale is taken into q; a zero one must not turn -inf into NaN.
+        sign_(scale < 0 ? -1.0f : 1.0f), magnitude_(std::fmax(std::fabs(scale), 1e-30f)) {
     q_pitch_ = padded(head_dim);
     v_pitch_ = padded(v_dim);
     const int64_t rows = STRIP + MAX_KEY_GROUP + 2, dims = q_pitch_ + v_pitch_;
@@ -100,11 +100,11 @@ template <class T> class TileGradient {
       unpack_row(do_rows_ + i * v_pitch_, i < n ? d_out(i) : nullptr, v_dim_, v_pitch_);
       // A query without keys has nothing to recompute; lanes beyond the last query weigh nothing.
       const float value = i < n ? lse(i) : -NEG_INF;
-      lse_[i] = value == NEG_INF ? 0.0f : value * LOG2_E;
+      lse_[i] = value == NEG_INF ? 0.0f : value;
       delta_[i] = i < n ? delta(i) : 0.0f;
     }
-    pack(qt_, q_rows_, q_pitch_);
-    pack(dot_, do_rows_, v_pitch_);
+    pack(qt_, q_rows_, q_pitch_, sign_);
+    pack(dot_, do_rows_, v_pitch_, 1.0f);
     if constexpr (PACK == 2) {
       pair_rows(q_pairs_, q_rows_, q_pitch_);
       pair_rows(do_pairs_, do_rows_, v_pitch_);
@@ -174,13 +174,13 @@ template <class T> class TileGradient {
     for (; x < pitch; x += VL) store(to + x, vf{});
   }
 
-  // Queries in lanes: [dimension / PACK, block_q].
-  void pack(Operand* to, const float* rows, int64_t pitch) {
+  // Queries in lanes, times `sign`: [dimension / PACK, block_q].
+  void pack(Operand* to, const float* rows, int64_t pitch, float sign) {
     for (int64_t lane = 0; lane < vectors_ * VL; lane += VL)
       for (int64_t x = 0; x < pitch / PACK; x += VL) {
         if constexpr (PACK == 1) {
           vf block[VL];
-          for (int i = 0; i < VL; ++i) block[i] = load(rows + (lane + i) * pitch + x);
+          for (int i = 0; i < VL; ++i) block[i] = load(rows + (lane + i) * pitch + x) * sign;
           transpose(block);
           for (int j = 0; j < VL; ++j) store((float*)to + (x + j) * block_q_ + lane, block[j]);
         } else {
@@ -188,7 +188,7 @@ template <class T> class TileGradient {
           vu block[VL];
           for (int i = 0; i < VL; ++i) {
             const float* from = rows + (lane + i) * pitch + 2 * x;
-            block[i] = (vu)_mm512_cvtne2ps_pbh((__m512)load(from + VL), (__m512)load(from));
+            block[i] = (vu)_mm512_cvtne2ps_pbh((__m512)(load(from + VL) * sign), (__m512)(load(from) * sign));
           }
           transpose(block);
           for (int j = 0; j < VL; ++j) std::memcpy(to + (x + j) * block_q_ + lane, &block[j], sizeof(vu));
@@ -265,9 +265,9 @@ template <class T> class TileGradient {
         const vf s = load(s_ + i * block_q_ + v * VL);
         const vf d_score = load(dp_ + i * block_q_ + v * VL) - delta;
         if constexpr (HAS_SCORE_MOD) {
-          const vf scaled = s * scale_;
+          const vf scaled = s * magnitude_;
           const vf modified = modifier_.value(scaled, q_tokens_[v], kv_tokens_[i]);
-          p = exp2<Dtype<T>::exp2_degree>(modified * LOG2_E - lse);
+          p = exp2<Dtype<T>::exp2_degree>((modified - lse) * LOG2_E);
           ds = p * d_score * modifier_.slope(scaled, q_tokens_[v], kv_tokens_[i]);
           if (masked_) {
             const uint32_t live = (uint32_t)(lanes_[i] >> (v * VL)) & ALL_LANES;
@@ -275,7 +275,8 @@ template <class T> class TileGradient {
             ds = select_bits(live, ds, vf{});
           }
         } else {
-          p = exp2<Dtype<T>::exp2_degree>(s * log2_scale_ - lse);
+          // The difference first: of large scores it keeps every digit.
+          p = exp2<Dtype<T>::exp2_degree>((s * magnitude_ - lse) * LOG2_E);
           ds = p * d_score;
         }
       };
@@ -344,7 +345,7 @@ template <class T> class TileGradient {
   vi q_tokens_[MAX_BLOCK_Q / VL];
   int32_t kv_tokens_[STRIP];
   const int64_t block_q_, head_dim_, v_dim_;
-  const float scale_, log2_scale_;
+  const float scale_, sign_, magnitude_;
   int64_t q_pitch_, v_pitch_, n_ = 0;
   int vectors_ = 0, keys_ = 0, n_chunks_ = 0;
   bool masked_ = false;
