@@ -203,8 +203,10 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
     if tiles is not None:
         while block * accumulated > ACCUMULATOR_PER_THREAD * threads_a_warp * warps and warps < 8:
             warps *= 2
-    if side.work.gathered is not None and not side.is_dq:
-        # Two accumulators, and three kinds of lists in one kernel.
+    is_without_matrix_units = device.kind == "nvidia" and itemsize == 4
+    is_crowded = not side.is_dq and (side.work.gathered is not None or "tcgen05" in device.features)
+    if tiles is not None and (is_without_matrix_units or is_crowded):
+        # Operands held by threads; or two accumulators beside three kinds of lists, or beside tensor memory's copies.
         warps = 8
     row_bytes = max(dims[1], dims[3]) * itemsize
     keys = max(1, config.get("fetch", 64) * threads_a_warp * warps // (2 * block * row_bytes))
@@ -213,7 +215,7 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
         return constants, warps, 1
     stream = tiles.tile_map.block_kv
     constants["STREAM"] = stream
-    if device.kind == "nvidia" and itemsize == 4:
+    if is_without_matrix_units:
         return constants | {"CHUNK": 16, "CHUNK_2": 16}, warps, 1
     # Both operands of the own rows and of a step of the stream, and the weights and score gradients between.
     step, stages = min(stream, 64 if block * accumulated <= 64 * 128 else 32), 2

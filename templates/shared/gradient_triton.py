@@ -4,9 +4,10 @@ With P the probabilities, dP = dO·Vᵀ and dS = P ∘ (dP - delta), where delta
 
     dQ = scale · dS·K      dK = scale · dSᵀ·Q      dV = Pᵀ·dO
 
-One kernel makes either side. Its programs own a block of *rows* and run through the other side, the *stream*: queries own
-rows for dQ and stream keys; keys own rows for dK and dV and stream queries, over the transposed lists. So each result row
-has one owner, there are no atomics, and the order of sums is fixed. This file must not know how the lists were made.
+One kernel makes either side. Its programs own a block of *rows* and run through the other side, the *stream*: queries
+own rows for dQ and stream keys; keys own rows for dK and dV and stream queries, over the transposed lists. So each
+result row has one owner, there are no atomics, and the order of sums is fixed. This file must not know how the lists
+were made.
 
 Source: Dao et al., "FlashAttention", NeurIPS 2022, algorithm 4 and appendix B.
 """

