@@ -161,12 +161,11 @@ def test_any_order_of_queries_and_keys(name, dtype):
 REORDERED = [
     case("dilated", m.dilated(120, 8), 400, 400, 32, heads=(2, 1)),
     case("strided", m.strided(16), 333, 333, 32),
-    case("random-edges-in-clusters", m.from_dense(np.kron(np.eye(20), np.ones((16, 16))) > 0), 320, 320, 32),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tried", REORDERED[:2], ids=lambda tried: tried.id)
+@pytest.mark.parametrize("tried", REORDERED, ids=lambda tried: tried.id)
 def test_forced_order(tried, dtype):
     tried = tried.with_dtype(dtype)
     made, (out, lse) = _call(tried, *running.inputs(tried), reorder="force")
