@@ -7,6 +7,7 @@ and handed to kernels, and how partial results are joined. It must not know how 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, get_args
@@ -19,14 +20,24 @@ from sparsec.errors import BackendMissingError, MaskError, SparsecError, Unsuppo
 from sparsec.expr import Expr
 from sparsec.handles import register
 from sparsec.masks.mask import BoundMask, Mask
+from sparsec.packing import packed
 from sparsec.planner import Group, Plan, plan
 from sparsec.planner.search import Reorder
 from sparsec.score import ScoreFunction, ScoreMod, as_score_mod
+from sparsec.tensors import (
+    Layout,
+    autocast,
+    check_agreement,
+    check_kinds,
+    heads_first,
+    in_layout,
+    length_of,
+    requires_grad,
+)
 
 if TYPE_CHECKING:
     import torch
 
-Layout = Literal["bhsd", "bshd"]
 Tune = Literal["off", "cached", "auto", "quick", "full"]
 
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -95,7 +106,8 @@ def compile(
         score_mod: What happens to scaled scores before softmax: `fn(score, b, h, q_idx, kv_idx)`, traced once, or one
             of `sparsec.score`.
         layout: Of q, k, v and the output: `"bhsd"` is `[batch, heads, length, dim]`, `"bshd"` has heads and length
-            swapped.
+            swapped, `"thd"` is `[length, heads, dim]`: sequences packed into one, which the mask keeps apart
+            (`masks.documents`).
         tune: `"off"`, `"cached"` or `"auto"` choose by records and the cost model; `SPARSEC_TUNE` sets the default.
         reorder: `"auto"` lets orders of tokens compete, `"off"` keeps the tokens' own, `"force"` takes another.
 
@@ -163,48 +175,37 @@ class Attention:
 
         Returns:
             `out [batch, q_heads, q_len, v_dim]` in q's dtype and the layout of q; with `return_lse` also
-            `lse [batch, q_heads, q_len]`, fp32, natural logarithm. An empty row gives `out = 0`, `lse = -inf`.
+            `lse [batch, q_heads, q_len]` (layout `"thd"`: `[q_heads, q_len]`), fp32, natural logarithm. An empty row
+            gives `out = 0`, `lse = -inf`. Under `torch.autocast` inputs are cast as torch's own attention casts them.
 
         Raises:
             SparsecError: Shapes, dtypes or devices that do not fit.
         """
         import torch
 
-        is_bshd = self._request.layout == "bshd"
-        if torch.compiler.is_compiling():
-            return self._traced(q, k, v, return_lse=return_lse)
-        _check_tensors(q, k, v)
-        if is_bshd:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            if self._request.needs_grad is False:
-                raise UnsupportedError(
-                    "the inputs require gradients, and compile was told needs_grad=False: "
-                    "leave needs_grad out, or call under torch.no_grad()"
-                )
-            from sparsec import torch_ops
+        layout, is_traced = self._request.layout, torch.compiler.is_compiling()
+        if not is_traced:
+            check_kinds(q, k, v, layout)
+        q, k, v = autocast(q, k, v)
+        if not is_traced:
+            check_agreement(q, k, v, layout)
+        q, k, v = (heads_first(tensor, layout) for tensor in (q, k, v))
+        needs_grad = requires_grad(q, k, v)
+        if needs_grad and not is_traced:
+            self._check_gradients()
+        lse: torch.Tensor | None
+        if needs_grad or is_traced:
+            # One operator, whatever the batch: autograd and torch.compile see nothing else.
+            import sparsec.torch_ops  # noqa: F401  # its operators must be in torch's registry
 
-            out, lse = torch_ops.forward(q, k, v, self._handle)
+            out, lse = torch.ops.sparsec.forward(q, k, v, self._handle)
         else:
             out, lse = self._for(q, k, v, self._request.needs_grad or False).forward(q, k, v, with_lse=return_lse)
-        if is_bshd:
-            out = out.transpose(1, 2)
-        return (out, lse) if return_lse else out
-
-    def _traced(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The call as `torch.compile` records it: one operator, whatever the batch."""
-        import torch
-
-        import sparsec.torch_ops  # noqa: F401  # its operators must be in torch's registry
-
-        if self._request.layout == "bshd":
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out, lse = torch.ops.sparsec.forward(q, k, v, self._handle)
-        if self._request.layout == "bshd":
-            out = out.transpose(1, 2)
-        return (out, lse) if return_lse else out
+        out, lse = in_layout(out, lse, layout)
+        if not return_lse:
+            return out
+        assert lse is not None, "the log-sum-exp was asked for"
+        return out, lse
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What `sparsec::forward` computes: tensors `[batch, heads, length, dim]`, with the log-sum-exp."""
@@ -223,7 +224,15 @@ class Attention:
         d_lse: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What `sparsec::backward` computes."""
+        self._check_gradients()
         return self._for(q, k, v, needs_grad=True).backward(q, k, v, out, lse, d_out, d_lse)
+
+    def _check_gradients(self) -> None:
+        if self._request.needs_grad is False:
+            raise UnsupportedError(
+                "the inputs require gradients, and compile was told needs_grad=False: "
+                "leave needs_grad out, or call under torch.no_grad()"
+            )
 
     @property
     def plan(self) -> Plan:
@@ -474,6 +483,7 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     layout: Layout = "bhsd",
+    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention under a mask, with the compiled callable kept for the next call with an equal mask.
 
@@ -485,12 +495,24 @@ def attention(
         scale: Of the scores; `1/√head_dim` by default.
         return_lse: Whether to return the log-sum-exp too.
         layout: Of the tensors.
+        cu_seqlens: With layout `"thd"`: where the packed sequences begin, `[0, …, total]`. Each is then attended as if
+            it were alone; the mask must depend on `kv - q` alone.
+
+    Raises:
+        MaskError: `cu_seqlens` decreases or does not end at the total, or the mask counts positions.
     """
     _check_mask(mask)
-    _check_tensors(q, k, v)
-    length = 1 if layout == "bshd" else 2
-    compiled = _cached(mask, q.shape[length], k.shape[length], scale, layout)
-    return compiled(q, k, v, return_lse=return_lse)
+    _check_choice("layout", layout, get_args(Layout))
+    check_kinds(q, k, v, layout)
+    q_len, kv_len = length_of(q, layout), length_of(k, layout)
+    if cu_seqlens is not None:
+        if layout != "thd" or q_len != kv_len:
+            raise MaskError(
+                f"cu_seqlens is for packed tensors of as many queries as keys; these have layout {layout!r}, {q_len} "
+                f"queries and {kv_len} keys"
+            )
+        mask = packed(mask, cu_seqlens, q_len)
+    return _cached(mask, q_len, kv_len, scale, layout)(q, k, v, return_lse=return_lse)
 
 
 @lru_cache(maxsize=64)
@@ -543,32 +565,6 @@ def _device(name: str) -> Device:
         index = int(name.split(":")[1]) if ":" in name else None
         return detect_gpu(index)
     return named_device(name)
-
-
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    import torch
-
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor):
-            raise SparsecError(f"{name} is a {type(tensor).__name__}; sparsec takes torch tensors")
-        if tensor.is_nested:
-            raise UnsupportedError(
-                f"{name} is a NestedTensor: pack the sequences into one and use masks.documents(lengths)"
-            )
-        if tensor.dim() != 4:
-            raise SparsecError(f"{name} has shape {tuple(tensor.shape)}; four dimensions are needed")
-        if tensor.layout != torch.strided:
-            raise SparsecError(f"{name} is a {tensor.layout} tensor; sparsec takes dense ones")
-        if tensor.dtype != q.dtype:
-            raise SparsecError(f"q is {q.dtype} and {name} is {tensor.dtype}: all three must have one dtype")
-        if tensor.device != q.device:
-            raise SparsecError(f"q is on {q.device} and {name} on {tensor.device}: all three must be on one device")
-        if tensor.shape[0] != q.shape[0]:
-            raise SparsecError(f"q has batch {q.shape[0]} and {name} has {tensor.shape[0]}")
-    if k.shape[:3] != v.shape[:3]:
-        raise SparsecError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: only the last may differ")
-    if q.shape[3] != k.shape[3]:
-        raise SparsecError(f"q has head_dim {q.shape[3]} and k has {k.shape[3]}")
 
 
 def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
