@@ -26,7 +26,7 @@ MERGE_ROWS: Final = 16
 # Of the accumulator, so many fp32 a thread at most: the scores, weights and addresses need most of 255 registers.
 ACCUMULATOR_PER_THREAD: Final = 64
 # The row kernel: without a limit, the assembler spills a few registers to reach the next occupancy.
-ROW_REGISTERS: Final = 168
+ROW_REGISTERS: Final = 255
 # Scores a thread holds at most, likewise.
 _SCORES_PER_THREAD: Final = 64
 
