@@ -264,11 +264,10 @@ class Attention:
         if bound.shape != self._bound.shape:
             raise MaskError(f"update takes a mask of shape {self._bound.shape}; this one has {bound.shape}")
         with self._lock:
-            problems = list(self._specialised)
-            self._bound = bound
-            self._specialised = {}
-        for problem, device_name in problems:
-            self._specialise(problem, device_name)
+            # Made before anything is replaced: where the new mask cannot be served, the old one stays.
+            made = {key: self._made(bound, *key) for key in self._specialised}
+            self._bound, self._specialised = bound, made
+            self._latest = next(reversed(made.values()), None)
 
     def specialise(self) -> None:
         """Plans, compiles and checks for the signature that `compile` was given."""
@@ -331,20 +330,24 @@ class Attention:
             key = (problem, device_name)
             found = self._specialised.get(key)
             if found is None:
-                request = self._request
-                made = plan(
-                    self._bound,
-                    problem,
-                    _device(device_name),
-                    template=request.template,
-                    backend=request.backend,
-                    reorder=request.reorder,
-                    scale=request.scale,
-                    score=request.score,
-                )
-                found = self._specialised[key] = _Specialisation(made)
+                found = self._specialised[key] = self._made(self._bound, *key)
             self._latest = found
             return found
+
+    def _made(self, bound: BoundMask, problem: Problem, device_name: str) -> _Specialisation:
+        request = self._request
+        return _Specialisation(
+            plan(
+                bound,
+                problem,
+                _device(device_name),
+                template=request.template,
+                backend=request.backend,
+                reorder=request.reorder,
+                scale=request.scale,
+                score=request.score,
+            )
+        )
 
 
 class _Specialisation:

@@ -88,17 +88,16 @@ template <class T> class RowGradient {
       products[i] = i < n ? dot<VECTORS>(do_, rows.v + tokens[i] * rows.v_pitch, v_dim_) : vf{};
     }
     alignas(64) float p[VL], ds[VL];
-    constexpr int DEGREE = std::is_same_v<T, float> ? 5 : 4;
     const vf s = horizontal_sums(scores), d_score = horizontal_sums(products) - delta_;
     if constexpr (HAS_SCORE_MOD) {
       vi places{};
       for (int i = 0; i < n; ++i) places[i] = tokens[i];
       const vf scaled = s * scale_;
-      const vf probability = exp2<DEGREE>((modifier_.value(scaled, q_token_, places) - lse_) * LOG2_E);
+      const vf probability = exp2((modifier_.value(scaled, q_token_, places) - lse_) * LOG2_E);
       store(p, probability);
       store(ds, probability * d_score * modifier_.slope(scaled, q_token_, places));
     } else {
-      const vf probability = exp2<DEGREE>((s * scale_ - lse_) * LOG2_E);
+      const vf probability = exp2((s * scale_ - lse_) * LOG2_E);
       store(p, probability);
       store(ds, probability * d_score);
     }

@@ -118,8 +118,6 @@ template <class T> class RowEngine {
   }
 
  private:
-  static constexpr int EXP2_DEGREE = std::is_same_v<T, float> ? 5 : 4;
-
   template <int VECTORS>
   SX_INLINE bool attend_short(const T* q, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead, T* out,
                               float* lse) const {
@@ -163,7 +161,7 @@ template <class T> class RowEngine {
     vf m = s;
 #pragma GCC unroll 3
     for (int by = 1; by < PERIOD; by *= 2) m = maximum(rotate(m, by), m);
-    vf weights = exp2<EXP2_DEGREE>((s - m) * log2_scale_);
+    vf weights = exp2((s - m) * log2_scale_);
     vf l = weights;
 #pragma GCC unroll 3
     for (int by = 1; by < PERIOD; by *= 2) l += rotate(l, by);
@@ -256,7 +254,7 @@ template <class T> class RowEngine {
     if (any_greater(s, splat(m_ + RESCALE_LOG2 / log2_scale_))) raise_maximum(horizontal_max(s));
     const float base = m_ == NEG_INF ? 0.0f : m_ * -log2_scale_;
     alignas(64) float p[VL];
-    const vf weights = exp2<EXP2_DEGREE>(s * log2_scale_ + base);
+    const vf weights = exp2(s * log2_scale_ + base);
     l_ += weights;
     store(p, weights);
     if constexpr (VECTORS > 0) {

@@ -78,7 +78,7 @@ SX_LANEWISE(sx_cos, std::cos)
 
 template <class X> SX_INLINE auto sx_exp2(X x) {
   if constexpr (!is_vector<X>) return std::exp2((float)x);
-  else return exp2<5>(sx_where(as_vf(x) > 127.9f, 127.9f, x));  // saturates; NaN goes through
+  else return exp2(sx_where(as_vf(x) > 127.9f, 127.9f, x));  // saturates; NaN goes through
 }
 template <class X> SX_INLINE auto sx_exp(X x) { return sx_exp2(sx_to_float(x) * LOG2_E); }
 template <class X> SX_INLINE auto sx_log2(X x) {

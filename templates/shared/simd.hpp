@@ -103,17 +103,12 @@ SX_INLINE bool any_greater(vf a, vf b) {
 #endif
 }
 
-// Coefficients of p(r) ≈ 2^r on [0, 1) with p(0) = 1, highest power first: weighted least squares driven to minimax.
-template <int DEGREE> struct Exp2Fit;
-template <> struct Exp2Fit<4> {  // relative error 3.4e-6; p(1) = 2, so that a score just below the maximum weighs 1 too
-  static constexpr float c[] = {0.0135557475f, 0.0520323701f, 0.241379783f, 0.693032086f, 1.0f};
-};
-template <> struct Exp2Fit<5> {  // 1.4e-7 in fp32 arithmetic
-  static constexpr float c[] = {0.00186713169f, 0.00901702690f, 0.0557999155f, 0.240164449f, 0.693151312f, 1.0f};
-};
+// Coefficients of p(r) ≈ 2^r on [0, 1) with p(0) = 1, highest power first: weighted least squares driven to minimax,
+// relative error 1.4e-7 in fp32 arithmetic. Half precision takes the same: its log-sum-exp is fp32 too.
+constexpr float EXP2_FIT[] = {0.00186713169f, 0.00901702690f, 0.0557999155f, 0.240164449f, 0.693151312f, 1.0f};
 
 // 2^x for x in [-inf, 128): 0 below -126, exactly 1 at 0, NaN at NaN.
-template <int DEGREE> SX_INLINE vf exp2(vf x) {
+SX_INLINE vf exp2(vf x) {
 #if defined(SX_AVX512)
   // r = x - floor(x), 0 at -inf; scalef multiplies by 2^floor(x), giving 0 at -inf.
   vf r = (vf)_mm512_reduce_ps((__m512)x, 0x09);
@@ -123,9 +118,9 @@ template <int DEGREE> SX_INLINE vf exp2(vf x) {
   whole += __builtin_convertvector(whole, vf) > clamped;  // towards -inf: true is -1
   vf r = clamped - __builtin_convertvector(whole, vf);
 #endif
-  vf p = splat(Exp2Fit<DEGREE>::c[0]);
+  vf p = splat(EXP2_FIT[0]);
 #pragma GCC unroll 8
-  for (int i = 1; i <= DEGREE; ++i) p = p * r + Exp2Fit<DEGREE>::c[i];
+  for (int i = 1; i < 6; ++i) p = p * r + EXP2_FIT[i];
 #if defined(SX_AVX512)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
@@ -299,6 +294,21 @@ SX_INLINE vu pair_bf16(vf low, vf high) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                          23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (vu)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+
+// to[i] = low[i] and, above it, high[i]; zeros above where `high` is null.
+SX_INLINE void pair_rows(uint32_t* to, const bf16* low, const bf16* high, int64_t n) {
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                         39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  int64_t x = 0;
+  if (high)
+    for (; x + 2 * VL <= n; x += 2 * VL) {
+      const __m512i a = _mm512_loadu_si512(low + x), b = _mm512_loadu_si512(high + x);
+      _mm512_storeu_si512(to + x, _mm512_permutex2var_epi16(a, first, b));
+      _mm512_storeu_si512(to + x + VL, _mm512_permutex2var_epi16(a, second, b));
+    }
+  for (; x < n; ++x) to[x] = low[x].bits | (high ? (uint32_t)high[x].bits << 16 : 0);
 }
 #endif
 

@@ -106,8 +106,8 @@ template <class T> class TileGradient {
     pack(qt_, q_rows_, q_pitch_, sign_);
     pack(dot_, do_rows_, v_pitch_, 1.0f);
     if constexpr (PACK == 2) {
-      pair_rows(q_pairs_, q_rows_, q_pitch_);
-      pair_rows(do_pairs_, do_rows_, v_pitch_);
+      pair_queries(q_pairs_, q_rows_, q_pitch_);
+      pair_queries(do_pairs_, do_rows_, v_pitch_);
     }
     std::memset(dqt_, 0, q_pitch_ * block_q_ * 4);
     keys_ = 0;
@@ -197,7 +197,7 @@ template <class T> class TileGradient {
       }
   }
   // Neighbouring queries in pairs: [block_q / 2, dimension].
-  void pair_rows(Operand* to, const float* rows, int64_t pitch) {
+  void pair_queries(Operand* to, const float* rows, int64_t pitch) {
 #if defined(SX_BF16_DOT)
     for (int64_t i = 0; i < vectors_ * VL; i += 2)
       for (int64_t x = 0; x < pitch; x += VL) {
@@ -217,15 +217,7 @@ template <class T> class TileGradient {
     if constexpr (PACK == 2)
       for (int i = 0; i < keys; i += 2) {
         Operand* to = k_pairs_ + i / 2 * q_pitch_;
-        const T *low = k_[i], *high = i + 1 < keys ? k_[i + 1] : nullptr;
-        int64_t x = 0;
-        for (; x + VL <= head_dim_; x += VL) {
-          vu a = __builtin_convertvector(load_as<vh>(low + x), vu);
-          vu b = high ? __builtin_convertvector(load_as<vh>(high + x), vu) : vu{};
-          vu pair = a | (b << 16);
-          std::memcpy(to + x, &pair, sizeof pair);
-        }
-        for (; x < head_dim_; ++x) to[x] = low[x].bits | (high ? (uint32_t)high[x].bits << 16 : 0);
+        sx::pair_rows(to, k_[i], i + 1 < keys ? k_[i + 1] : nullptr, head_dim_);
         k_pair_rows_[i / 2] = to;
       }
 #endif
@@ -267,7 +259,7 @@ template <class T> class TileGradient {
         if constexpr (HAS_SCORE_MOD) {
           const vf scaled = s * magnitude_;
           const vf modified = modifier_.value(scaled, q_tokens_[v], kv_tokens_[i]);
-          p = exp2<Dtype<T>::exp2_degree>((modified - lse) * LOG2_E);
+          p = exp2((modified - lse) * LOG2_E);
           ds = p * d_score * modifier_.slope(scaled, q_tokens_[v], kv_tokens_[i]);
           if (masked_) {
             const uint32_t live = (uint32_t)(lanes_[i] >> (v * VL)) & ALL_LANES;
@@ -276,7 +268,7 @@ template <class T> class TileGradient {
           }
         } else {
           // The difference first: of large scores it keeps every digit.
-          p = exp2<Dtype<T>::exp2_degree>((s * magnitude_ - lse) * LOG2_E);
+          p = exp2((s * magnitude_ - lse) * LOG2_E);
           ds = p * d_score;
         }
       };

@@ -18,7 +18,7 @@
 
 namespace sx {
 
-constexpr int STRIP = 64;         // keys a strip
+constexpr int STRIP = 96;         // keys a strip
 constexpr int CHUNK_STEP = 8;     // keys that share one decision about which query vectors are live
 constexpr int MAX_BLOCK_Q = 64;
 constexpr uint32_t ALL_LANES = (1u << (VL - 1)) * 2 - 1;
@@ -34,20 +34,17 @@ template <class T> struct Dtype {  // how keys and values reach the arithmetic
   using Operand = float;           // what one broadcast carries
   static constexpr bool in_place = false;
   static constexpr int pack = 1;
-  static constexpr int exp2_degree = 4;
 };
 template <> struct Dtype<float> {
   using Operand = float;
   static constexpr bool in_place = true;
   static constexpr int pack = 1;
-  static constexpr int exp2_degree = 5;
 };
 #if defined(SX_BF16_DOT)
 template <> struct Dtype<bf16> {
   using Operand = uint32_t;        // two neighbours along the summed dimension
   static constexpr bool in_place = true;
   static constexpr int pack = 2;
-  static constexpr int exp2_degree = 4;
 };
 #endif
 
@@ -320,7 +317,7 @@ template <class T> class TileEngine {
       vf m = load(m_ + lane), other = load(from + lane);
       vf highest = maximum(m, other);
       vf base = highest == NEG_INF ? vf{} : highest;
-      vf mine = exp2<5>((m - base) * log2_scale_), theirs = exp2<5>((other - base) * log2_scale_);
+      vf mine = exp2((m - base) * log2_scale_), theirs = exp2((other - base) * log2_scale_);
       store(m_ + lane, highest);
       store(l_ + lane, load(l_ + lane) * mine + load(from + block_q_ + lane) * theirs);
       for (int64_t c = 0; c < v_dim_; ++c) {
@@ -369,7 +366,11 @@ template <class T> class TileEngine {
     }
     if constexpr (PACK == 2) {
 #if defined(SX_BF16_DOT)
-      for (int i = 0; i < keys; i += 2) vp_[i / 2] = pair_values(v_rows_ + (i / 2) * v_pitch_, v_[i], i + 1 < keys ? v_[i + 1] : nullptr);
+      for (int i = 0; i < keys; i += 2) {
+        Operand* pairs = v_rows_ + (i / 2) * v_pitch_;
+        pair_rows(pairs, v_[i], i + 1 < keys ? v_[i + 1] : nullptr, v_dim_);
+        vp_[i / 2] = pairs;
+      }
 #endif
     } else if constexpr (Dtype<T>::in_place) {
       for (int i = 0; i < keys; ++i) vp_[i] = (const Operand*)v_[i];
@@ -384,19 +385,6 @@ template <class T> class TileEngine {
     if (x < n) store(to + x, load_f32_partial(from + x, (int)(n - x)));
     return (const Operand*)to;
   }
-#if defined(SX_BF16_DOT)
-  SX_INLINE const uint32_t* pair_values(uint32_t* to, const T* low, const T* high) {
-    int64_t x = 0;
-    for (; x + VL <= v_dim_; x += VL) {
-      vu a = __builtin_convertvector(load_as<vh>(low + x), vu);
-      vu b = high ? __builtin_convertvector(load_as<vh>(high + x), vu) : vu{};
-      vu pair = a | (b << 16);
-      std::memcpy(to + x, &pair, sizeof pair);
-    }
-    for (; x < v_dim_; ++x) to[x] = low[x].bits | (high ? (uint32_t)high[x].bits << 16 : 0);
-    return to;
-  }
-#endif
 
   template <bool MASKED> void score(const Chunk& c) {
     for (int low = c.low; low < c.high; low += BLOCK_VECTORS)
@@ -437,7 +425,7 @@ template <class T> class TileEngine {
       store(m_ + v * VL, highest);
       if (fresh_) continue;
       vf base = highest == NEG_INF ? vf{} : highest;
-      vf shrink = exp2<5>((m - base) * log2_scale_);
+      vf shrink = exp2((m - base) * log2_scale_);
       store(l_ + v * VL, load(l_ + v * VL) * shrink);
       for (int64_t c = 0; c < v_dim_; ++c) {
         float* to = acc_ + c * block_q_ + v * VL;
@@ -457,7 +445,7 @@ template <class T> class TileEngine {
         float* p = (float*)p_ + v * VL;
 #pragma GCC unroll 4
         for (int i = c.first; i < c.last; ++i) {
-          vf weight = exp2<Dtype<T>::exp2_degree>(load(s + i * block_q_) * log2_scale_ + base);
+          vf weight = exp2(load(s + i * block_q_) * log2_scale_ + base);
           l += weight;
           store(p + i * block_q_, weight);
         }
@@ -466,8 +454,8 @@ template <class T> class TileEngine {
         uint32_t* p = (uint32_t*)p_ + v * VL;
 #pragma GCC unroll 2
         for (int i = c.first; i < c.last; i += 2) {
-          vf low = exp2<Dtype<T>::exp2_degree>(load(s + i * block_q_) * log2_scale_ + base);
-          vf high = i + 1 < c.last ? exp2<Dtype<T>::exp2_degree>(load(s + (i + 1) * block_q_) * log2_scale_ + base) : vf{};
+          vf low = exp2(load(s + i * block_q_) * log2_scale_ + base);
+          vf high = i + 1 < c.last ? exp2(load(s + (i + 1) * block_q_) * log2_scale_ + base) : vf{};
           l += low + high;
           vu pair = pair_bf16(low, high);
           std::memcpy(p + i / 2 * block_q_, &pair, sizeof pair);
