@@ -97,9 +97,11 @@ def check(
     launch = Launch(
         template, backend_name, config, problem, device, work, heads, batch, problem.head_dim**-0.5, score=score
     )
-    q, k, v = _inputs(problem)
-    out = torch.full((problem.batch, problem.q_heads, problem.q_len, problem.v_dim), float("nan"), dtype=q.dtype)
-    lse = torch.full(out.shape[:3], float("nan"))
+    # Torch calls every GPU "cuda", AMD's too.
+    where = "cpu" if device.kind == "cpu" else "cuda"
+    q, k, v = (tensor.to(where) for tensor in _inputs(problem))
+    out = q.new_full((problem.batch, problem.q_heads, problem.q_len, problem.v_dim), float("nan"))
+    lse = torch.full(out.shape[:3], float("nan"), device=where)
     if direction == "forward":
         backend(backend_name).lower(launch)(q, k, v, out, lse)
         return _forward_error(launch, q, k, v, out, lse)
@@ -132,9 +134,10 @@ def _backward_error(
 
     bound, scale, dtype = launch.work.bound, launch.scale, launch.problem.dtype
     generator = torch.Generator().manual_seed(13)
-    d_out = torch.randn(out.shape, generator=generator).to(out.dtype)
-    d_lse = torch.randn(lse.shape, generator=generator)
-    dq, dk, dv = torch.full_like(q, float("nan")), torch.zeros(k.shape), torch.zeros(v.shape)
+    d_out = torch.randn(out.shape, generator=generator).to(out)
+    d_lse = torch.randn(lse.shape, generator=generator).to(lse)
+    dq = torch.full_like(q, float("nan"))
+    dk, dv = (torch.zeros_like(like, dtype=torch.float32) for like in (k, v))
     backend(launch.backend).lower_backward(launch)(q, k, v, out, lse, d_out, d_lse, dq, dk, dv)
     for b in launch.batch:
         for kv_head in range(launch.problem.kv_heads):
@@ -188,7 +191,7 @@ def _inputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _array(tensor: torch.Tensor) -> reference.FloatArray:
-    array: reference.FloatArray = tensor.double().numpy()
+    array: reference.FloatArray = tensor.double().cpu().numpy()
     return array
 
 

@@ -364,7 +364,8 @@ def test_doctor_finds_nothing_broken_here(tmp_path, monkeypatch):
     findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
     for name in ("Python", "torch", "numpy", "scipy", "networkx", "optuna", "C++", "vectors", "directory"):
         assert findings[name]["state"] == "ok", findings[name]
-    assert findings["block_sparse on cpu, bf16"]["found"] == "not checked yet"
+    # Whether earlier tests have already brought the check about is not this test's business.
+    assert findings["block_sparse on cpu, bf16"]["found"].startswith(("not checked yet", "passed: forward"))
     assert "0700" in findings["directory"]["found"]
     assert invoke("doctor").exit_code == 0
 
