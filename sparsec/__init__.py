@@ -7,6 +7,7 @@ Layers, from the top; imports go down only:
 
     cli  integrations  report
     tuning
+    module  saving               a layer of a model; attentions as files
     runtime                      compile, Attention
     gate                         no kernel serves before it passed
     planner                      which template takes which edges, and why
@@ -37,8 +38,10 @@ if TYPE_CHECKING:
         SparsecError,
         UnsupportedError,
     )
+    from sparsec.module import SparseAttention
     from sparsec.planner import Plan, plan
     from sparsec.runtime import Attention, attention, compile
+    from sparsec.saving import load
 
 __version__ = "0.1.0"
 
@@ -53,11 +56,13 @@ _HOMES = {
     "Plan": "sparsec.planner",
     "Problem": "sparsec.backends.base",
     "RecordError": "sparsec.errors",
+    "SparseAttention": "sparsec.module",
     "SparsecError": "sparsec.errors",
     "UnsupportedError": "sparsec.errors",
     "analyse": "sparsec.analysis",
     "attention": "sparsec.runtime",
     "compile": "sparsec.runtime",
+    "load": "sparsec.saving",
     "plan": "sparsec.planner",
 }
 _SUBMODULES = ("masks", "score")
@@ -72,11 +77,13 @@ __all__ = [
     "Plan",
     "Problem",
     "RecordError",
+    "SparseAttention",
     "SparsecError",
     "UnsupportedError",
     "analyse",
     "attention",
     "compile",
+    "load",
     "masks",
     "plan",
     "score",

@@ -6,6 +6,7 @@ and handed to kernels, and how partial results are joined. It must not know how 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -269,6 +270,37 @@ class Attention:
             self._bound, self._specialised = bound, made
             self._latest = next(reversed(made.values()), None)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the mask, what `compile` was told and what was chosen to a file that `sparsec.load` reads.
+
+        Raises:
+            UnsupportedError: The mask cannot be written.
+        """
+        from sparsec.saving import save
+
+        save(self, path)
+
+    @property
+    def bound(self) -> BoundMask:
+        """The mask with its lengths."""
+        return self._bound
+
+    @property
+    def request(self) -> Request:
+        """What `compile` was told."""
+        return self._request
+
+    def plans(self) -> list[tuple[Problem, str, Plan]]:
+        """Every signature that was met, its device, and its plan."""
+        with self._lock:
+            return [(problem, device, made.plan) for (problem, device), made in self._specialised.items()]
+
+    def install(self, problem: Problem, device_name: str, made: Plan) -> None:
+        """Takes a plan for a signature that was made elsewhere; its kernels are compiled at once."""
+        specialised = _Specialisation(made)
+        with self._lock:
+            self._specialised[problem, device_name] = self._latest = specialised
+
     def specialise(self) -> None:
         """Plans, compiles and checks for the signature that `compile` was given."""
         request = self._request
@@ -340,7 +372,7 @@ class Attention:
             plan(
                 bound,
                 problem,
-                _device(device_name),
+                torch_device(device_name),
                 template=request.template,
                 backend=request.backend,
                 reorder=request.reorder,
@@ -560,7 +592,7 @@ def _check_device(told: str | None, found: torch.device) -> None:
         raise SparsecError(f"compile was told device={told}, and the tensors are on {found}")
 
 
-def _device(name: str) -> Device:
+def torch_device(name: str) -> Device:
     """The device a torch device string or a name of `devices.yaml` stands for."""
     if name.split(":", maxsplit=1)[0] == "cpu":
         return detect_cpu()
