@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo test lint wheel-test clean check-machine
+.PHONY: demo test lint wheel-test figures clean check-machine
 
 demo: $(VENV)/.installed
 	$(BIN)/sparsec demo
@@ -31,6 +31,12 @@ wheel-test: $(VENV)/.installed-dev
 	    assert sparsec.__file__.startswith(sys.prefix)'
 	cd $(WHEEL_VENV) && bin/python -P -m pytest --rootdir "$(CURDIR)" -c "$(CURDIR)/pyproject.toml" \
 	    -o cache_dir="$(CURDIR)/$(WHEEL_VENV)/.pytest_cache" "$(CURDIR)/tests"
+
+# The README's tables and the plots, from the committed results alone.
+RESULTS := $(sort $(wildcard benchmarks/results/*.json))
+figures: $(VENV)/.installed-dev
+	$(BIN)/python tools/bench_suite.py table $(RESULTS) --write README.md
+	$(BIN)/python tools/bench_suite.py plot $(RESULTS)
 
 clean:
 	rm -rf $(VENV) $(WHEEL_VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

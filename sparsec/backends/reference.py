@@ -190,23 +190,24 @@ def tolerances(
 ) -> tuple[float, float]:
     """The largest errors of output and log-sum-exp that a correct kernel of a dtype may show on one head.
 
-    Twice the sum of what a plain attention in that dtype loses against fp64 (scores and sums in fp32, weights and
-    output rounded to the dtype) and one rounding unit of the largest result. The log-sum-exp is fp32 whatever the
-    dtype: its errors are those of fp32 dot products.
+    Twice the sum of what a plain attention in that dtype loses against fp64 (scores and sums in fp32, one term after
+    the other; weights and output rounded to the dtype) and one rounding unit of the largest result. The log-sum-exp is
+    fp32 whatever the dtype: its errors are those of fp32 dot products.
 
     Source: the same-dtype reference of FlashAttention's tests, with the rounding emulated where NumPy lacks the type.
     """
     exact, exact_lse = attention(q, k, v, bound, scale, modifier=modifier)
     attended = bound.to_dense()
     q32, k32, v32 = (array.astype(np.float32) for array in (q, k, v))
-    scaled = q32 @ k32.T * np.float32(scale)
+    scaled = _summed_in_order(q32, k32.T) * np.float32(scale)
     modified = scaled if modifier is None else modifier.value(scaled, np.arange(bound.q_len))
     scores = np.where(attended, modified, np.float32(-np.inf))
     peak = scores.max(axis=1, initial=-np.inf, keepdims=True)
     weights = np.exp(scores - np.where(np.isneginf(peak), np.float32(0.0), peak))
-    total = weights.sum(axis=1, keepdims=True, dtype=np.float32)
+    total = _summed_in_order(weights, np.ones((len(k), 1), np.float32))
     attends = attended.any(axis=1)
-    plain = rounded(weights, dtype).astype(np.float32) @ v32 / np.where(total > 0, total, np.float32(1.0))
+    sums = _summed_in_order(rounded(weights, dtype).astype(np.float32), v32)
+    plain = sums / np.where(total > 0, total, np.float32(1.0))
     plain_error = np.abs(rounded(plain, dtype) - exact)[attends].max(initial=0.0)
     largest = float(np.abs(exact).max(initial=0.0))
     with np.errstate(divide="ignore"):
@@ -219,6 +220,14 @@ def tolerances(
         2.0 * (plain_error + unit_roundoff(dtype) * largest),
         2.0 * (lse_error + 8.0 * fp32 * largest_score),
     )
+
+
+def _summed_in_order(a: Floats, b: Floats) -> Floats:
+    """The matrix product in fp32, one term after the other, as a loop would do it."""
+    total = np.zeros((len(a), b.shape[1]), np.float32)
+    for x in range(a.shape[1]):
+        total += a[:, x, None] * b[x]
+    return total
 
 
 def gradient_tolerances(

@@ -260,14 +260,14 @@ template <class T> class RowEngine {
     if constexpr (VECTORS > 0) {
       vf acc[VECTORS];
 #pragma GCC unroll 8
-      for (int x = 0; x < VECTORS; ++x) acc[x] = load(acc_ + x * VL);
+      for (int x = 0; x < VECTORS; ++x) acc[x] = vf{};
       for (int i = 0; i < n; ++i) {
         const T* v = rows.v + tokens[i] * rows.v_pitch;
 #pragma GCC unroll 8
         for (int x = 0; x < VECTORS; ++x) acc[x] += p[i] * load_f32(v + x * VL);
       }
 #pragma GCC unroll 8
-      for (int x = 0; x < VECTORS; ++x) store(acc_ + x * VL, acc[x]);
+      for (int x = 0; x < VECTORS; ++x) store(acc_ + x * VL, load(acc_ + x * VL) + acc[x]);
     } else {
       for (int i = 0; i < n; ++i) {
         const T* v = rows.v + tokens[i] * rows.v_pitch;

@@ -92,7 +92,8 @@ static void score_block(const Operand* const* k, const Operand* qt, int64_t bloc
   }
 }
 
-// acc[column][query] += Σ v[key][column] · p[key][query] for COLUMNS value columns and VECTORS vectors of queries.
+// acc[column][query] += Σ v[key][column] · p[key][query] for COLUMNS value columns and VECTORS vectors of queries. A strip is
+// summed by itself before it is added: errors grow with the square root of the strips, not of the keys.
 template <int COLUMNS, int VECTORS, class Operand>
 static void value_block(const Operand* const* v, int64_t column, const Operand* p, int64_t block_q, int64_t keys, float* acc) {
   using V = decltype(broadcast((const Operand*)nullptr));
@@ -100,7 +101,7 @@ static void value_block(const Operand* const* v, int64_t column, const Operand* 
 #pragma GCC unroll 16
   for (int i = 0; i < COLUMNS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) o[i][j] = load(acc + i * block_q + j * VL);
+    for (int j = 0; j < VECTORS; ++j) o[i][j] = vf{};
   for (int64_t x = 0; x < keys; ++x, p += block_q) {
     const Operand* row = v[x] + column;
     V weight[VECTORS];
@@ -116,7 +117,10 @@ static void value_block(const Operand* const* v, int64_t column, const Operand* 
 #pragma GCC unroll 16
   for (int i = 0; i < COLUMNS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) store(acc + i * block_q + j * VL, o[i][j]);
+    for (int j = 0; j < VECTORS; ++j) {
+      float* to = acc + i * block_q + j * VL;
+      store(to, load(to) + o[i][j]);
+    }
 }
 
 // Keys [first, last) of a strip, all attended by no other than the query vectors [low, high).
@@ -439,7 +443,7 @@ template <class T> class TileEngine {
     for (int v = c.low; v < c.high; ++v) {
       vf m = load(m_ + v * VL);
       vf base = (m == NEG_INF ? vf{} : m) * -log2_scale_;
-      vf l = load(l_ + v * VL);
+      vf l{};  // of this strip, for the same reason as in value_block
       const float* s = s_ + v * VL;
       if constexpr (PACK == 1) {
         float* p = (float*)p_ + v * VL;
@@ -462,7 +466,7 @@ template <class T> class TileEngine {
         }
 #endif
       }
-      store(l_ + v * VL, l);
+      store(l_ + v * VL, load(l_ + v * VL) + l);
     }
   }
 

@@ -8,7 +8,8 @@ import time
 
 import torch
 
-import sparsec
+import sparsec.masks
+import sparsec.runtime
 from bench.grid import Case
 from bench.results import decode
 from bench.workload import length_of, make_workload, mask_of
