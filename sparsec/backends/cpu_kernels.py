@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,8 +27,6 @@ _ROW_FORMS: Final = {"edges": 0, "ranges": 1, "offsets": 2}
 
 # dK and dV rows are padded to the widest vector.
 _PADDING = 16
-# Results from this size on ask for huge pages.
-_HUGE_RESULT = 4 << 20
 # Runs of query blocks a (batch element, key head) is cut into at most, each with its own fp32 dK and dV.
 _MAX_PARTS = 64
 
@@ -192,7 +189,6 @@ class CpuKernel(_Prepared):
         for b in self._batches():
             a = self._prepared(q[b], k[b], v[b], out[b], None if lse is None else lse[b])
             a.first_batch = b.start
-            prefer_huge_pages(out[b])
             partial = np.empty(self._partial_words(a.batch), np.float32)
             a.partial = partial.ctypes.data
             self._run(ctypes.byref(a))
@@ -243,7 +239,6 @@ class CpuGradient(_Prepared):
             n_parts = self._n_parts(a.batch * a.n_kv_groups, a.threads)
             parts = self._part_indptr(n_parts)
             a.n_parts, a.part_indptr = n_parts, parts.ctypes.data
-            prefer_huge_pages(dq[b])
             dk_sums, dv_sums = (_sums(n_parts, like[b]) for like in (k, v))
             a.dk, a.dv = _tensor(dk_sums[0]), _tensor(dv_sums[0])
             a.dk_part, a.dv_part = dk_sums.stride(0), dv_sums.stride(0)
@@ -267,25 +262,6 @@ class CpuGradient(_Prepared):
         before = np.concatenate(([0.0], np.cumsum(cost)))
         inner = np.searchsorted(before, before[-1] * np.arange(1, n_parts) / n_parts)
         return np.concatenate(([0], inner, [n_units])).astype(np.int64)
-
-
-def prefer_huge_pages(fresh: torch.Tensor) -> None:
-    """Asks the system for huge pages under a large result that has just been allocated.
-
-    Its memory is new to the process, and is mapped as the kernel writes it: a fault for every 4 KiB costs more than
-    attention over a sparse graph does. Where the system declines, nothing changes.
-    """
-    n_bytes = fresh.numel() * fresh.element_size()
-    if n_bytes < _HUGE_RESULT or not hasattr(mmap, "MADV_HUGEPAGE") or not fresh.is_contiguous():
-        return
-    start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = fresh.data_ptr() + n_bytes - start
-    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
 
 
 def _tensor(t: torch.Tensor) -> _Tensor:
