@@ -9,6 +9,7 @@ Layers, from the top; imports go down only:
     tuning
     module  saving               a layer of a model; attentions as files
     runtime                      compile, Attention
+    specialisation               a plan with its kernels
     gate                         no kernel serves before it passed
     planner                      which template takes which edges, and why
     cost  records  backends/*    what it should take; what it took; who runs it

@@ -1,7 +1,7 @@
 """`compile` and `Attention`: a mask becomes a callable on tensors.
 
-This file decides when a plan is made (once per signature of shapes, heads and dtype), how tensors are checked, laid out
-and handed to kernels, and how partial results are joined. It must not know how a plan is chosen, nor any kernel.
+This file decides when a plan is made (once per signature of shapes, heads and dtype), how tensors are checked, and what
+a caller may change afterwards. It must not know how a plan is chosen or run, nor any kernel.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, get_args
 
-from sparsec import data, gate
-from sparsec.backends.base import DTYPES, Dtype, GradientKernel, Kernel, Launch, Problem, backend
+from sparsec import data
+from sparsec.backends.base import DTYPES, Dtype, Problem
 from sparsec.device import Device, detect_cpu, detect_gpu
 from sparsec.device import device as named_device
-from sparsec.errors import BackendMissingError, MaskError, SparsecError, UnsupportedError
+from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.expr import Expr
 from sparsec.handles import register
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.packing import packed
-from sparsec.planner import Group, Plan, plan
+from sparsec.planner import Plan, plan
 from sparsec.planner.search import Reorder
 from sparsec.score import ScoreFunction, ScoreMod, as_score_mod
+from sparsec.specialisation import Specialisation
 from sparsec.tensors import (
     Layout,
     autocast,
@@ -158,8 +159,8 @@ class Attention:
     def __init__(self, bound: BoundMask, request: Request) -> None:
         self._bound = bound
         self._request = request
-        self._specialised: dict[tuple[Problem, str], _Specialisation] = {}
-        self._latest: _Specialisation | None = None
+        self._specialised: dict[tuple[Problem, str], Specialisation] = {}
+        self._latest: Specialisation | None = None
         self._lock = threading.Lock()
         self._handle = register(self)
 
@@ -297,7 +298,7 @@ class Attention:
 
     def install(self, problem: Problem, device_name: str, made: Plan) -> None:
         """Takes a plan for a signature that was made elsewhere; its kernels are compiled at once."""
-        specialised = _Specialisation(made)
+        specialised = Specialisation(made)
         with self._lock:
             self._specialised[problem, device_name] = self._latest = specialised
 
@@ -324,14 +325,14 @@ class Attention:
         q_len, kv_len = self._bound.shape
         return f"sparsec.compile({self._bound.mask}, ({q_len}, {kv_len}))"
 
-    def _current(self) -> _Specialisation:
+    def _current(self) -> Specialisation:
         if self._latest is None:
             raise SparsecError(
                 "there is no plan yet: call this attention on tensors, or give compile q_heads, head_dim and dtype"
             )
         return self._latest
 
-    def _for(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs_grad: bool) -> _Specialisation:
+    def _for(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs_grad: bool) -> Specialisation:
         problem = self._problem(q, k, v, needs_grad)
         found = self._specialised.get((problem, str(q.device)))
         if found is None:
@@ -357,7 +358,7 @@ class Attention:
                 raise SparsecError(f"compile was told {name}={promised}, and the tensors have {found}")
         return problem
 
-    def _specialise(self, problem: Problem, device_name: str) -> _Specialisation:
+    def _specialise(self, problem: Problem, device_name: str) -> Specialisation:
         with self._lock:
             key = (problem, device_name)
             found = self._specialised.get(key)
@@ -366,9 +367,9 @@ class Attention:
             self._latest = found
             return found
 
-    def _made(self, bound: BoundMask, problem: Problem, device_name: str) -> _Specialisation:
+    def _made(self, bound: BoundMask, problem: Problem, device_name: str) -> Specialisation:
         request = self._request
-        return _Specialisation(
+        return Specialisation(
             plan(
                 bound,
                 problem,
@@ -380,133 +381,6 @@ class Attention:
                 score=request.score,
             )
         )
-
-
-class _Specialisation:
-    """A plan with its kernels; those of the backward pass are made when first needed."""
-
-    def __init__(self, made: Plan) -> None:
-        self.plan = made
-        self._kernels = [[_lowered(step.launch) for step in group.steps] for group in made.groups]
-        self._gradients: list[list[GradientKernel]] | None = None
-        if made.problem.needs_grad:
-            self._gradients = self._lowered_gradients()
-
-    def kernels(self) -> list[tuple[Launch, Kernel]]:
-        return [
-            (step.launch, kernel)
-            for group, kernels in zip(self.plan.groups, self._kernels, strict=True)
-            for step, kernel in zip(group.steps, kernels, strict=True)
-        ]
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, with_lse: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        import torch
-
-        from sparsec import torch_ops
-
-        out = torch_ops.new_output(q, v.shape[3])
-        q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
-        for group, kernels in zip(self.plan.groups, self._kernels, strict=True):
-            if group.is_joined:
-                _run_joined(group, kernels, q, k, v, out, lse)
-            else:
-                for kernel in kernels:
-                    kernel(q, k, v, out, lse)
-        return out, lse
-
-    def backward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        d_out: torch.Tensor,
-        d_lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
-
-        assert self._gradients is not None, "planned without gradients"
-        q, k, v, out, d_out, lse, d_lse = (_rows_contiguous(t) for t in (q, k, v, out, d_out, lse, d_lse))
-        dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
-        dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for group, kernels in zip(self.plan.groups, self._gradients, strict=True):
-            if not group.is_joined:
-                for kernel in kernels:
-                    kernel(q, k, v, out, lse, d_out, d_lse, dq, dk, dv)
-                continue
-            # Each launch gives what its own edges contribute to dQ.
-            total = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-            part = torch.zeros_like(total)
-            for kernel in kernels:
-                kernel(q, k, v, out, lse, d_out, d_lse, part, dk, dv)
-                total += part
-            _copy_heads(group, dq, total)
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-    def _lowered_gradients(self) -> list[list[GradientKernel]]:
-        return [[_lowered_backward(step.launch) for step in group.steps] for group in self.plan.groups]
-
-
-def _run_joined(
-    group: Group,
-    kernels: list[Kernel],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Partial results in fp32, weighed by their log-sum-exp: exact up to fp32 rounding."""
-    import torch
-
-    parts, log_sums = [], []
-    for kernel in kernels:
-        part = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-        log_sum = torch.zeros(out.shape[:3], dtype=torch.float32, device=out.device)
-        kernel(q, k, v, part, log_sum)
-        parts.append(part)
-        log_sums.append(log_sum)
-    total = torch.logsumexp(torch.stack(log_sums), dim=0)
-    # An empty row has -inf in every part, and no weight.
-    base = torch.where(torch.isneginf(total), torch.zeros_like(total), total)
-    joined = torch.zeros_like(parts[0])
-    for part, log_sum in zip(parts, log_sums, strict=True):
-        joined.addcmul_(part, (log_sum - base).exp_().unsqueeze(-1))
-    _copy_heads(group, out, joined)
-    if lse is not None:
-        _copy_heads(group, lse, total)
-
-
-def _copy_heads(group: Group, into: torch.Tensor, source: torch.Tensor) -> None:
-    """Copies the heads and batch elements of a group."""
-    is_all_heads, is_all_batch = len(group.heads) == into.shape[1], group.is_whole_batch
-    if is_all_heads and is_all_batch:
-        into.copy_(source)
-        return
-    heads = list(group.heads)
-    for b in range(into.shape[0]) if is_all_batch else group.batch:
-        into[b, heads] = source[b, heads].to(into.dtype)
-
-
-def _lowered(launch: Launch) -> Kernel:
-    server = backend(launch.backend)
-    missing = server.missing(launch.device)
-    if missing is not None:
-        raise BackendMissingError(
-            f"{launch.template.name} was planned for the {launch.backend} back end, but {missing}"
-        )
-    gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device, "forward", launch.score)
-    return server.lower(launch)
-
-
-def _lowered_backward(launch: Launch) -> GradientKernel:
-    gate.ensure(launch.template, launch.backend, launch.problem.dtype, launch.device, "backward", launch.score)
-    return backend(launch.backend).lower_backward(launch)
 
 
 def attention(
@@ -600,12 +474,6 @@ def torch_device(name: str) -> Device:
         index = int(name.split(":")[1]) if ":" in name else None
         return detect_gpu(index)
     return named_device(name)
-
-
-def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where its last dimension is contiguous, else a copy."""
-    tensor = tensor.resolve_neg()  # a sign that is only a flag would be lost
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _dtype_name(dtype: torch.dtype | str) -> Dtype:
