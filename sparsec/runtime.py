@@ -246,8 +246,10 @@ class Attention:
         return self._current().plan
 
     def explain(self) -> str:
-        """The plan, as text."""
-        return str(self.plan)
+        """The plan as text, with advice: what `sparsec explain` prints."""
+        from sparsec.planner.text import plan_text
+
+        return plan_text(self.plan, self._request.reorder)
 
     def source(self) -> dict[str, dict[str, str]]:
         """Source texts by launch, then by file name."""

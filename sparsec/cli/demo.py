@@ -190,7 +190,7 @@ def _measured(case: Case, dtype: Dtype, watched: _Watched, *, is_quick: bool) ->
 
 def _plan_words(result: _Result, previous: Plan | None) -> str:
     """The plan; in a later dtype that runs the same launches, only that."""
-    from sparsec.planner.text import duration
+    from sparsec.planner.words import duration
 
     launches = [(step.launch.template.name, step.launch.config) for step in result.plan.steps]
     if previous is None or launches != [(step.launch.template.name, step.launch.config) for step in previous.steps]:
@@ -199,7 +199,7 @@ def _plan_words(result: _Result, previous: Plan | None) -> str:
 
 
 def _show_result(console: Console, result: _Result) -> None:
-    from sparsec.planner.text import duration
+    from sparsec.planner.words import duration
     from sparsec.report import Column, table
 
     columns = [
@@ -248,7 +248,7 @@ def _error_words(error: Error) -> Text:
 
 
 def _show_summary(console: Console, results: list[_Result]) -> None:
-    from sparsec.planner.text import duration
+    from sparsec.planner.words import duration
     from sparsec.report import Column, table
 
     show(console, "")

@@ -116,7 +116,7 @@ class Absent(NamedTuple):
 
 def peers(case: Case, bound: BoundMask, dtype: Dtype, given: Tensors, memory_bytes: int) -> Iterator[Peer | Absent]:
     """The other ways to compute a case, as far as they need at most `memory_bytes`."""
-    from sparsec.planner.text import size
+    from sparsec.planner.words import size
 
     pairs = bound.q_len * bound.kv_len
     # A boolean mask, and the additive one of the tensors' dtype that torch makes of it.

@@ -86,7 +86,7 @@ def _show(console: Console, device: Device) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from sparsec.planner.text import size
+    from sparsec.planner.words import size
 
     caches = [device.l1_bytes, device.l2_bytes, device.l3_bytes]
     facts = {

@@ -156,7 +156,7 @@ def _openmp_library(torch_folder: Path) -> str | None:
 
 def _processor(device: Device) -> Iterator[Finding]:
     from sparsec.data import ISA_VARIABLE, forced_isa
-    from sparsec.planner.text import size
+    from sparsec.planner.words import size
 
     caches = [device.l1_bytes, device.l2_bytes, device.l3_bytes]
     lowered = f" ({ISA_VARIABLE} holds it there)" if forced_isa() else ""
@@ -185,7 +185,7 @@ def _gpu() -> tuple[Finding, Device | None]:
 def _cache() -> Finding:
     from sparsec import data
     from sparsec.errors import SparsecError
-    from sparsec.planner.text import size
+    from sparsec.planner.words import size
 
     try:
         path = data.cache_dir()

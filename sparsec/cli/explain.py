@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparsec.errors import UnsupportedError
     from sparsec.masks import BoundMask
     from sparsec.planner import Plan
+    from sparsec.planner.search import Reorder
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])  # Any: a command as click takes it
 
@@ -36,7 +37,7 @@ class _Request:
     device: Device
     template: str | None
     backend: str | None
-    reorder: str
+    reorder: Reorder
     needs_grad: bool
     is_json: bool
     has_source: bool
@@ -92,6 +93,7 @@ def explain(mask: str, **options: Any) -> None:  # Any: click's options
     """
     from sparsec.errors import UnsupportedError
     from sparsec.planner import plan
+    from sparsec.planner.text import plan_text
 
     request = _Request(**options)
     with waiting("planning"):
@@ -103,7 +105,7 @@ def explain(mask: str, **options: Any) -> None:  # Any: click's options
                 request.device,
                 template=request.template,
                 backend=request.backend,
-                reorder=request.reorder,  # type: ignore[arg-type]  # a choice of the option
+                reorder=request.reorder,
             )
         except UnsupportedError as error:
             if request.is_json:
@@ -116,7 +118,7 @@ def explain(mask: str, **options: Any) -> None:  # Any: click's options
         document = made.to_dict()
         click.echo(json_text(document if sources is None else document | {"source": sources}))
         return
-    write(str(made))
+    write(plan_text(made, request.reorder))
     for launch, files in (sources or {}).items():
         for name, text in files.items():
             click.echo(f"\n{launch}: {name}\n\n{text.rstrip()}")

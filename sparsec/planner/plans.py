@@ -159,7 +159,10 @@ class Plan:
         return plan_text(self)
 
     def to_dict(self) -> dict[str, Any]:  # JSON values
-        """What `str()` says, for programs."""
+        """What `str()` says, for programs; `sparsec/report/SCHEMA.md` says what each key means."""
+        from sparsec.planner.advice import advice
+        from sparsec.planner.ceiling import ceiling
+
         return {
             "schema": PLAN_SCHEMA,
             "mask": str(self.mask.mask),
@@ -169,6 +172,8 @@ class Plan:
             "planning_us": round(self.planning_us, 1),
             "layout_bytes": self.layout_bytes,
             "estimate": _estimate_dict(self.estimate),
+            "ceiling": asdict(ceiling(self)),
+            "advice": list(advice(self)),
             "groups": [_group_dict(group) for group in self.groups],
         }
 
@@ -178,10 +183,14 @@ def _estimate_dict(estimate: Estimate) -> dict[str, Any]:
 
 
 def _group_dict(group: Group) -> dict[str, Any]:
+    from sparsec.planner.graphs import graph_of
+
+    graph = graph_of(group)
     return {
         "heads": list(group.heads),
         "batch": list(group.batch),
         "profile": asdict(group.profile),
+        "graph": None if graph is None else asdict(graph),
         "config_source": group.config_source,
         "is_joined": group.is_joined,
         "estimate": _estimate_dict(group.estimate),

@@ -7,15 +7,30 @@ from __future__ import annotations
 
 import textwrap
 
+from sparsec.analysis import MaskProfile
 from sparsec.backends.base import Problem
+from sparsec.planner.advice import advice
+from sparsec.planner.ceiling import ceiling, tile_fill
+from sparsec.planner.graphs import graph_of
 from sparsec.planner.plans import Candidate, Group, Plan, Step
+from sparsec.planner.search import Reorder
+from sparsec.planner.words import duration, rate, size
 
 WIDTH = 80
 _SHOWN_ALTERNATIVES = 6
+# Fewer keys in a run than this are no run.
+_FEW_KEYS = 4.0
+# A loss below a twentieth is not told.
+_NEARLY_FULL = 0.95
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan, told in the order a reader asks: what it is for, what runs, what else was weighed, what could not."""
+def plan_text(plan: Plan, reorder: Reorder = "auto") -> str:
+    """The plan, told in the order a reader asks: what it is for, what runs, what else was weighed, what could not.
+
+    Args:
+        plan: The plan.
+        reorder: What it was told about orders of tokens.
+    """
     problem = plan.problem
     lines = [
         *_wrapped("mask     ", _shortened(str(plan.mask.mask))),
@@ -31,6 +46,12 @@ def plan_text(plan: Plan) -> str:
     ]
     for group in plan.groups:
         lines += ["", *_group_lines(plan, group)]
+    lines += ["", *_ceiling_lines(plan)]
+    sentences = advice(plan, reorder)
+    if sentences:
+        lines += ["", "advice"]
+        for sentence in sentences:
+            lines += _wrapped("  ", sentence)
     lines += ["", f"planned in {duration(plan.planning_us)}"]
     return "\n".join(lines)
 
@@ -46,10 +67,10 @@ def _group_lines(plan: Plan, group: Group) -> list[str]:
     for number, step in enumerate(group.steps, 1):
         lines += _step_lines(number, step)
     estimate = group.estimate
-    rate = _rate(estimate.flops / estimate.us * 1e-3)
+    useful = rate(estimate.flops / estimate.us * 1e-3)
     lines += _wrapped(
         "  total  ",
-        f"estimated {duration(estimate.us)}, {rate} of useful work; "
+        f"estimated {duration(estimate.us)}, {useful} of useful work; "
         f"most of it goes to {estimate.limiter} (configuration from the {group.config_source})",
     )
     if group.alternatives:
@@ -73,13 +94,56 @@ def _profile_lines(group: Group) -> list[str]:
     empty = f"; {profile.q.n_empty:,} empty" if profile.q.n_empty else ""
     sampled = f" (from {profile.sampled:.0%} of the rows)" if profile.sampled is not None else ""
     rows = (
-        ("edges    ", f"{profile.nnz:,}, density {profile.density:.3%}"),
+        ("edges    ", f"{profile.nnz:,}, density {profile.density:.3%}; {_form(profile)}"),
         ("degrees  ", f"{profile.q.mean:,.1f} keys a query, at most {profile.q.max:,}{heavy}{empty}"),
         ("         ", f"{profile.kv.mean:,.1f} queries a key, at most {profile.kv.max:,}"),
         ("tiles    ", f"filled {fills}{sampled}"),
         ("reach    ", f"{profile.bandwidth_mean:,.0f} tokens from the diagonal, at most {profile.bandwidth_max:,.0f}"),
+        ("graph    ", _graph_words(group)),
     )
     return [line for label, text in rows for line in _wrapped(label, text)]
+
+
+def _form(profile: MaskProfile) -> str:
+    """What its rows look like."""
+    steps = f" in steps of {profile.common_step}" if profile.common_step > 1 else ""
+    if profile.is_toeplitz:
+        return f"every query attends at the same offsets{steps}"
+    if profile.keys_per_range < _FEW_KEYS:
+        return "keys scattered along the rows"
+    return f"rows of runs{steps} of {profile.keys_per_range:,.0f} keys"
+
+
+def _graph_words(group: Group) -> str:
+    graph = graph_of(group)
+    if graph is None:
+        return "not looked at: too many scattered edges"
+    parts = "1 component" if graph.n_components == 1 else f"{graph.n_components:,} components"
+    if graph.n_components > 1:
+        parts += f", the largest {graph.largest_component:.0%} of it"
+    return (
+        f"of {graph.n_nodes:,} blocks of {graph.block:,} tokens: {graph.degree_mean:,.1f} neighbours a block, at most "
+        f"{graph.degree_max:,}; {graph.near_share:.0%} near the diagonal; {parts}"
+    )
+
+
+def _ceiling_lines(plan: Plan) -> list[str]:
+    roof = ceiling(plan)
+    what = (
+        f"all useful arithmetic at {rate(roof.flops_per_s * 1e-9)}"
+        if roof.bound == "arithmetic"
+        else f"q, k, v and out moved once at {roof.bytes_per_s / 1e9:,.0f} GB/s"
+    )
+    lost = []
+    fill = tile_fill(plan.steps)
+    if fill is not None and fill < _NEARLY_FULL:
+        lost.append(f"{1 - fill:.0%} of the pairs in its tiles do not attend")
+    estimate = plan.estimate
+    for name, us in (("uneven work", estimate.idle_us), ("starting", estimate.launch_us)):
+        if us > (1.0 - _NEARLY_FULL) * estimate.us:
+            lost.append(f"{name} takes {us / estimate.us:.0%}")
+    because = f"; {', '.join(lost)}" if lost else ""
+    return _wrapped("ceiling  ", f"{duration(roof.us)}, {what}: the estimate reaches {roof.share:.0%} of it{because}")
 
 
 def _step_lines(number: int, step: Step) -> list[str]:
@@ -88,7 +152,9 @@ def _step_lines(number: int, step: Step) -> list[str]:
     edges = f"{step.edges} ({work.bound.nnz:,} edges)" if launch.template.layout != "none" else step.edges
     lines += _wrapped("     edges    ", edges)
     if work.ordering.q_order is not None:
-        lines.append(f"     order    {work.ordering.name}")
+        fill = tile_fill([step])
+        filled = f": its tiles are {fill:.0%} full" if fill is not None else ""
+        lines.append(f"     order    {work.ordering.name}{filled}")
     if launch.config.items:
         lines += _wrapped("     config   ", str(launch.config))
     if launch.template.layout == "none":
@@ -137,10 +203,6 @@ def _wrapped(label: str, text: str) -> list[str]:
     ) or [label.rstrip()]
 
 
-def _rate(gflops: float) -> str:
-    return f"{gflops / 1e3:,.0f} TFLOP/s" if gflops >= 1e4 else f"{gflops:,.0f} GFLOP/s"
-
-
 def _heads(problem: Problem) -> str:
     heads = "1 head" if problem.q_heads == 1 else f"{problem.q_heads} heads"
     return heads if problem.kv_heads == problem.q_heads else f"{heads} over {problem.kv_heads} of k and v"
@@ -154,19 +216,3 @@ def _listed(numbers: tuple[int, ...]) -> str:
     if len(numbers) > 2 and numbers == tuple(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(map(str, numbers))
-
-
-def duration(us: float) -> str:
-    """Microseconds as a person reads them."""
-    for unit, scale in (("s", 1e6), ("ms", 1e3)):
-        if us >= scale:
-            return f"{us / scale:.3g} {unit}"
-    return f"{us:.3g} µs"
-
-
-def size(n_bytes: int) -> str:
-    """Bytes as a person reads them."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.3g} {unit}"
-    return f"{n_bytes} bytes"

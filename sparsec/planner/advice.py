@@ -1,0 +1,134 @@
+"""What a user can do about a plan, in a sentence or two.
+
+This file decides which advice is worth its place: what should change the time by a fifth or more comes first, and two
+sentences are enough. Every figure is an estimate of this plan or of another that was made the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from sparsec.errors import SparsecError
+from sparsec.planner.ceiling import matrix_rate, tile_fill
+from sparsec.planner.lengths import SHORTEST, dense_crossover, dense_us
+from sparsec.planner.plans import Plan
+from sparsec.planner.search import Reorder, plan
+from sparsec.planner.words import duration
+
+_SENTENCES = 2
+# What changes the time by less is not worth a user's trouble.
+_WORTH = 1.2
+# Shares of the time at which starting a kernel, or waiting for the last worker, is what to do something about.
+_LAUNCH_SHARE, _IDLE_SHARE = 0.3, 0.15
+# Below this density, when dense attention would win is a question.
+_SPARSE = 0.4
+
+
+def advice(made: Plan, reorder: Reorder = "auto") -> tuple[str, ...]:
+    """What could make it faster, at most two sentences, the more useful first; none where nothing is known.
+
+    Args:
+        made: The plan.
+        reorder: What it was told about orders of tokens.
+    """
+    sentences = []
+    for sentence in _sentences(made, reorder):
+        sentences.append(sentence)
+        if len(sentences) == _SENTENCES:
+            break
+    return tuple(sentences)
+
+
+def _sentences(made: Plan, reorder: Reorder) -> Iterator[str]:
+    if reorder == "off":
+        yield from _on_reordering(made)
+    dense = dense_us(made)
+    is_dense = any(step.launch.template.layout == "none" for step in made.steps)
+    if dense * _WORTH < made.estimate.us and not is_dense:
+        yield (
+            f"Dense attention over all pairs, with a mask added to the scores, should take {duration(dense)}: at this "
+            "length the mask leaves too little out, or its edges lie too far apart, for sparsity to pay."
+        )
+    yield from _on_starting(made)
+    yield from _on_idling(made)
+    # From here on, what is good to know.
+    if made.estimate.us < dense and max(group.profile.density for group in made.groups) < _SPARSE:
+        yield from _on_length(made, reorder, dense)
+    yield from _on_dtype(made)
+    yield from _on_scatter(made)
+
+
+def _on_reordering(made: Plan) -> Iterator[str]:
+    try:
+        other = plan(made.mask, made.problem, made.device, scale=made.steps[0].launch.scale)
+    except SparsecError:
+        return
+    if other.estimate.us * _WORTH >= made.estimate.us:
+        return
+    fill = tile_fill(other.steps)
+    name = next((step.launch.work.ordering.name for step in other.steps if step.launch.work.ordering.nbytes), "")
+    raised = "" if fill is None else f" would raise tile fill from {made.groups[0].profile.fill(64).fill:.0%} to {fill:.0%}"
+    yield (
+        f"Reordering tokens ({name}){raised}{" and" if raised else " would"} bring {duration(made.estimate.us)} down to "
+        f"{duration(other.estimate.us)}: pass reorder='auto'."
+    )
+
+
+def _on_starting(made: Plan) -> Iterator[str]:
+    if made.estimate.launch_us > _LAUNCH_SHARE * made.estimate.us:
+        yield (
+            f"Starting kernels is {made.estimate.launch_us / made.estimate.us:.0%} of the time: put more heads or "
+            "sequences into a call."
+        )
+
+
+def _on_idling(made: Plan) -> Iterator[str]:
+    estimate = made.estimate
+    if estimate.idle_us > _IDLE_SHARE * estimate.us and estimate.compute_us + estimate.idle_us >= estimate.memory_us:
+        yield (
+            f"{estimate.idle_us / estimate.us:.0%} of the time some of the {made.device.units} workers have nothing "
+            "to do: more heads or sequences in a call would fill them."
+        )
+
+
+def _on_dtype(made: Plan) -> Iterator[str]:
+    """In a dtype with faster matrix units."""
+    if made.problem.dtype != "fp32" or "arithmetic" not in made.estimate.limiter:
+        return
+    if all(step.launch.template.layout == "rows" for step in made.steps):
+        return
+    times = matrix_rate(replace(made.problem, dtype="bf16"), made.device) / matrix_rate(made.problem, made.device)
+    if times > _WORTH:
+        yield f"Most of it is arithmetic, and this device's is {times:.2g}× as fast in bf16."
+
+
+def _on_length(made: Plan, reorder: Reorder, dense: float) -> Iterator[str]:
+    times = f"Dense attention over all pairs would take {duration(dense)}, {_times(dense / made.estimate.us)} as long"
+    crossover = dense_crossover(made, reorder)
+    if crossover is None:
+        yield f"{times}."
+    elif crossover <= SHORTEST:
+        yield f"{times}, and is slower from {SHORTEST} tokens on."
+    else:
+        yield f"{times}; it is the faster one below about {_rounded(crossover):,} tokens."
+
+
+def _on_scatter(made: Plan) -> Iterator[str]:
+    profile = made.groups[0].profile
+    by_rows = all(step.launch.template.layout == "rows" for step in made.steps)
+    if by_rows and profile.fill(64).fill < 0.1:
+        yield (
+            f"Tiles of 64 would be {profile.fill(64).fill:.1%} full, so edges are walked one by one: keys nearer to "
+            "each other, in blocks of 16 or more, would bring matrix units into use."
+        )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}×" if ratio >= 100.0 else f"{ratio:.1f}×"
+
+
+def _rounded(length: float) -> int:
+    """To two digits."""
+    digits = max(len(str(int(length))) - 2, 0)
+    return int(round(length / 10**digits) * 10**digits)
