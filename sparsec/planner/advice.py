@@ -68,9 +68,11 @@ def _on_reordering(made: Plan) -> Iterator[str]:
         return
     fill = tile_fill(other.steps)
     name = next((step.launch.work.ordering.name for step in other.steps if step.launch.work.ordering.nbytes), "")
-    raised = "" if fill is None else f" would raise tile fill from {made.groups[0].profile.fill(64).fill:.0%} to {fill:.0%}"
+    raised = " would"
+    if fill is not None:
+        raised = f" would raise tile fill from {made.groups[0].profile.fill(64).fill:.0%} to {fill:.0%}, and"
     yield (
-        f"Reordering tokens ({name}){raised}{" and" if raised else " would"} bring {duration(made.estimate.us)} down to "
+        f"Reordering tokens ({name}){raised} bring {duration(made.estimate.us)} down to "
         f"{duration(other.estimate.us)}: pass reorder='auto'."
     )
 
