@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,25 @@ def cache_dir() -> Path:
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         _refuse_cache(path, "cannot be written to", f"run `chmod 700 {path}`, or ")
     return path
+
+
+def records_dir() -> Path:
+    """Where the user's tuning records lie or would lie: a folder of the cache, which is not made by asking."""
+    return _cache_path() / "records"
+
+
+def made_records_dir(path: Path) -> None:
+    """Makes the folder of records at `path`, with mode 0700 where it is the cache's.
+
+    Raises:
+        SparsecError: It cannot be made.
+    """
+    if path == records_dir():
+        cache_dir()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SparsecError(f"the folder of records {path} cannot be made ({error.strerror})") from None
 
 
 def _cache_path() -> Path:
@@ -208,62 +227,143 @@ def read_json(path: Path) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class JsonLines:
-    """What a JSON Lines file held.
+class JsonLine:
+    """One line of a JSON Lines file.
 
     Attributes:
-        rows: Line number (from 1) and value of every line that is one JSON object.
-        problems: One sentence for every other line, naming file and line; a torn last line is one of these.
+        number: From 1.
+        offset: Where it begins in the file.
+        text: The line itself, without its end.
+        value: The object it holds, or None.
+        problem: Why there is none, in one sentence that names file and line; "" where there is one.
     """
 
-    rows: tuple[tuple[int, dict[str, Any]], ...]
-    problems: tuple[str, ...]
+    number: int
+    offset: int
+    text: bytes
+    value: dict[str, Any] | None
+    problem: str = ""
 
 
-def read_json_lines(path: Path) -> JsonLines:
+@dataclass(frozen=True, slots=True)
+class JsonLines:
+    """What a JSON Lines file held from some place on.
+
+    Attributes:
+        lines: Every line that is not blank, good or bad.
+        torn: The last line where it has no end and is no object, which a writer may be about to finish; None otherwise.
+        next_offset: Where the next line begins.
+        next_number: Its number.
+    """
+
+    lines: tuple[JsonLine, ...]
+    torn: JsonLine | None
+    next_offset: int
+    next_number: int
+
+    @property
+    def rows(self) -> tuple[tuple[int, dict[str, Any]], ...]:
+        """Line number and value of every line that is one JSON object."""
+        return tuple((line.number, line.value) for line in self.lines if line.value is not None)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One sentence for every other line, a torn last line among them."""
+        torn = () if self.torn is None else (self.torn,)
+        return tuple(line.problem for line in (*self.lines, *torn) if line.value is None)
+
+
+def read_json_lines(path: Path, offset: int = 0, number: int = 1) -> JsonLines:
     """Every object in a JSON Lines file; a line that is none is reported, and does not spoil the others.
+
+    Args:
+        path: The file.
+        offset: Where to begin: the `next_offset` of an earlier reading.
+        number: The number of the line there: its `next_number`.
 
     Raises:
         SparsecError: The file cannot be read.
     """
-    rows: list[tuple[int, dict[str, Any]]] = []
-    problems: list[str] = []
-    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line, parse_constant=_refuse_json_constant)
-        except (ValueError, RecursionError) as error:
-            problems.append(_at(path, number, f"skipped, no JSON: {error}"))
-            continue
-        if isinstance(value, dict):
-            rows.append((number, value))
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read()
+    except OSError as error:
+        raise SparsecError(f"cannot read {path} ({error.strerror})") from None
+    *whole, last = content.split(b"\n")
+    lines, torn = [], None
+    for text in whole:
+        if text.strip():
+            lines.append(_json_line(path, number, offset, text))
+        number, offset = number + 1, offset + len(text) + 1
+    if last.strip():
+        line = _json_line(path, number, offset, last)
+        if line.value is None:
+            torn = line
         else:
-            problems.append(_at(path, number, f"skipped, a {type(value).__name__} where an object is needed"))
-    return JsonLines(tuple(rows), tuple(problems))
+            # A file written by hand may lack the last line's end; a writer after us begins on a line of its own.
+            lines.append(line)
+            offset += len(last)
+    return JsonLines(tuple(lines), torn, offset, number)
 
 
-def append_json_line(path: Path, row: Mapping[str, object]) -> None:
-    """Add one object to the end of a JSON Lines file, in one write, so that concurrent writers do not mix their lines.
+def _json_line(path: Path, number: int, offset: int, text: bytes) -> JsonLine:
+    try:
+        value = json.loads(text, parse_constant=_refuse_json_constant)
+    except (ValueError, RecursionError) as error:
+        return JsonLine(number, offset, text, None, _at(path, number, f"skipped, no JSON: {error}"))
+    if not isinstance(value, dict):
+        what = f"skipped, a {type(value).__name__} where an object is needed"
+        return JsonLine(number, offset, text, None, _at(path, number, what))
+    return JsonLine(number, offset, text, value)
+
+
+def json_object(text: bytes) -> dict[str, Any]:
+    """The object in a line that `read_json_lines` found to hold one."""
+    value = json.loads(text)
+    assert isinstance(value, dict), "a line that holds no object"
+    return value
+
+
+def json_line(row: Mapping[str, object]) -> bytes:
+    """One object as a line, without its end."""
+    return json.dumps(row, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def append_lines(path: Path, lines: Sequence[bytes]) -> None:
+    """Add lines to the end of a file, in one write, so that concurrent writers do not mix their lines.
+
+    When they do not all fit, none stays. Writers on several machines must hold the `entry_lock` of the file as well.
 
     Raises:
         SparsecError: The file cannot be written.
     """
-    line = json.dumps(row, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    content = b"".join(line + b"\n" for line in lines)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             # A writer that died half-way left a torn line; ours must not become part of it.
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                line = b"\n" + line
-            written = os.write(descriptor, line)
+                content = b"\n" + content
+            written = os.write(descriptor, content)
+            if written != len(content) and os.fstat(descriptor).st_size == size + written:
+                os.ftruncate(descriptor, size)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise SparsecError(f"cannot add a line to {path} ({error.strerror})") from None
-    if written != len(line):
-        raise SparsecError(f"cannot add a line to {path}: {written} of {len(line)} bytes fitted; is the disk full?")
+    if written != len(content):
+        raise SparsecError(f"cannot add a line to {path}: {written} of {len(content)} bytes fitted; is the disk full?")
+
+
+def append_json_line(path: Path, row: Mapping[str, object]) -> None:
+    """Add one object to the end of a JSON Lines file, as `append_lines` does.
+
+    Raises:
+        SparsecError: The file cannot be written.
+    """
+    append_lines(path, [json_line(row)])
 
 
 def _refuse_json_constant(name: str) -> NoReturn:

@@ -95,6 +95,12 @@ class Device:
         }
 
 
+def family_of(key: str) -> str:
+    """The part of a device key that devices of one architecture share: without how many units, and how much memory."""
+    match = re.fullmatch(r"(cpu-.+)-\d+c|((?:nvidia|amd)-[^-]+)-.+", key)
+    return (match[1] or match[2]) if match else key
+
+
 def device(name: str) -> Device:
     """The device of that name: `cpu` is this machine's, the others are described in `devices.yaml`.
 

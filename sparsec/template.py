@@ -86,7 +86,8 @@ class Template:
         constraints: Checked by `violation`.
         declared_backends: Back ends that serve it without a kernel of ours.
         folder: Where the sources are.
-        source_digest: Of everything its kernels are compiled from; a record made with other sources is not served.
+        source_digest: Of everything its kernels are compiled from, on any back end.
+        backend_digests: Of what the kernels of one back end are compiled from, by back end.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Template:
     declared_backends: tuple[str, ...]
     folder: Path
     source_digest: str
+    backend_digests: Mapping[str, str]
 
     def backends(self) -> tuple[str, ...]:
         """The back ends that can serve this template."""
@@ -105,6 +107,19 @@ class Template:
 
     def kernel_path(self, backend: str) -> Path:
         return self.folder / KERNEL_FILES[backend]
+
+    def digest_of(self, backend: str) -> str:
+        """Digest of what its kernels on a back end are compiled from; a record made with other sources is not served.
+
+        `template.yaml` is not in it: a record whose configuration is no longer legal is not served either.
+        """
+        return self.backend_digests.get(backend, self.name)
+
+    def config_of(self, backend: str, values: Mapping[str, int]) -> Config | None:
+        """The legal configuration with these values, in the order of declaration; None where there is none."""
+        config = Config(tuple((t.name, values[t.name]) for t in self.tunables_of(backend) if t.name in values))
+        is_whole = len(config.items) == len(values)
+        return config if is_whole and self.violation(backend, config) is None else None
 
     def default(self, backend: str) -> Config:
         return Config(tuple((t.name, t.default) for t in self.tunables_of(backend)))
@@ -172,9 +187,7 @@ def _read(folder: Path, shared: list[Path]) -> Template:
         Constraint(entry["require"], entry["because"], entry.get("backend"))
         for entry in declared.get("constraints", ())
     )
-    digest = hashlib.sha256()
-    for path in [*sorted(path for path in folder.iterdir() if path.suffix in _SOURCE_SUFFIXES), *shared]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    sources = [*sorted(path for path in folder.iterdir() if path.suffix in _SOURCE_SUFFIXES), *shared]
     return Template(
         name=str(declared["name"]),
         summary=str(declared["summary"]),
@@ -183,11 +196,29 @@ def _read(folder: Path, shared: list[Path]) -> Template:
         constraints=constraints,
         declared_backends=tuple(declared.get("backends", ())),
         folder=folder,
-        source_digest=digest.hexdigest()[:16],
+        source_digest=_digest(sources),
+        backend_digests={
+            backend: _digest([path for path in sources if path.suffix in suffixes])
+            for backend, suffixes in _BACKEND_SUFFIXES.items()
+            if (folder / KERNEL_FILES[backend]).is_file()
+        },
     )
 
 
-_SOURCE_SUFFIXES: Final = {".cpp", ".hpp", ".cu", ".cuh", ".py", ".yaml"}
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# What the kernels of each back end can include; a header may be written for both compilers of C++.
+_BACKEND_SUFFIXES: Final[Mapping[str, frozenset[str]]] = {
+    "cpu": frozenset({".cpp", ".hpp"}),
+    "triton": frozenset({".py"}),
+    "cuda": frozenset({".cu", ".cuh", ".hpp"}),
+}
+_SOURCE_SUFFIXES: Final = frozenset({".yaml"}).union(*_BACKEND_SUFFIXES.values())
 
 _OPERATORS: Final[Mapping[type[ast.AST], Callable[[Any, Any], Any]]] = {
     ast.Add: operator.add,

@@ -36,9 +36,14 @@ class MaskSignature:
     bandwidth: int
     tile_fill: int
 
+    @property
+    def coordinates(self) -> tuple[float, ...]:
+        """A point whose differences from another, summed, are their distance."""
+        return tuple(weight * getattr(self, name) for name, weight in _WEIGHTS.items())
+
     def distance(self, other: MaskSignature) -> float:
         """How unlike two masks are: 0 when equal, about 1 for each octave of row length or fill."""
-        return float(sum(weight * abs(getattr(self, name) - getattr(other, name)) for name, weight in _WEIGHTS.items()))
+        return sum(abs(mine - theirs) for mine, theirs in zip(self.coordinates, other.coordinates, strict=True))
 
 
 def signature(profile: MaskProfile) -> MaskSignature:
