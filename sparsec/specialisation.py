@@ -6,9 +6,10 @@ several are joined. It must not know how a plan is chosen or when one is made, n
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from sparsec import gate
+from sparsec import buffers, gate
 from sparsec.backends.base import GradientKernel, Kernel, Launch, backend
 from sparsec.errors import BackendMissingError
 from sparsec.planner import Group, Plan
@@ -41,7 +42,7 @@ class Specialisation:
 
         from sparsec import torch_ops
 
-        out = torch_ops.new_output(q, v.shape[3])
+        out = torch_ops.new_output(q, v.shape[3], partial(buffers.empty, dtype=q.dtype, device=q.device))
         q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
         for group, kernels in zip(self.plan.groups, self._kernels, strict=True):
@@ -66,9 +67,9 @@ class Specialisation:
 
         assert self._gradients is not None, "planned without gradients"
         q, k, v, out, d_out, lse, d_lse = (_rows_contiguous(t) for t in (q, k, v, out, d_out, lse, d_lse))
-        dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
-        dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk = buffers.zeros(k.shape, torch.float32, k.device)
+        dv = buffers.zeros(v.shape, torch.float32, v.device)
+        dq = buffers.empty(q.shape, q.dtype, q.device)
         for group, kernels in zip(self.plan.groups, self._gradients, strict=True):
             if not group.is_joined:
                 for kernel in kernels:

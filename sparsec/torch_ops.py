@@ -7,17 +7,19 @@ torch, and is imported only when tensors are at hand. It must not know what an e
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from sparsec.handles import executor
 
 
-def new_output(q: torch.Tensor, v_dim: int) -> torch.Tensor:
-    """An output `[batch, q_heads, q_len, v_dim]` whose heads lie within its rows where those of q do."""
+def new_output(q: torch.Tensor, v_dim: int, empty: Callable[[Sequence[int]], torch.Tensor]) -> torch.Tensor:
+    """An output `[batch, q_heads, q_len, v_dim]` made by `empty`; its heads lie within its rows where those of q do."""
     batch, heads, length, _ = q.shape
     if q.stride(1) < q.stride(2):
-        return q.new_empty(batch, length, heads, v_dim).transpose(1, 2)
-    return q.new_empty(batch, heads, length, v_dim)
+        return empty((batch, length, heads, v_dim)).transpose(1, 2)
+    return empty((batch, heads, length, v_dim))
 
 
 @torch.library.custom_op("sparsec::forward", mutates_args=())
@@ -29,7 +31,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, handle: int) -> t
 def _forward_shapes(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, handle: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return new_output(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return new_output(q, v.shape[3], q.new_empty), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("sparsec::backward", mutates_args=())

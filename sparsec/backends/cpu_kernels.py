@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sparsec import buffers
 from sparsec.backends.base import Launch
 from sparsec.layout import RowLists
 
@@ -244,8 +245,9 @@ class CpuGradient(_Prepared):
             a.dk_part, a.dv_part = dk_sums.stride(0), dv_sums.stride(0)
             self._run(ctypes.byref(a))
             # Parts are added in their order, whichever thread made them.
-            dk[b].add_(dk_sums.sum(0)[..., : k.shape[3]], alpha=self.launch.scale)
-            dv[b].add_(dv_sums.sum(0)[..., : v.shape[3]])
+            for dk_part, dv_part in zip(dk_sums, dv_sums, strict=True):
+                dk[b].add_(dk_part[..., : k.shape[3]], alpha=self.launch.scale)
+                dv[b].add_(dv_part[..., : v.shape[3]])
 
     def _n_parts(self, shares: int, threads: int) -> int:
         """Runs of query blocks a share is cut into, so that the threads are evenly busy."""
@@ -273,7 +275,7 @@ def _sums(n_parts: int, like: torch.Tensor) -> torch.Tensor:
     import torch
 
     padded = -(-like.shape[3] // _PADDING) * _PADDING
-    return torch.zeros(n_parts, *like.shape[:3], padded, dtype=torch.float32)
+    return buffers.zeros((n_parts, *like.shape[:3], padded), torch.float32, like.device)
 
 
 @cache
