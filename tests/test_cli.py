@@ -16,6 +16,7 @@ import pytest
 import scipy.sparse
 from click.testing import CliRunner
 
+import sparsec as sparsec_package
 from sparsec import masks as m
 from sparsec.cli import entry
 from sparsec.cli.entry import run, sparsec
@@ -25,6 +26,7 @@ from sparsec.device import Device
 _DEVICE_MODULE = sys.modules["sparsec.device"]
 
 GOLDEN = Path(__file__).parent / "golden" / "explain"
+SCHEMA = Path(sparsec_package.__file__).parent / "report" / "SCHEMA.md"
 
 # A processor of fixed abilities, so that plans do not depend on the machine.
 PROCESSOR = Device(
@@ -55,6 +57,13 @@ EXPLAINED = {
     "scattered": "random_edges(20, 0) --seq-len 4096 --heads 8 --head-dim 128 --v-dim 64",
     "dense": "full() --seq-len 1024 --kv-len 2048",
     "per-head": "per_head([causal(), window(64, 64), causal()]) --seq-len 1000",
+    "not-reordered": "dilated(512, 8) --seq-len 8192 --reorder off",
+    "heavy-rows": "window(127, 0) | global_tokens([77, 4000]) --seq-len 8192",
+}
+# Several plans side by side.
+COMPARED = {
+    "at-lengths": "window(127, 0) | global_tokens(4) --at 256,1k,16k --heads 4",
+    "beside": "window(64, 64) --seq-len 4096 --compare dilated(512, 8)",
 }
 
 
@@ -80,7 +89,7 @@ def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 def explained(command: str) -> str:
     mask, *options = command.split(" --")
-    words = [word for option in options for word in f"--{option}".split(" ")]
+    words = [word for option in options for word in f"--{option}".split(" ", 1)]
     result = invoke("explain", mask, *words)
     assert result.exit_code == 0, result.output
     return re.sub(r"planned in .*", "planned in (some time)", result.stdout)
@@ -89,9 +98,42 @@ def explained(command: str) -> str:
 # What explain says.
 
 
-@pytest.mark.parametrize("name", EXPLAINED)
+@pytest.mark.parametrize("name", [*EXPLAINED, *COMPARED])
 def test_explain_says_what_it_said(name, fixed_processor):
-    assert explained(EXPLAINED[name]) == (GOLDEN / f"{name}.txt").read_text()
+    assert explained((EXPLAINED | COMPARED)[name]) == (GOLDEN / f"{name}.txt").read_text()
+
+
+def test_explain_says_in_json_what_it_said(fixed_processor):
+    assert json.loads(in_json(EXPLAINED["dilated"])) == json.loads((GOLDEN / "dilated.json").read_text())
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_every_key_of_the_json_is_documented(name, fixed_processor):
+    documented = set(re.findall(r"^\| `([^`]+)`", SCHEMA.read_text(), re.MULTILINE))
+    found = set(keys_of(json.loads(in_json(EXPLAINED[name]))))
+    assert found <= documented
+    if name == "dilated":
+        optional = {key for key in documented if key.startswith(("source", "devices", "lengths", "masks", "error"))}
+        assert documented - found - optional <= {"crossover_tokens", "dense_us"}
+
+
+def keys_of(value, prefix=""):
+    """`groups[].steps[].template` for every key of a document; what a configuration holds is the template's."""
+    for name, item in value.items():
+        path = f"{prefix}{name}"
+        yield path
+        inner = item if isinstance(item, list) else [item]
+        mark = "[]" if isinstance(item, list) else ""
+        for each in inner:
+            if isinstance(each, dict) and name != "config":
+                yield from keys_of(each, f"{path}{mark}.")
+
+
+def in_json(command):
+    mask, *options = command.split(" --")
+    result = invoke("explain", mask, *(word for option in options for word in f"--{option}".split(" ", 1)), "--json")
+    assert result.exit_code == 0, result.output
+    return re.sub(r'"planning_us": [\d.]+', '"planning_us": 0', result.stdout)
 
 
 @pytest.mark.parametrize("name", EXPLAINED)
@@ -163,6 +205,32 @@ def test_explain_for_a_gpu_needs_no_torch(options):
         assert "row_traversal on cpu: " in result.stderr
 
 
+def test_explain_sets_every_device_beside_the_others(fixed_processor):
+    command = ("explain", "window(255, 0)", "--seq-len", "4096", "--device", "all")
+    text = invoke(*command).stdout
+    document = json.loads(invoke(*command, "--json").stdout)
+    names = [each["device"]["name"] for each in document["devices"]]
+    assert names[0] == "cpu"
+    assert {"nvidia-h100", "amd-mi300x"} <= set(names)
+    assert all(name in text for name in names)
+    estimates = re.findall(r"^ [\w-]+ +([\d.]+ \S?s) ", text, re.MULTILINE)
+    scale = {"µs": 1.0, "ms": 1e3, "s": 1e6}
+    times = [float(figure) * scale[unit] for figure, unit in map(str.split, estimates)]
+    assert times == sorted(times)
+    assert len(times) == len([each for each in document["devices"] if "estimate" in each])
+
+
+def test_explain_at_lengths_is_explain_of_each(fixed_processor):
+    document = json.loads(invoke("explain", "window(127, 0)", "--at", "1k,4096", "--json").stdout)
+    assert [each["problem"]["q_len"] for each in document["lengths"]] == [1024, 4096]
+    alone = json.loads(invoke("explain", "window(127, 0)", "--seq-len", "4096", "--json").stdout)
+    last = document["lengths"][1]
+    assert last["dense_us"] > last["estimate"]["us"]
+    assert {key: value for key, value in last.items() if key not in ("dense_us", "planning_us")} == {
+        key: value for key, value in alone.items() if key != "planning_us"
+    }
+
+
 def test_a_refusal_is_told_in_both_forms(fixed_processor):
     command = ("explain", "causal()", "--seq-len", "64", "--template", "dense", "--backend", "cpu")
     result = invoke(*command)
@@ -192,6 +260,10 @@ MISUSED = {
     "no such dtype": (("explain", "full()", "--seq-len", "9", "--dtype", "fp64"), "bf16"),
     "heads that do not divide": (("explain", "full()", "--seq-len", "9", "--heads", "3", "--kv-heads", "2"), "heads"),
     "heads the mask has not": (("explain", "per_head([full(), full()])", "--seq-len", "9", "--heads", "4"), "2 heads"),
+    "no length to plan at": (("explain", "full()", "--at", "4k,4q"), "4q"),
+    "lengths and a length": (("explain", "full()", "--at", "4k", "--seq-len", "9"), "--at"),
+    "two comparisons": (("explain", "full()", "--at", "4k", "--device", "all"), "go together"),
+    "a picture of two": (("explain", "full()", "--seq-len", "9", "--compare", "causal()", "--png", "x.png"), "--png"),
     "no such command": (("explian",), "did you mean explain"),
     "no such option": (("explain", "full()", "--seqlen", "9"), "--seq-len"),
     "a length for all masks": (("masks", "--seq-len", "9"), "goes with a mask"),
@@ -463,5 +535,6 @@ def test_the_demo_has_its_graph():
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_DEVICE_MODULE, "detect_cpu", lambda: PROCESSOR)
-        for golden, command in EXPLAINED.items():
+        for golden, command in (EXPLAINED | COMPARED).items():
             (GOLDEN / f"{golden}.txt").write_text(explained(command))
+        (GOLDEN / "dilated.json").write_text(in_json(EXPLAINED["dilated"]))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sparsec.masks import Mask
 
 DTYPES: Final = ("fp32", "fp16", "bf16")
+# What `4k` and `1m` mean: lengths are powers of two.
+_SCALES: Final = {"k": 2**10, "m": 2**20}
 _SUFFIXES: Final = (".yaml", ".yml", ".npz", ".mtx", ".npy")
 
 
@@ -34,13 +36,13 @@ def read_mask(text: str) -> Mask:
     return load(text) if is_file else parse(text)
 
 
-def known_device(context: click.Context, parameter: click.Parameter, name: str) -> Device:
-    """The device of that name; its message lists the nearest."""
-    from sparsec.device import device
+def known_devices(context: click.Context, parameter: click.Parameter, name: str) -> tuple[Device, ...]:
+    """The device of that name, or all of them; the message of an unknown one lists the nearest."""
+    from sparsec.device import device, devices
     from sparsec.errors import SparsecError
 
     try:
-        return device(name)
+        return tuple(devices()) if name == "all" else (device(name),)
     except SparsecError as error:
         # Of this machine's own processor, the message is no matter of the name.
         if name == "cpu":
@@ -58,6 +60,19 @@ def known_backend(context: click.Context, parameter: click.Parameter, name: str 
     from sparsec.backends.base import BACKENDS
 
     return _known("back end", name, lambda: BACKENDS)
+
+
+def lengths(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...]:
+    """`4k,16k,1m` as numbers of tokens, ascending."""
+    if text is None:
+        return ()
+    found = []
+    for word in text.lower().replace(" ", "").split(","):
+        number, scale = (word[:-1], _SCALES[word[-1]]) if word[-1:] in _SCALES else (word, 1)
+        if not number.isascii() or not number.isdigit() or int(number) < 1:
+            raise click.BadParameter(f"{word!r} is no number of tokens; write them as 4096,16k,1m (k is 1,024)")
+        found.append(int(number) * scale)
+    return tuple(sorted(set(found)))
 
 
 def _known(what: str, name: str | None, names: Callable[[], Iterable[str]]) -> str | None:

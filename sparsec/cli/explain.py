@@ -2,210 +2,217 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from sparsec.cli.arguments import DTYPES, known_backend, known_device, known_template, read_mask
-from sparsec.cli.console import waiting, write
+from sparsec.cli.arguments import lengths, read_mask
+from sparsec.cli.console import out, show, waiting, write
+from sparsec.cli.planning import Asked, planning_options
 
 if TYPE_CHECKING:
-    from sparsec.backends.base import Launch, Problem
-    from sparsec.device import Device
     from sparsec.errors import UnsupportedError
-    from sparsec.masks import BoundMask
+    from sparsec.masks import BoundMask, Mask
     from sparsec.planner import Plan
-    from sparsec.planner.search import Reorder
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])  # Any: a command as click takes it
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """The command's options, as they were given."""
-
-    seq_len: int | None
-    kv_len: int | None
-    heads: int | None
-    kv_heads: int | None
-    head_dim: int | None
-    v_dim: int | None
-    dtype: str
-    batch: int | None
-    device: Device
-    template: str | None
-    backend: str | None
-    reorder: Reorder
-    needs_grad: bool
-    is_json: bool
-    has_source: bool
-
-
-_HEAD_DIM: Final = 64
 _EXAMPLES: Final = """\b
 Examples:
   sparsec explain 'window(255, 0) | global_tokens(16)' --seq-len 65536
-  sparsec explain graph.npz --heads 8 --dtype bf16
+  sparsec explain graph.npz --heads 8 --dtype bf16 --png sheet.png
   sparsec explain 'causal()' --seq-len 8192 --device nvidia-h100 --json
+  sparsec explain 'window(1023, 0)' --at 4k,16k,64k,1m --device nvidia-h100
+  sparsec explain 'dilated(512, 8)' --seq-len 16384 --compare 'window(64, 64)'
 """
-
-
-def _count(name: str, text: str, most: int | None = None) -> Callable[[_Command], _Command]:
-    """An option that takes a positive number."""
-    return click.option(name, type=click.IntRange(1, most), metavar="N", help=text)
 
 
 @click.command(short_help="What would run for a mask, and why.", epilog=_EXAMPLES)
 @click.argument("mask")
-@_count("--seq-len", "Queries; may be left out where the mask knows its lengths.")
-@_count("--kv-len", "Keys, where they are not as many.")
-@_count("--heads", "Query heads; as many as the mask has, or 1, by default.")
-@_count("--kv-heads", "Key and value heads; as many by default.")
-@_count("--head-dim", "Of q and k, up to 256; 64 by default.", 256)
-@_count("--v-dim", "Of v; as that of q and k by default.", 256)
-@_count("--batch", "Batch elements; as many as the mask has, or 1, by default.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of q, k, v and out.")
-@click.option(
-    "--device",
-    default="cpu",
-    callback=known_device,
-    metavar="NAME",
-    help="One of `sparsec devices`; this machine by default.",
-)
-@click.option("--template", callback=known_template, metavar="NAME", help="Consider only this template.")
-@click.option("--backend", callback=known_backend, metavar="NAME", help="Consider only this back end.")
-@click.option(
-    "--reorder",
-    type=click.Choice(["auto", "off", "force"]),
-    default="auto",
-    show_default=True,
-    help="Whether other orders of tokens compete, or must win.",
-)
-@click.option("--needs-grad", is_flag=True, help="For a forward pass that a backward pass will follow.")
+@planning_options
+@click.option("--compare", metavar="MASK2", help="Set another mask beside it.")
+@click.option("--at", callback=lengths, metavar="N,N,…", help="Compare lengths, such as 4k,16k,1m (k is 1,024).")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 @click.option("--source", "has_source", is_flag=True, help="Also print each launch's source and how it is compiled.")
+@click.option("--png", type=click.Path(dir_okay=False), metavar="FILE", help="Draw mask, degrees and ceilings.")
 def explain(mask: str, **options: Any) -> None:  # Any: click's options
     """Says what would run for MASK, what else was weighed, and what could not run and why.
 
     Neither a GPU nor torch is needed, whatever the device.
     """
+    asked = Asked(**{field.name: options[field.name] for field in fields(Asked)})
+    _check_options(asked, options)
+    is_json = options["is_json"]
+    if len(asked.devices) > 1:
+        _on_devices(read_mask(mask), asked, is_json=is_json)
+    elif options["compare"] is not None:
+        _beside(read_mask(mask), read_mask(options["compare"]), asked, is_json=is_json)
+    elif options["at"]:
+        _at_lengths(read_mask(mask), asked, options["at"], is_json=is_json)
+    else:
+        _one(mask, asked, options)
+
+
+def _check_options(asked: Asked, options: dict[str, Any]) -> None:  # Any: click's options
+    several = {
+        "--device all": len(asked.devices) > 1,
+        "--compare": options["compare"] is not None,
+        "--at": bool(options["at"]),
+    }
+    named = [name for name, is_given in several.items() if is_given]
+    single = [f"--{name}" for name in ("source", "png") if options.get(name) or options.get(f"has_{name}")]
+    if len(named) > 1 or (named and single):
+        raise click.UsageError(f"{' and '.join([*named, *single][:2])} do not go together: ask for one at a time")
+    if options["at"] and (asked.seq_len or asked.kv_len):
+        raise click.UsageError("--at names the lengths; leave out --seq-len and --kv-len")
+    if options["png"] is not None:
+        _check_writable(Path(options["png"]))
+
+
+def _check_writable(path: Path) -> None:
+    """Before anything is planned."""
+    import os
+
+    folder = path.parent
+    if not folder.is_dir():
+        raise click.ClickException(f"cannot write {path}: there is no directory {folder}; make it, or name another")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise click.ClickException(f"cannot write {path}: permission denied; name a file that you may write")
+
+
+# One plan.
+
+
+def _one(text: str, asked: Asked, options: dict[str, Any]) -> None:  # Any: click's options
     from sparsec.errors import UnsupportedError
-    from sparsec.planner import plan
     from sparsec.planner.text import plan_text
+    from sparsec.report import json_text, plan_sources
 
-    request = _Request(**options)
     with waiting("planning"):
-        bound = _bound(mask, request)
+        bound = asked.bound(read_mask(text))
         try:
-            made = plan(
-                bound,
-                _problem(bound, request),
-                request.device,
-                template=request.template,
-                backend=request.backend,
-                reorder=request.reorder,
-            )
+            made = asked.plan(bound)
         except UnsupportedError as error:
-            if request.is_json:
-                click.echo(_refused_json(bound, request, error))
+            if options["is_json"]:
+                click.echo(json_text(_refused(bound, asked, error)))
             raise
-    sources = _sources(made) if request.has_source else None
-    if request.is_json:
-        from sparsec.report import json_text
-
+    sources = plan_sources(made) if options["has_source"] else {}
+    with waiting("drawing"):
+        _draw(made, options)
+    if options["is_json"]:
         document = made.to_dict()
-        click.echo(json_text(document if sources is None else document | {"source": sources}))
+        click.echo(json_text(document | {"source": sources} if options["has_source"] else document))
         return
-    write(plan_text(made, request.reorder))
-    for launch, files in (sources or {}).items():
-        for name, text in files.items():
-            click.echo(f"\n{launch}: {name}\n\n{text.rstrip()}")
+    with waiting("looking for advice"):
+        words = plan_text(made, asked.reorder)
+    write(words)
+    for launch, files in sources.items() if options["has_source"] else ():
+        for name, source in files.items():
+            click.echo(f"\n{launch}: {name}\n\n{source.rstrip()}")
 
 
-def _bound(text: str, request: _Request) -> BoundMask:
-    from sparsec.errors import MaskError
+def _draw(made: Plan, options: dict[str, Any]) -> None:  # Any: click's options
+    if options["png"] is not None:
+        from sparsec.report.figure import write_png
 
-    mask = read_mask(text)
-    if request.seq_len is None:
-        if request.kv_len is not None:
-            raise click.UsageError("--kv-len goes with --seq-len")
-        try:
-            return mask.bind(None)
-        except MaskError as error:
-            raise click.UsageError(f"give the number of queries with --seq-len ({error})") from error
-    return mask.bind(request.seq_len, request.kv_len)
+        write_png(made, Path(options["png"]))
+        click.echo(f"drawn: {options['png']}", err=True)
 
 
-def _problem(bound: BoundMask, request: _Request) -> Problem:
-    from sparsec.backends.base import Problem
-
-    heads, head_dim = request.heads or bound.n_heads or 1, request.head_dim or _HEAD_DIM
-    if heads % (request.kv_heads or heads):
-        raise click.BadParameter(
-            f"{heads} query heads over {request.kv_heads} key heads: the first must be a multiple of the second",
-            param_hint="'--kv-heads'",
-        )
-    return Problem(
-        q_len=bound.q_len,
-        kv_len=bound.kv_len,
-        q_heads=heads,
-        kv_heads=request.kv_heads or heads,
-        head_dim=head_dim,
-        v_dim=request.v_dim or head_dim,
-        dtype=request.dtype,  # type: ignore[arg-type]  # a choice of the option
-        batch=request.batch or bound.n_batch or 1,
-        needs_grad=request.needs_grad,
-    )
-
-
-def _refused_json(bound: BoundMask, request: _Request, error: UnsupportedError) -> str:
+def _refused(bound: BoundMask, asked: Asked, error: UnsupportedError) -> dict[str, Any]:  # Any: JSON values
     from dataclasses import asdict
 
-    from sparsec.report import json_text
+    from sparsec.planner.plans import PLAN_SCHEMA
+    from sparsec.report import refused
 
-    return json_text(
-        {
-            "mask": str(bound.mask),
-            "problem": asdict(_problem(bound, request)),
-            "device": {"name": request.device.name, "key": request.device.key, "label": request.device.label},
-            "error": str(error).splitlines()[0],
-            "refusals": [{"what": str(getattr(each, "what", "")), "reason": each.reason} for each in error.refusals],
-        }
-    )
-
-
-def _sources(made: Plan) -> dict[str, dict[str, str]]:
-    """Source texts by launch and file; a file that an earlier launch has shown is only named."""
-    shown: dict[str, str] = {}
-    found: dict[str, dict[str, str]] = {}
-    for number, step in enumerate(made.steps, 1):
-        launch = step.launch
-        title = f"{number}. {launch.template.name} on {launch.backend}"
-        found[title] = {}
-        for name, text in _launch_sources(launch).items():
-            is_shown = shown.get(name) == text
-            found[title][name] = "(as above)" if is_shown else text
-            shown[name] = text
-    return found
+    return {
+        "schema": PLAN_SCHEMA,
+        "mask": str(bound.mask),
+        "problem": asdict(asked.problem(bound)),
+        "device": {"name": asked.device.name, "key": asked.device.key, "label": asked.device.label},
+        "error": str(error).splitlines()[0],
+        "refusals": refused(error),
+    }
 
 
-def _launch_sources(launch: Launch) -> dict[str, str]:
-    # Lowering would compile, or want the device; sources and command are known without.
-    if launch.backend == "cpu":
-        from sparsec.backends import cpu
+# Several plans.
 
-        sources = cpu.source_files(launch.template)
-        command = " ".join(cpu.compile_command(launch.template, launch.problem.dtype, launch.device))
-        return {"compiled by": command} | {path.name: path.read_text() for path in sources}
-    if launch.backend == "triton":
-        from sparsec.backends import triton
 
-        return {
-            str(path.relative_to(launch.template.folder.parent)): path.read_text()
-            for path in triton.source_files(launch.template)
-        }
-    from sparsec.backends.base import backend
+def _on_devices(mask: Mask, asked: Asked, *, is_json: bool) -> None:
+    from sparsec.errors import UnsupportedError
+    from sparsec.report import devices_table, json_text, side_by_side
 
-    return backend(launch.backend).lower(launch).source()
+    plans: list[tuple[str, Plan | UnsupportedError]] = []
+    bound = asked.bound(mask)
+    with waiting("planning for every device"):
+        for device in asked.devices:
+            try:
+                plans.append((device.name, asked.plan(bound, device)))
+            except UnsupportedError as error:
+                plans.append((device.name, error))
+    if all(isinstance(each, UnsupportedError) for _, each in plans):
+        raise plans[0][1]  # type: ignore[misc]  # an error, as all of them are
+    if is_json:
+        documents = [
+            {"device": {"name": name}, **_error_document(each)}
+            if isinstance(each, UnsupportedError)
+            else each.to_dict()
+            for name, each in plans
+        ]
+        click.echo(json_text(side_by_side("devices", documents)))
+        return
+    write(_wrapped(_title(bound, asked)))
+    show(out(), devices_table(plans, out()))
+    for name, each in plans:
+        if isinstance(each, UnsupportedError):
+            click.echo(f"{name}: {each}")
+
+
+def _beside(mask: Mask, other: Mask, asked: Asked, *, is_json: bool) -> None:
+    from sparsec.report import json_text, masks_table, masks_verdict, side_by_side
+
+    with waiting("planning both"):
+        plans = asked.plan(asked.bound(mask)), asked.plan(asked.bound(other))
+    if is_json:
+        click.echo(json_text(side_by_side("masks", [each.to_dict() for each in plans])))
+        return
+    for letter, made in zip("AB", plans, strict=True):
+        write(_wrapped(f"{letter}  {_title(made.mask, asked)}"))
+    show(out(), masks_table(plans, out()))
+    write(_wrapped(masks_verdict(*plans)))
+
+
+def _at_lengths(mask: Mask, asked: Asked, chosen: tuple[int, ...], *, is_json: bool) -> None:
+    from sparsec.planner.lengths import crossover_words, dense_crossover, dense_us
+    from sparsec.report import json_text, lengths_table, side_by_side
+
+    with waiting("planning at every length"):
+        plans = [asked.at(length).plan(asked.at(length).bound(mask)) for length in chosen]
+        crossover = dense_crossover(plans[-1], asked.reorder)
+    if is_json:
+        documents = [made.to_dict() | {"dense_us": round(dense_us(made), 3)} for made in plans]
+        click.echo(json_text(side_by_side("lengths", documents, crossover_tokens=crossover)))
+        return
+    write(_wrapped(f"{mask} on {asked.device.name}, {plans[0].problem.dtype}"))
+    show(out(), lengths_table(plans, out()))
+    write(_wrapped(crossover_words(plans[-1], crossover)))
+
+
+def _error_document(error: UnsupportedError) -> dict[str, Any]:  # Any: JSON values
+    from sparsec.report import refused
+
+    return {"error": str(error).splitlines()[0], "refusals": refused(error)}
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    from sparsec.planner.text import WIDTH
+
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+
+
+def _title(bound: BoundMask, asked: Asked) -> str:
+    problem = asked.problem(bound)
+    heads = "1 head" if problem.q_heads == 1 else f"{problem.q_heads} heads"
+    return f"{bound.mask}, {bound.q_len:,} × {bound.kv_len:,} tokens, {heads}, {problem.dtype}"

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from sparsec.errors import SparsecError
 from sparsec.planner.ceiling import matrix_rate, tile_fill
-from sparsec.planner.lengths import SHORTEST, dense_crossover, dense_us
+from sparsec.planner.lengths import crossover_words, dense_crossover, dense_us
 from sparsec.planner.plans import Plan
 from sparsec.planner.search import Reorder, plan
 from sparsec.planner.words import duration
@@ -54,7 +54,7 @@ def _sentences(made: Plan, reorder: Reorder) -> Iterator[str]:
     yield from _on_idling(made)
     # From here on, what is good to know.
     if made.estimate.us < dense and max(group.profile.density for group in made.groups) < _SPARSE:
-        yield from _on_length(made, reorder, dense)
+        yield crossover_words(made, dense_crossover(made, reorder))
     yield from _on_dtype(made)
     yield from _on_scatter(made)
 
@@ -105,17 +105,6 @@ def _on_dtype(made: Plan) -> Iterator[str]:
         yield f"Most of it is arithmetic, and this device's is {times:.2g}× as fast in bf16."
 
 
-def _on_length(made: Plan, reorder: Reorder, dense: float) -> Iterator[str]:
-    times = f"Dense attention over all pairs would take {duration(dense)}, {_times(dense / made.estimate.us)} as long"
-    crossover = dense_crossover(made, reorder)
-    if crossover is None:
-        yield f"{times}."
-    elif crossover <= SHORTEST:
-        yield f"{times}, and is slower from {SHORTEST} tokens on."
-    else:
-        yield f"{times}; it is the faster one below about {_rounded(crossover):,} tokens."
-
-
 def _on_scatter(made: Plan) -> Iterator[str]:
     profile = made.groups[0].profile
     by_rows = all(step.launch.template.layout == "rows" for step in made.steps)
@@ -124,13 +113,3 @@ def _on_scatter(made: Plan) -> Iterator[str]:
             f"Tiles of 64 would be {profile.fill(64).fill:.1%} full, so edges are walked one by one: keys nearer to "
             "each other, in blocks of 16 or more, would bring matrix units into use."
         )
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:,.0f}×" if ratio >= 100.0 else f"{ratio:.1f}×"
-
-
-def _rounded(length: float) -> int:
-    """To two digits."""
-    digits = max(len(str(int(length))) - 2, 0)
-    return int(round(length / 10**digits) * 10**digits)

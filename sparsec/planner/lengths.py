@@ -13,6 +13,7 @@ from sparsec.cost import dense_estimate
 from sparsec.errors import MaskError, UnsupportedError
 from sparsec.planner.plans import Plan
 from sparsec.planner.search import Reorder, plan
+from sparsec.planner.words import duration
 
 # Lengths between which the crossover is looked for: below, nothing takes long; above, planning would.
 SHORTEST, _LONGEST = 64, 16_384
@@ -49,11 +50,26 @@ def dense_crossover(made: Plan, reorder: Reorder = "auto") -> float | None:
     for length, ratio in _ratios(made, reorder):
         if ratio <= 1.0:
             if before is None:
-                return float(length)
+                # Where shorter ones cannot be had, nothing is known of them.
+                return float(length) if length == SHORTEST else None
             share = math.log(before[1]) / (math.log(before[1]) - math.log(ratio))
             return float(before[0] * (length / before[0]) ** share)
         before = length, ratio
     return None
+
+
+def crossover_words(made: Plan, crossover: float | None) -> str:
+    """The dense alternative to a plan in a sentence, with the length below which it is faster."""
+    ratio = dense_us(made) / made.estimate.us
+    times = f"{ratio:,.0f}×" if ratio >= 100.0 else f"{ratio:.1f}×"
+    text = f"Dense attention over all pairs would take {duration(dense_us(made))}, {times} as long"
+    if crossover is None:
+        return f"{text}."
+    if crossover <= SHORTEST:
+        return f"{text}, and is slower from {SHORTEST} tokens on."
+    digits = max(len(str(int(crossover))) - 2, 0)
+    rounded = round(crossover / 10**digits) * 10**digits
+    return f"{text}; it is the faster one below about {rounded:,} tokens."
 
 
 def _is_open(made: Plan) -> bool:

@@ -2,6 +2,28 @@
 
 from sparsec.report.document import json_text
 from sparsec.report.picture import Picture, picture
+from sparsec.report.side_by_side import (
+    devices_table,
+    lengths_table,
+    masks_table,
+    masks_verdict,
+    refused,
+    side_by_side,
+)
+from sparsec.report.sources import plan_sources
 from sparsec.report.tables import Column, table
 
-__all__ = ["Column", "Picture", "json_text", "picture", "table"]
+__all__ = [
+    "Column",
+    "Picture",
+    "devices_table",
+    "json_text",
+    "lengths_table",
+    "masks_table",
+    "masks_verdict",
+    "picture",
+    "plan_sources",
+    "refused",
+    "side_by_side",
+    "table",
+]
