@@ -183,7 +183,7 @@ def _work_parts(step: Step) -> list[str]:
         parts.append(f"{len(work.gathered.columns):,} gathered columns ({work.gathered.nnz:,} edges)")
     if work.rows is not None:
         form = {
-            "offsets": f"{len(work.rows.start)} {'progression' if len(work.rows.start) == 1 else 'progressions'} of offsets",
+            "offsets": f"{len(work.rows.start)} progression{'s' * (len(work.rows.start) > 1)} of offsets",
             "ranges": f"{len(work.rows.start):,} ranges of keys",
             "edges": f"{len(work.rows.columns):,} single edges",
         }[work.rows.form]

@@ -86,7 +86,8 @@ def _is_listed(step: Step) -> bool:
 def _parts(step: Step, block: int, shape: tuple[int, ...]) -> Iterator[tuple[str, IntArray]]:
     work = step.launch.work
     if step.launch.template.layout == "hybrid":
-        assert work.tiles is not None and work.gathered is not None and work.rows is not None, "a hybrid has all three"
+        assert work.gathered is not None, "a hybrid has gathered columns"
+        assert work.rows is not None, "a hybrid has single edges"
         gathered = _counted(*work.gathered.edges(), work.ordering, block, shape)
         q = np.repeat(np.arange(work.bound.q_len), np.diff(work.rows.indptr))
         single = _counted(q, work.rows.columns, work.ordering, block, shape)
