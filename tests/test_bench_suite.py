@@ -18,6 +18,7 @@ from bench import results, supervisor, tables, verdict  # noqa: E402
 from bench.exactness import check, sampled_rows  # noqa: E402
 from bench.flex import NoPredicateError, mask_mod  # noqa: E402
 from bench.goals import outcomes  # noqa: E402
+from bench.gradients import sampled_keys  # noqa: E402
 from bench.grid import GRIDS, Case, Effort, Goal, GridError, MaskSource, find_grid, load_grid  # noqa: E402
 from bench.measure import measure_case  # noqa: E402
 from bench.peers import Prepared, peer  # noqa: E402
@@ -308,9 +309,85 @@ def test_an_empty_row_must_be_zero():
     assert not check(work, out + 1e-30, work.bound).is_exact
 
 
-def test_what_has_no_check_is_not_timed():
-    row = measure_case(_case(direction="forward_backward"), QUICK, 1, _silent)
-    assert row.row("ours").status == "skipped"
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    [("window(5, 3)", "fp32"), ("causal() | prefix(3)", "bf16"), ("random_edges(4, 0) - window(9, 9)", "fp32")],
+)
+def test_every_peer_has_exact_gradients_or_says_why_it_takes_no_part(mask, dtype):
+    peers = ("ours", "ours:row_traversal", "flex", "sdpa_masked", "torch_sparse")
+    # In bf16 torch adds up what was gathered from one row in bf16, and that is not exact.
+    peers += ("gather_scatter",) if dtype == "fp32" else ()
+    case = _case(mask, peers, dtype=dtype, heads=4, kv_heads=2, batch=2, direction="forward_backward")
+    row = measure_case(case, QUICK, 1, _silent)
+    skipped = {"flex"} if dtype == "fp32" else {"flex", "torch_sparse"}
+    expected = {name: "skipped" if name in skipped else "ok" for name in peers}
+    assert {each.peer: each.status for each in row.peers} == expected, row.peers
+    assert "no backward pass on a CPU" in row.row("flex").reason
+    assert row.flops == 14 * row.edges * 16
+    for each in row.peers:
+        if each.status == "ok":
+            assert each.backward_over_forward == each.us / each.forward.median_us - 1
+    text = tables.attention_table([row])
+    assert f" {row.row('ours').backward_over_forward:.2f} |" in text
+
+
+class _Spoiled(torch.autograd.Function):
+    """The same number, and one entry of its gradient changed."""
+
+    @staticmethod
+    def forward(ctx, tensor, share):
+        ctx.share = share
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        # Of the last row, which is always looked at.
+        gradient[0, -1, -1, 3] += ctx.share * gradient.abs().max()
+        return gradient, None
+
+
+@pytest.mark.parametrize("name", ["dq", "dk", "dv"])
+@pytest.mark.parametrize(("dtype", "share"), [("fp32", 1e-4), ("bf16", 0.1)])
+def test_a_peer_with_a_wrong_gradient_is_wrong_and_not_timed(name, dtype, share):
+    class Planted:
+        def prepare(self, work):
+            inputs = [work.q, work.k, work.v]
+
+            def call():
+                given = list(inputs)
+                index = ("dq", "dk", "dv").index(name)
+                given[index] = _Spoiled.apply(given[index], share)
+                mask = torch.from_numpy(work.bound.to_dense())
+                return torch.nn.functional.scaled_dot_product_attention(*given, attn_mask=mask, scale=work.scale)
+
+            return Prepared(call, work.bound)
+
+    case = _case(peers=("sdpa_masked",), direction="forward_backward", dtype=dtype)
+    row = measure_case(case, QUICK, 1, _silent, make_peer=lambda _: Planted()).row("sdpa_masked")
+    assert row.status == "wrong"
+    assert row.reason.startswith(f"{name} is off by")
+    assert row.us is None
+    assert row.backward_over_forward is None
+
+
+def test_the_sampled_keys_hold_the_fullest_and_the_emptiest():
+    bound = bound_mask(_case("global_tokens([777]) - (prefix(1) & ~window(1, 1))", length=3000))
+    keys = sampled_keys(bound)
+    degrees = bound.degrees("kv")
+    assert degrees[keys].max() == degrees.max()
+    assert degrees[keys].min() == degrees.min()
+    assert {0, 777, 2999} <= set(keys.tolist())
+
+
+def test_backward_over_forward_can_be_aimed_at():
+    case = _case(direction="forward_backward")
+    row = _row(case, ours=350.0)
+    row = replace(row, peers=(replace(row.peers[0], forward=Timing(100.0, 99.0, 101.0, 98.0, 9)),))
+    goal = Goal("backward", "backward_over_forward", ("*/forward_backward",), at_most=2.0)
+    (reached,) = outcomes(replace(_run(row), goals=(goal,)))
+    assert reached.value == pytest.approx(2.5)
+    assert not reached.is_met
 
 
 def test_calls_are_interleaved_and_take_turns_to_begin():

@@ -199,14 +199,14 @@ def tolerances(
     exact, exact_lse = attention(q, k, v, bound, scale, modifier=modifier)
     attended = bound.to_dense()
     q32, k32, v32 = (array.astype(np.float32) for array in (q, k, v))
-    scaled = _summed_in_order(q32, k32.T) * np.float32(scale)
+    scaled = summed_in_order(q32, k32.T) * np.float32(scale)
     modified = scaled if modifier is None else modifier.value(scaled, np.arange(bound.q_len))
     scores = np.where(attended, modified, np.float32(-np.inf))
     peak = scores.max(axis=1, initial=-np.inf, keepdims=True)
     weights = np.exp(scores - np.where(np.isneginf(peak), np.float32(0.0), peak))
-    total = _summed_in_order(weights, np.ones((len(k), 1), np.float32))
+    total = summed_in_order(weights, np.ones((len(k), 1), np.float32))
     attends = attended.any(axis=1)
-    sums = _summed_in_order(rounded(weights, dtype).astype(np.float32), v32)
+    sums = summed_in_order(rounded(weights, dtype).astype(np.float32), v32)
     plain = sums / np.where(total > 0, total, np.float32(1.0))
     plain_error = np.abs(rounded(plain, dtype) - exact)[attends].max(initial=0.0)
     largest = float(np.abs(exact).max(initial=0.0))
@@ -222,7 +222,7 @@ def tolerances(
     )
 
 
-def _summed_in_order(a: Floats, b: Floats) -> Floats:
+def summed_in_order(a: Floats, b: Floats) -> Floats:
     """The matrix product in fp32, one term after the other, as a loop would do it."""
     total = np.zeros((len(a), b.shape[1]), np.float32)
     for x in range(a.shape[1]):
@@ -247,6 +247,25 @@ def gradient_tolerances(
     the scores rounded to the dtype.
     """
     exact = gradients(q, k, v, bound, scale, d_out, d_lse, modifier)
+    weights, d_scores = plain_weights(q, k, v, bound, scale, d_out, d_lse, dtype, modifier)
+    q32, k32, d_out32 = (array.astype(np.float32) for array in (q, k, d_out))
+    plain = (d_scores @ k32 * np.float32(scale), d_scores.T @ q32 * np.float32(scale), weights.T @ d_out32)
+    dq, dk, dv = (allowed_error(got, wanted, dtype) for got, wanted in zip(plain, exact, strict=True))
+    return dq, dk, dv
+
+
+def plain_weights(
+    q: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    bound: BoundMask,
+    scale: float,
+    d_out: FloatArray,
+    d_lse: FloatArray,
+    dtype: Dtype,
+    modifier: Modifier | None = None,
+) -> tuple[Floats, Floats]:
+    """Probabilities and gradients of the scores `[q_len, kv_len]` of a plain computation in a dtype, in fp32."""
     attended = bound.to_dense()
     attends = attended.any(axis=1)
     q32, k32, v32, d_out32 = (array.astype(np.float32) for array in (q, k, v, d_out))
@@ -260,15 +279,13 @@ def gradient_tolerances(
     out = rounded(halves @ v32, dtype).astype(np.float32)
     delta = (out * d_out32).sum(axis=1, keepdims=True) - d_lse.astype(np.float32)[:, None]
     slopes = np.float32(1.0) if modifier is None else np.where(attended, modifier.slope(scaled, every), np.float32(0.0))
-    d_scores = rounded(weights * (d_out32 @ v32.T - delta) * slopes, dtype).astype(np.float32)
-    plain = (d_scores @ k32 * np.float32(scale), d_scores.T @ q32 * np.float32(scale), halves.T @ d_out32)
+    return halves, rounded(weights * (d_out32 @ v32.T - delta) * slopes, dtype).astype(np.float32)
 
-    def allowed(got: npt.NDArray[np.floating], wanted: FloatArray) -> float:
-        error = np.abs(rounded(got, dtype) - wanted).max(initial=0.0)
-        return 2.0 * float(error + unit_roundoff(dtype) * np.abs(wanted).max(initial=0.0))
 
-    dq, dk, dv = (allowed(got, wanted) for got, wanted in zip(plain, exact, strict=True))
-    return dq, dk, dv
+def allowed_error(plain: Floats, exact: FloatArray, dtype: Dtype) -> float:
+    """Twice what a plain computation loses, its result rounded to the dtype, and one rounding unit of the largest."""
+    error = np.abs(rounded(plain, dtype) - exact).max(initial=0.0)
+    return 2.0 * float(error + unit_roundoff(dtype) * np.abs(exact).max(initial=0.0))
 
 
 def _tokens(order: npt.NDArray[np.int32] | None, length: int) -> npt.NDArray[np.int64]:

@@ -3,8 +3,10 @@
 grid        what is measured: a YAML file becomes a list of cases
 workload    a case becomes a bound mask and tensors
 flex        the same masks as FlexAttention's users write them
+sparse      attention of torch.sparse's products, with gradients
 peers       who is measured: one small class each
 exactness   whether a result may be used
+gradients   likewise for gradients
 protocol    how time and memory are measured
 ceiling     what this machine could do at most
 figures     what is measured without peers: planning, first calls, metadata

@@ -7,6 +7,7 @@ Only the keys that sampled rows attend are touched, so that millions of tokens c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,11 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The largest error on the sampled rows, and the largest that is allowed there."""
+    """The largest error on the sampled rows of a result, and the largest that is allowed there."""
 
     error: float
     allowed: float
+    name: str = "out"
 
     @property
     def is_exact(self) -> bool:
@@ -76,19 +78,23 @@ def check(work: Workload, out: torch.Tensor, bound: BoundMask) -> Verdict:
     """
     problem = work.problem
     group = problem.q_heads // problem.kv_heads
-    worst = Verdict(0.0, math.inf)
+    verdicts = []
     for b in sorted({0, problem.batch - 1}):
         for h in sorted({0, problem.q_heads - 1}):
             own = bound.select(b, h) if bound.varies_by_head or bound.varies_by_batch else bound
             rows = sampled_rows(own)
             attended, keys = dense_rows(own, rows)
             q, k, v = (
-                _float64(tensor[b, head][index])
+                float64(tensor[b, head][index])
                 for tensor, head, index in ((work.q, h, rows), (work.k, h // group, keys), (work.v, h // group, keys))
             )
-            verdict = _compared(q, k, v, attended, _float64(out[b, h][rows]), work)
-            worst = max(worst, verdict, key=_excess)
-    return worst
+            verdicts.append(_compared(q, k, v, attended, float64(out[b, h][rows]), work))
+    return worse(verdicts)
+
+
+def worse(verdicts: Iterable[Verdict]) -> Verdict:
+    """The one of several that is furthest beyond what it allows, or closest to it."""
+    return max(verdicts, key=_excess, default=Verdict(0.0, math.inf))
 
 
 def _excess(verdict: Verdict) -> float:
@@ -115,6 +121,6 @@ def _compared(
 
 
 # Any: an index array of numpy, which torch takes as it is.
-def _float64(tensor: Any) -> reference.FloatArray:
+def float64(tensor: Any) -> reference.FloatArray:
     array: reference.FloatArray = tensor.detach().double().numpy()
     return array

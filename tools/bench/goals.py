@@ -56,6 +56,8 @@ def _value(goal: Goal, row: CaseRow) -> float | None:
         return None
     if kind == "share_of_peak":
         return row.share_of_peak(own)
+    if kind == "backward_over_forward":
+        return own.backward_over_forward
     if kind == "metadata_share":
         return own.plan.layout_bytes / row.tensor_bytes if own.plan is not None else None
     return own.us / 1e3

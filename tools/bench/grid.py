@@ -113,7 +113,7 @@ class Goal:
 
     Attributes:
         what: In words.
-        value: `ratio:<peer family>`, `share_of_peak`, `median_ms` or `metadata_share`.
+        value: `ratio:<peer family>`, or one of `GOAL_VALUES`.
         cases: Patterns of case ids; several cases count by their geometric mean.
         peer: Whose median, for `median_ms`.
         at_least: The figure, or None.
@@ -195,6 +195,7 @@ _SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
     "graph": ("nodes", "degree", "rewired", "seed"),
     "packed": ("block", "count", "mean", "max", "seed"),
 }
+GOAL_VALUES: Final = ("share_of_peak", "median_ms", "metadata_share", "backward_over_forward")
 GRAPHS: Final = ("power_law", "small_world", "mesh", "bipartite")
 
 
@@ -367,7 +368,7 @@ class _Reader:
                 if key not in entry:
                     self.refuse(f"{where}.{key}", "is missing")
             value = entry["value"]
-            known = (*(f"ratio:{family}" for family in FAMILIES), "share_of_peak", "median_ms", "metadata_share")
+            known = (*(f"ratio:{family}" for family in FAMILIES), *GOAL_VALUES)
             self.check_choice(f"{where}.value", value, known)
             if not entry.keys() & {"at_least", "at_most"}:
                 self.refuse(where, "must say at_least or at_most")

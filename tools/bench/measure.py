@@ -15,7 +15,8 @@ from typing import Any
 
 from bench import figures
 from bench.ceiling import peak_call
-from bench.exactness import Verdict, check
+from bench.exactness import Verdict, check, worse
+from bench.gradients import GradientCheck
 from bench.grid import Case, Effort
 from bench.peers import Peer, Prepared, RefusedError, peer
 from bench.protocol import Announce, PeakMemory, interleaved
@@ -25,6 +26,7 @@ from sparsec import analyse
 from sparsec.errors import BackendMissingError, CompileError
 
 PEAK = "peak"
+_FORWARD = " forward"
 
 
 class _CallFailedError(Exception):
@@ -61,31 +63,64 @@ def measure_case(
     announce("", "making the work")
     work = make_workload(case)
     rows = {row.peer: row for row in lost}
-    ready: dict[str, Prepared] = {}
-    with torch.no_grad():
+    ready: dict[str, _Ready] = {}
+    checked = _Checked(work)
+    with torch.set_grad_enabled(work.needs_grad):
         for name in case.peers:
             if name in rows:
                 continue
             announce(name, "prepare")
-            rows[name], prepared = _prepared(name, work, make_peer)
+            rows[name], prepared = _prepared(name, checked, make_peer)
             if prepared is not None:
                 ready[name] = prepared
-        peak_flops = _time(work, ready, rows, effort, threads, announce)
+        peak_flops = _time(checked, ready, rows, effort, threads, announce)
     return _case_row(work, threads, tuple(rows[name] for name in case.peers), peak_flops)
 
 
-def _prepared(name: str, work: Workload, make_peer: Callable[[str], Peer]) -> tuple[PeerRow, Prepared | None]:
+class _Ready:
+    """A prepared peer, and what is timed of it: the forward pass, and with it the backward pass where that is asked."""
+
+    def __init__(self, prepared: Prepared, work: Workload) -> None:
+        self.prepared = prepared
+        self._inputs = prepared.inputs or (work.q, work.k, work.v)
+        # In the peer's own layout; `to_out` only swaps dimensions, so that it leads back too.
+        self._d_out = None if work.d_out is None else prepared.to_out(work.d_out).contiguous()
+
+    def __call__(self) -> tuple[Any, ...]:
+        """The output, and the gradients of q, k and v, all in the peer's own layout."""
+        import torch
+
+        out = self.prepared.call()
+        if self._d_out is None:
+            return (out,)
+        return (out.detach(), *torch.autograd.grad(out, self._inputs, self._d_out))
+
+
+class _Checked:
+    """A work, and the one place where results of it are held to the reference."""
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+        self._gradients = GradientCheck(work)
+
+    def verdict(self, ready: _Ready, returned: tuple[Any, ...]) -> Verdict:
+        prepared = ready.prepared
+        out, *gradients = (prepared.to_out(tensor) for tensor in returned)
+        verdict = check(self.work, out, prepared.computes)
+        return worse([verdict, self._gradients(tuple(gradients), prepared.computes)]) if gradients else verdict
+
+
+def _prepared(name: str, checked: _Checked, make_peer: Callable[[str], Peer]) -> tuple[PeerRow, _Ready | None]:
     """A row with set-up, memory and exactness; and the peer, where it may be timed."""
-    if work.case.direction != "forward":
-        return PeerRow(name, "skipped", "gradients are not checked yet, and what is not checked is not timed"), None
     memory = PeakMemory()
     started = time.perf_counter_ns()
     try:
-        prepared = make_peer(name).prepare(work)
-        returned = prepared.call()
+        prepared = make_peer(name).prepare(checked.work)
+        ready = _Ready(prepared, checked.work)
+        returned = ready()
         setup_us = (time.perf_counter_ns() - started) / 1e3
         peak_bytes = memory.bytes()
-        verdict = check(work, prepared.to_out(returned), prepared.computes)
+        verdict = checked.verdict(ready, returned)
         plan = prepared.plan() if prepared.plan is not None else None
     except RefusedError as error:
         return PeerRow(name, "skipped", str(error)), None
@@ -103,35 +138,39 @@ def _prepared(name: str, work: Workload, make_peer: Callable[[str], Peer]) -> tu
         plan=plan,
         note=prepared.note,
     )
-    return row, prepared if verdict.is_exact else None
+    return row, ready if verdict.is_exact else None
 
 
 def _time(
-    work: Workload,
-    ready: dict[str, Prepared],
+    checked: _Checked,
+    ready: dict[str, _Ready],
     rows: dict[str, PeerRow],
     effort: Effort,
     threads: int,
     announce: Announce,
 ) -> float | None:
     """Fills in the times; returns the machine's peak in FLOP/s, taken in the same rounds."""
-    calls: dict[str, Callable[[], object]] = {
-        name: partial(_guarded, name, prepared.call) for name, prepared in ready.items()
-    }
+    work = checked.work
+    calls: dict[str, Callable[[], object]] = {}
+    for name, each in ready.items():
+        calls[name] = partial(_guarded, name, each)
+        if work.needs_grad:
+            calls[name + _FORWARD] = partial(_guarded, name, each.prepared.call)
     peak_flops = 0
     # Without a compiler there is no peak to compare with.
     with suppress(BackendMissingError, CompileError):
         calls[PEAK], peak_flops = peak_call(work.case.dtype, threads)
     while calls.keys() - {PEAK}:
         try:
-            times = interleaved(calls, effort, announce)
+            times = interleaved(calls, effort, lambda name, stage: announce(name.removesuffix(_FORWARD), stage))
         except _CallFailedError as error:
             rows[error.name] = _failed(error.name, error.cause)
-            del calls[error.name]
+            calls = {name: call for name, call in calls.items() if name.removesuffix(_FORWARD) != error.name}
             continue
-        for name in calls.keys() - {PEAK}:
+        for name in calls.keys() & ready.keys():
             announce(name, "check")
-            rows[name] = _timed(rows[name], times[name], work, ready[name])
+            row = replace(rows[name], forward=times.get(name + _FORWARD))
+            rows[name] = _timed(row, times[name], checked, ready[name])
         return peak_flops / times[PEAK].median_us * 1e6 if peak_flops else None
     return None
 
@@ -144,9 +183,9 @@ def _guarded(name: str, call: Callable[[], object]) -> object:
         raise _CallFailedError(name, error) from error
 
 
-def _timed(row: PeerRow, timing: Timing, work: Workload, prepared: Prepared) -> PeerRow:
+def _timed(row: PeerRow, timing: Timing, checked: _Checked, ready: _Ready) -> PeerRow:
     """The row with its time, or as wrong where the peer is no longer exact after all those calls."""
-    verdict = check(work, prepared.to_out(prepared.call()), prepared.computes)
+    verdict = checked.verdict(ready, ready())
     setup_us = None if row.setup_us is None else round(max(0.0, row.setup_us - timing.median_us), 1)
     row = replace(row, timing=timing, setup_us=setup_us)
     if verdict.is_exact:
@@ -155,7 +194,8 @@ def _timed(row: PeerRow, timing: Timing, work: Workload, prepared: Prepared) -> 
 
 
 def _wrong(verdict: Verdict) -> str:
-    return f"off by {verdict.error:.3g} where {verdict.allowed:.3g} is allowed"
+    what = "" if verdict.name == "out" else f"{verdict.name} is "
+    return f"{what}off by {verdict.error:.3g} where {verdict.allowed:.3g} is allowed"
 
 
 def _failed(name: str, error: Exception) -> PeerRow:
@@ -168,6 +208,8 @@ def _failed(name: str, error: Exception) -> PeerRow:
 def _case_row(work: Workload, threads: int, rows: tuple[PeerRow, ...], peak_flops: float | None) -> CaseRow:
     bound, problem = work.bound, work.problem
     edges, fill = edges_of(bound, problem.q_heads, problem.batch)
+    # Two products forward, and five backward: the scores again, then the gradients of weights, q, k and v.
+    n_products = 7 if work.needs_grad else 2
     return CaseRow(
         case=work.case,
         threads=threads,
@@ -176,7 +218,7 @@ def _case_row(work: Workload, threads: int, rows: tuple[PeerRow, ...], peak_flop
         edges=edges,
         density=edges / (problem.batch * problem.q_heads * problem.q_len * problem.kv_len),
         tile_fill=fill,
-        flops=2 * edges * (problem.head_dim + problem.v_dim),
+        flops=n_products * edges * (problem.head_dim + problem.v_dim),
         tensor_bytes=problem.tensor_bytes,
         peak_flops=peak_flops,
         peers=rows,

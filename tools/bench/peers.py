@@ -36,11 +36,12 @@ class Prepared:
     """A peer, ready to be called.
 
     Attributes:
-        call: What is timed.
-        to_out: From what `call` returns to `[batch, heads, q_len, head_dim]`; not timed.
+        call: The forward pass.
+        to_out: From what `call` returns to `[batch, heads, q_len, head_dim]`, and back; not timed.
         computes: The mask whose attention it computes.
         plan: After the first call, what ours says of itself.
         note: What a reader of the time must know.
+        inputs: What gradients are taken of, in the layout of `call`; the work's q, k and v by default.
     """
 
     call: Call
@@ -48,6 +49,7 @@ class Prepared:
     to_out: Callable[[Any], torch.Tensor] = lambda out: out
     plan: Callable[[], PlanFacts] | None = None
     note: str = ""
+    inputs: tuple[torch.Tensor, ...] | None = None
 
 
 class Peer(Protocol):
@@ -58,6 +60,8 @@ class Peer(Protocol):
 
     def prepare(self, work: Workload) -> Prepared:
         """The peer made ready for the work, everything done that is done once.
+
+        Where the work needs gradients, what the call returns can be differentiated.
 
         Raises:
             RefusedError: It cannot do this work.
@@ -163,6 +167,8 @@ class Flex:
 
         from bench.flex import NoPredicateError, mask_mod
 
+        if work.needs_grad:
+            raise RefusedError("FlexAttention has no backward pass on a CPU")
         bound = _plain(work.bound)
         try:
             predicate = mask_mod(work.case.mask, bound)
@@ -217,7 +223,9 @@ class TorchSparse:
         bound = _plain(work.bound)
         heads, batch = work.problem.q_heads, work.problem.batch
         # Values and their weights for every head, and three indices an edge.
-        _check_memory(bound.nnz * heads * (3 * 4 + 16), "its edges")
+        _check_memory(bound.nnz * heads * (3 * 4 + 16) * (2 if work.needs_grad else 1), "its edges")
+        if work.needs_grad:
+            return self._with_gradients(work, bound)
         indptr, columns = _csr(bound.to_csr())
         degrees = indptr.diff()
         shape = (heads, bound.q_len, bound.kv_len)
@@ -248,6 +256,19 @@ class TorchSparse:
 
         return Prepared(call, work.bound)
 
+    def _with_gradients(self, work: Workload, bound: BoundMask) -> Prepared:
+        from bench.sparse import Pattern, SparseAttention
+
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+        pattern = Pattern.of(bound.to_csr(), work.problem.q_heads)
+        inputs = (work.q, *work.expanded)
+        return Prepared(
+            lambda: SparseAttention.apply(*inputs, pattern, work.scale),
+            work.bound,
+            note="the backward pass is written out in the same products, as torch's own gradients of them are dense",
+            inputs=inputs,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class GatherScatter:
@@ -260,26 +281,34 @@ class GatherScatter:
 
         bound = _plain(work.bound)
         heads, dim = work.problem.q_heads, work.problem.head_dim
-        _check_memory(3 * bound.nnz * heads * dim * work.problem.itemsize, "a key, a query and a value for each edge")
+        # The backward pass keeps the first three and makes their gradients.
+        n_copies = 7 if work.needs_grad else 3
+        _check_memory(
+            n_copies * bound.nnz * heads * dim * work.problem.itemsize, "a key, a query and a value for each edge"
+        )
         indptr, columns = _csr(bound.to_csr())
         target = torch.repeat_interleave(torch.arange(bound.q_len), indptr.diff())
         # Features of a node lie together, as in `[nodes, heads, channels]`.
-        features = [tensor.transpose(1, 2).contiguous() for tensor in (work.q, *work.expanded)]
+        features = [tensor.detach().transpose(1, 2).contiguous() for tensor in (work.q, *work.expanded)]
+        for tensor in features:
+            tensor.requires_grad_(work.needs_grad)
         index = target[:, None].expand(-1, heads)
 
         def call() -> torch.Tensor:
-            return torch.stack([attend(*each) for each in zip(*features, strict=True)])
+            elements = zip(*(tensor.unbind() for tensor in features), strict=True)
+            return torch.stack([attend(*each) for each in elements])
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             scores = ((q[target] * k[columns]).sum(-1) * work.scale).float()
             empty = scores.new_zeros(bound.q_len, heads)
-            peak = empty.scatter_reduce(0, index, scores, "amax", include_self=False)
+            # It cancels, so that nothing need be differentiated through it.
+            peak = empty.scatter_reduce(0, index, scores.detach(), "amax", include_self=False)
             weights = (scores - peak[target]).exp()
             total = empty.scatter_add(0, index, weights)
             messages = v[columns] * (weights / total[target]).to(v.dtype).unsqueeze(-1)
             return v.new_zeros(bound.q_len, heads, dim).index_add_(0, target, messages)
 
-        return Prepared(call, work.bound, lambda out: out.transpose(1, 2))
+        return Prepared(call, work.bound, lambda out: out.transpose(1, 2), inputs=tuple(features))
 
 
 # Any: SciPy carries no types.

@@ -78,6 +78,7 @@ class PeerRow:
         peak_bytes: Memory that preparation and the first call added, at the highest.
         plan: For ours.
         note: What a reader of the time must know.
+        forward: Where gradients are measured: of the forward pass alone, in the same rounds; it keeps what they need.
     """
 
     peer: str
@@ -90,11 +91,19 @@ class PeerRow:
     peak_bytes: int | None = None
     plan: PlanFacts | None = None
     note: str = ""
+    forward: Timing | None = None
 
     @property
     def us(self) -> float | None:
         """The median time, only where the result was exact."""
         return self.timing.median_us if self.status == "ok" and self.timing is not None else None
+
+    @property
+    def backward_over_forward(self) -> float | None:
+        """How much longer the backward pass takes than the forward pass, which both were timed with."""
+        if self.us is None or self.forward is None:
+            return None
+        return self.us / self.forward.median_us - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +118,8 @@ class CaseRow:
         edges: Of all heads and batch elements.
         density: Edges of a head over `q_len * kv_len`.
         tile_fill: Share of 64×64 tiles that is edges.
-        flops: Useful floating-point operations, 4 · edges · head_dim; 0 where nothing is computed.
+        flops: Useful floating-point operations, 4 · edges · head_dim forward, 14 with backward; 0 where nothing is
+            computed.
         tensor_bytes: Of q, k, v and out.
         peak_flops: Of this machine for this dtype with these threads (FLOP/s), timed among the peers.
         peers: Rows in the order of the grid.
@@ -181,8 +191,12 @@ class Protocol:
         "rows (the fullest, the emptiest, the ends, random ones) of the first and last head are compared with dense "
         "attention in fp64; allowed is twice the error of a plain attention of the same dtype plus one rounding unit"
     )
-    flops: str = "useful work only: 4 · edges · head_dim forward"
+    flops: str = "useful work only: 4 · edges · head_dim forward, and 10 more of them backward (five products for two)"
     peak: str = "register-resident FMA (bf16: dot-product) loop on the same threads, timed in the same rounds"
+    gradients: str = (
+        "where they are measured: dq of those rows, dk and dv of keys chosen likewise are held to the same rule; the "
+        "forward pass alone is timed in the same rounds"
+    )
     inputs: str = "standard normal, seed 0; each peer gets its own layout beforehand, untimed"
     seconds: float = 0.0
     min_repeats: int = 0

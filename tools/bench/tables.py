@@ -46,15 +46,21 @@ def caption(run: Run) -> str:
         f"{at.processor}, {at.isa}, {threads}; torch {at.versions.get('torch', '?')}, "
         f"{at.versions.get('compiler', '?')}; {at.date[:10]}, {commit}."
         + (f" Measured peak: {peaks}." if peaks else "")
-        + " Median of interleaved calls, every result checked; GFLOP/s count useful work (4 · edges · head_dim); "
-        "× is how many times faster sparsec is."
+        + " Median of interleaved calls, every result checked; GFLOP/s count useful work (4 · edges · head_dim"
+        f"{_backward_work(run)}); × is how many times faster sparsec is."
     )
+
+
+def _backward_work(run: Run) -> str:
+    has_gradients = any(row.case.direction == "forward_backward" for row in run.cases)
+    return " forward, 10 · edges · head_dim backward" if has_gradients else ""
 
 
 def attention_table(rows: Sequence[CaseRow]) -> str:
     rivals = list(dict.fromkeys(rival for row in rows for rival in row.rivals))
     forced = list(dict.fromkeys(each.peer for row in rows for each in row.peers if each.peer.startswith("ours:")))
     shown = _shape_columns(rows)
+    has_gradients = any(row.case.direction == "forward_backward" for row in rows)
     header = [
         "mask",
         *(name for name, _ in shown),
@@ -62,6 +68,7 @@ def attention_table(rows: Sequence[CaseRow]) -> str:
         "GFLOP/s",
         "of peak",
         "tile fill",
+        *(["backward / forward"] if has_gradients else []),
         *(f"× {title(rival)}" for rival in rivals),
         *(f"× {peer.partition(':')[2]}" for peer in forced),
     ]
@@ -73,11 +80,12 @@ def attention_table(rows: Sequence[CaseRow]) -> str:
                 _name(row),
                 *(values[index] for _, values in shown),
                 *_own_cells(row, own),
+                *([_backward_cell(own)] if has_gradients else []),
                 *(_ratio_cell(row, rival) for rival in rivals),
                 *(_forced_cell(row, own, peer) for peer in forced),
             ]
         )
-    lines += _mean_lines(rows, rivals, len(header), [name for name, _ in shown])
+    lines += _mean_lines(rows, rivals, header, [name for name, _ in shown])
     return table(header, lines, text_columns=1 + len(shown))
 
 
@@ -93,6 +101,7 @@ def _shape_columns(rows: Sequence[CaseRow]) -> list[tuple[str, list[str]]]:
         ("heads", [f"{row.case.heads}:{row.case.kv_heads or row.case.heads}" for row in rows]),
         ("head_dim", [str(row.case.head_dim) for row in rows]),
         ("threads", [str(row.threads) for row in rows]),
+        ("direction", [row.case.direction.replace("_", " + ") for row in rows]),
         ("dtype", [str(row.case.dtype) for row in rows]),
     ]
     return [(name, values) for name, values in columns if name == "dtype" or len(set(values)) > 1]
@@ -110,6 +119,11 @@ def _own_cells(row: CaseRow, own: PeerRow | None) -> list[str]:
         _percent(share),
         _percent(row.tile_fill),
     ]
+
+
+def _backward_cell(own: PeerRow | None) -> str:
+    ratio = own.backward_over_forward if own is not None else None
+    return "–" if ratio is None else f"{ratio:.2f}"
 
 
 def _ratio_cell(row: CaseRow, rival: str) -> str:
@@ -132,7 +146,7 @@ def _forced_cell(row: CaseRow, own: PeerRow | None, peer: str) -> str:
     return f"{forced.us / own.us:.2f}"
 
 
-def _mean_lines(rows: Sequence[CaseRow], rivals: list[str], width: int, shown: list[str]) -> list[list[str]]:
+def _mean_lines(rows: Sequence[CaseRow], rivals: list[str], header: list[str], shown: list[str]) -> list[list[str]]:
     """Geometric means by dtype, over the rows where both sides are exact."""
     lines = []
     for dtype in dict.fromkeys(row.case.dtype for row in rows):
@@ -141,8 +155,9 @@ def _mean_lines(rows: Sequence[CaseRow], rivals: list[str], width: int, shown: l
             continue
         cells = [f"{geometric_mean(found):.2f}" if len(found) > 1 else "" for found in ratios.values()]
         shape = [dtype if name == "dtype" else "" for name in shown]
-        line = ["**geometric mean**", *shape, "", "", "", "", *cells]
-        lines.append(line + [""] * (width - len(line)))
+        line = ["**geometric mean**", *shape]
+        line += [""] * (header.index(f"× {title(rivals[0])}") - len(line)) + cells
+        lines.append(line + [""] * (len(header) - len(line)))
     return lines
 
 

@@ -38,6 +38,7 @@ class Workload:
         q: `[batch, heads, q_len, head_dim]`, of the case's dtype, on the CPU, standard normal.
         k: `[batch, kv_heads, kv_len, head_dim]`, likewise.
         v: Likewise.
+        d_out: The gradient of the result, like q; None where only the forward pass is measured.
     """
 
     case: Case
@@ -46,6 +47,11 @@ class Workload:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    d_out: torch.Tensor | None = None
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.d_out is not None
 
     @property
     def scale(self) -> float:
@@ -61,7 +67,8 @@ class Workload:
         group = self.problem.q_heads // self.problem.kv_heads
         if group == 1:
             return self.k, self.v
-        return self.k.repeat_interleave(group, 1), self.v.repeat_interleave(group, 1)
+        k, v = (tensor.detach().repeat_interleave(group, 1) for tensor in (self.k, self.v))
+        return k.requires_grad_(self.needs_grad), v.requires_grad_(self.needs_grad)
 
 
 def make_workload(case: Case) -> Workload:
@@ -83,7 +90,10 @@ def make_workload(case: Case) -> Workload:
 
     q = random(shape.q_heads, shape.q_len)
     k, v = (random(shape.kv_heads, shape.kv_len) for _ in range(2))
-    return Workload(case, bound, shape, q, k, v)
+    if case.direction == "forward":
+        return Workload(case, bound, shape, q, k, v)
+    d_out = random(shape.q_heads, shape.q_len)
+    return Workload(case, bound, shape, *(tensor.requires_grad_() for tensor in (q, k, v)), d_out)
 
 
 def problem(case: Case, bound: BoundMask) -> Problem:
