@@ -47,6 +47,12 @@ typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+// fp16 as a type that converts; GCC has _Float16 in C++ on Arm only from version 13.
+#if defined(__aarch64__)
+typedef __fp16 half;
+#else
+typedef _Float16 half;
+#endif
 
 constexpr float NEG_INF = -__builtin_inff();
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -95,6 +101,8 @@ SX_INLINE bool any_greater(vf a, vf b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
 #elif defined(SX_AVX2)
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#elif defined(SX_NEON)
+  return vmaxvq_u32((uint32x4_t)(a > b)) != 0;
 #else
   vi greater = a > b;
   int32_t any = 0;
@@ -148,7 +156,7 @@ SX_INLINE vf load_f32(const bf16* p) {
 }
 SX_INLINE float to_f32(float x) { return x; }
 SX_INLINE float to_f32(bf16 x) { uint32_t u = (uint32_t)x.bits << 16; float f; std::memcpy(&f, &u, 4); return f; }
-SX_INLINE float to_f32(fp16 x) { _Float16 h; std::memcpy(&h, &x, 2); return (float)h; }
+SX_INLINE float to_f32(fp16 x) { half h; std::memcpy(&h, &x, 2); return (float)h; }
 SX_INLINE vf load_f32(const fp16* p) {
 #if defined(SX_AVX512)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -179,8 +187,10 @@ SX_INLINE void store_as(fp16* p, vf v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(SX_AVX2) && defined(__F16C__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(SX_NEON)
+  vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
-  for (int i = 0; i < VL; ++i) { _Float16 h = (_Float16)v[i]; std::memcpy(p + i, &h, 2); }
+  for (int i = 0; i < VL; ++i) { half h = (half)v[i]; std::memcpy(p + i, &h, 2); }
 #endif
 }
 template <class T> SX_INLINE T from_f32(float x) {
