@@ -39,6 +39,10 @@ Nearness = Literal["exact", "near", "architecture"]
 # Beyond this the nearest record speaks of another kind of mask: four octaves of row length or tile fill.
 MAX_DISTANCE: Final = 4.0
 
+# Below this the time of an edge is about the same: nothing but the reach from the diagonal, or the number of edges, may
+# differ by as much as an octave or four.
+_SAME_RATE: Final = 0.5
+
 _DEVICE_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,120}")
 _LOCK_TIMEOUT_S: Final = 30.0
 
@@ -70,6 +74,12 @@ class Served:
     @property
     def ns_per_edge(self) -> float:
         return self.us * 1e3 / max(1, self.workload.edges)
+
+    def us_on(self, workload: Workload) -> float | None:
+        """What it should take on a workload; None where the measurement is not near enough to say."""
+        if self.nearness == "architecture" or self.distance >= _SAME_RATE:
+            return None
+        return self.us * workload.edges / max(1, self.workload.edges)
 
     def __str__(self) -> str:
         """Which records they are and how near, to follow "from the"."""
@@ -311,8 +321,7 @@ class RecordBase:
                 pass
             found = []
             for key in self._device_keys(device):
-                for path in self._paths(key):
-                    file = self._files[path]
+                for file in [self._files[path] for path in self._paths(key) if path in self._files]:
                     found += [*file.index.problems, *([file.torn] if file.torn else [])]
         return tuple(found)
 
@@ -323,6 +332,11 @@ class RecordBase:
                 key: None for each in self._device_keys(device) for index in self._indexes(each) for key in index.by_key
             }
             return tuple(case for key in keys for case in self._shelf(key).cases)
+
+    def knows(self, device: str) -> bool:
+        """Whether there are records of a device or its kin at all."""
+        with self._lock:
+            return any(self._indexes(each) for each in (device, *self._kin(device)))
 
     def lookup(
         self,
@@ -425,6 +439,8 @@ class RecordBase:
         for path in self._paths(device):
             file = self._files.get(path)
             if file is None:
+                if not path.exists():
+                    continue
                 file = self._files[path] = _File(path)
             file.refresh()
             found.append(file.index)
