@@ -37,7 +37,7 @@ from sparsec.planner.measured import COST_MODEL, Measured
 from sparsec.planner.parts import heavy_rows_apart, residue_part
 from sparsec.planner.plans import Candidate, Group, Plan, Refusal, Step
 from sparsec.planner.works import IDENTITY, build_work, span_of
-from sparsec.records import RecordBase, Served, database
+from sparsec.records import NEAR_TIE, Direction, RecordBase, Served, database
 from sparsec.score import ScoreMod
 from sparsec.template import Config, Template, template, templates
 
@@ -174,17 +174,38 @@ class _Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class _Arm:
+    """A kernel that can serve the mask, and the order of tokens it walks."""
+
+    template: Template
+    backend: str
+    ordering: Ordering
+    bound: BoundMask
+    profile: MaskProfile
+
+    @property
+    def kernel(self) -> tuple[str, str, str]:
+        return self.template.name, self.backend, self.ordering.name
+
+
+@dataclass(frozen=True, slots=True)
 class _Part:
     """One launch of a draft."""
 
     template: Template
     backend: str
     config: Config
+    profile: MaskProfile
     work: Work
     edges: str
     estimate: Estimate
     served: Served | None = None
     measured_us: float | None = None
+
+    @property
+    def kernel(self) -> tuple[str, str, str]:
+        """Template, back end and order of tokens."""
+        return self.template.name, self.backend, self.work.ordering.name
 
     @property
     def config_source(self) -> str:
@@ -257,6 +278,7 @@ class _Search:
         self._measured = Measured(problem, device, len(heads), len(batch), base)
         self._refusals: list[Refusal] = []
         self._passed_over: list[Candidate] = []
+        self._arms: list[_Arm] = []
 
     def group(self) -> Group:
         servers = list(self._servers())
@@ -288,6 +310,7 @@ class _Search:
             each if each.config_source != COST_MODEL else replace(each, us=each.us * scale)
             for each in self._passed_over
         ]
+        backward = self._backward(winner) if self._problem.needs_grad else None
         return Group(
             bound=self._bound,
             heads=self._heads,
@@ -300,7 +323,34 @@ class _Search:
             alternatives=tuple(sorted(others, key=lambda candidate: candidate.us)),
             refusals=tuple(self._refusals),
             expected_us=winner.us(scale) if winner.is_measured else None,
+            backward=None if backward is None else (self._launch(backward, is_partial=False),),
+            backward_source="" if backward is None else backward.config_source,
         )
+
+    def _backward(self, winner: _Draft) -> _Part | None:
+        """What records would run the backward pass with, or None: it then runs as the forward pass does.
+
+        Another kernel than the forward pass's is taken only where both were measured.
+        """
+        if len(winner.parts) > 1:
+            return None
+        told = {
+            arm.kernel: (arm, *self._served(arm.template, arm.backend, arm.profile, arm.ordering, "backward"))
+            for arm in self._arms
+            if self._layout_refusal(arm.template, arm.profile) is None
+        }
+        own = winner.parts[0]
+        arm, served, us = told[own.kernel]
+        for other, other_served, other_us in told.values():
+            if us is not None and other_us is not None and other_us * NEAR_TIE < us:
+                arm, served, us = other, other_served, other_us
+        if served is None:
+            return None
+        if arm.kernel == own.kernel and served.config == own.config:
+            return replace(own, served=served)
+        work = self._work(arm.template, served.config, arm.bound, arm.profile, arm.ordering)
+        cost = self._estimate(arm.template, work)
+        return _Part(arm.template, arm.backend, served.config, arm.profile, work, "all", cost, served)
 
     def _servers(self) -> Iterator[tuple[Template, str]]:
         """Templates and back ends that can serve the problem; the others become refusals."""
@@ -386,6 +436,7 @@ class _Search:
             if each.layout == "none" and ordering is not IDENTITY:
                 continue
             title = f"{each.name} on {name}" + ("" if ordering is IDENTITY else f", {ordering.name}")
+            self._arms.append(_Arm(each, name, ordering, bound, profile))
             served, measured_us = told[each.name, name]
             is_behind = rough[each.name] > limit if measured_us is None else measured_us > measured_limit
             if is_behind and self._wanted.template is None:
@@ -396,26 +447,34 @@ class _Search:
                 self._refusals.append(Refusal(title, reason))
                 continue
             for config in _shortlist(each, name) if served is None else [served.config]:
-                work = build_work(
-                    each,
-                    config,
-                    bound,
-                    self._problem,
-                    self._device,
-                    heads=len(self._heads),
-                    ordering=ordering,
-                    span_keys=span_of(profile),
-                )
+                work = self._work(each, config, bound, profile, ordering)
                 cost = self._estimate(each, work)
                 if measured_us is not None:
                     self._measured.note(measured_us, cost.us)
-                yield _Draft((_Part(each, name, config, work, "all", cost, served, measured_us),), False, cost)
+                yield _Draft((_Part(each, name, config, profile, work, "all", cost, served, measured_us),), False, cost)
+
+    def _work(self, each: Template, config: Config, bound: BoundMask, profile: MaskProfile, ordering: Ordering) -> Work:
+        return build_work(
+            each,
+            config,
+            bound,
+            self._problem,
+            self._device,
+            heads=len(self._heads),
+            ordering=ordering,
+            span_keys=span_of(profile),
+        )
 
     def _served(
-        self, each: Template, name: str, profile: MaskProfile, ordering: Ordering
+        self,
+        each: Template,
+        name: str,
+        profile: MaskProfile,
+        ordering: Ordering,
+        direction: Direction = "forward",
     ) -> tuple[Served | None, float | None]:
         """What the records would have run, and what it should take where they say."""
-        served = self._measured.served(each, name, profile, ordering)
+        served = self._measured.served(each, name, profile, ordering, direction)
         return served, self._measured.us(served, profile, ordering)
 
     def _unbuilt(
@@ -483,9 +542,10 @@ class _Search:
 
     def _best_of(self, bound: BoundMask, ordering: Ordering, servers: list[tuple[Template, str]]) -> _Draft | None:
         own = [pair for pair in servers if pair[0].layout != "none"]
-        refusals, passed_over = list(self._refusals), list(self._passed_over)
+        refusals, passed_over, arms = list(self._refusals), list(self._passed_over), list(self._arms)
         drafts = list(self._drafts_in(bound, analyse(bound), ordering, own, float("inf")))
-        self._refusals, self._passed_over = refusals, passed_over  # a part's are not the mask's
+        # A part's are not the mask's.
+        self._refusals, self._passed_over, self._arms = refusals, passed_over, arms
         scale = self._measured.scale
         return min(drafts, key=lambda draft: draft.us(scale), default=None)
 
@@ -505,20 +565,23 @@ class _Search:
 
     def _steps(self, draft: _Draft) -> Iterator[Step]:
         for part in draft.parts:
-            launch = Launch(
-                template=part.template,
-                backend=part.backend,
-                config=part.config,
-                problem=self._problem,
-                device=self._device,
-                work=part.work,
-                heads=self._heads,
-                batch=self._batch,
-                scale=self._wanted.scale,
-                is_partial=draft.is_joined,
-                score=self._wanted.score,
-            )
+            launch = self._launch(part, is_partial=draft.is_joined)
             yield Step(launch, part.edges, part.estimate, part.config_source)
+
+    def _launch(self, part: _Part, *, is_partial: bool) -> Launch:
+        return Launch(
+            template=part.template,
+            backend=part.backend,
+            config=part.config,
+            problem=self._problem,
+            device=self._device,
+            work=part.work,
+            heads=self._heads,
+            batch=self._batch,
+            scale=self._wanted.scale,
+            is_partial=is_partial,
+            score=self._wanted.score,
+        )
 
 
 def _moving(us: float) -> Estimate:
