@@ -7,8 +7,9 @@ Layers, from the top; imports go down only:
 
     cli  integrations  report
     tuning
-    module  saving               a layer of a model; attentions as files
+    functional  module  saving   a function of tensors; a layer of a model; attentions as files
     runtime                      compile, Attention
+    stepping                     steps of generation, over a cache that grows
     specialisation               a plan with its kernels
     gate                         no kernel serves before it passed
     planner                      which template takes which edges, and why
@@ -39,9 +40,10 @@ if TYPE_CHECKING:
         SparsecError,
         UnsupportedError,
     )
+    from sparsec.functional import attention
     from sparsec.module import SparseAttention
     from sparsec.planner import Plan, plan
-    from sparsec.runtime import Attention, attention, compile
+    from sparsec.runtime import Attention, compile
     from sparsec.saving import load
 
 __version__ = "0.1.0"
@@ -61,7 +63,7 @@ _HOMES = {
     "SparsecError": "sparsec.errors",
     "UnsupportedError": "sparsec.errors",
     "analyse": "sparsec.analysis",
-    "attention": "sparsec.runtime",
+    "attention": "sparsec.functional",
     "compile": "sparsec.runtime",
     "load": "sparsec.saving",
     "plan": "sparsec.planner",

@@ -83,8 +83,8 @@ class CostModel(Protocol):
         """Of a gathered column, on average."""
         ...
 
-    def edge(self, span_keys: float) -> float:
-        """Of a single edge whose keys are picked from among about so many."""
+    def edge(self, span_keys: float, heads_sharing: int = 1) -> float:
+        """Of a single edge whose keys are picked from among about so many, and fetched once for so many heads."""
         ...
 
     def unit(self, block_q: int, *, is_rows: bool, is_scattered: bool = False) -> float:
@@ -99,8 +99,7 @@ def cost_model(problem: Problem, device: Device) -> CostModel:
 
 def estimate(work: Work, problem: Problem, device: Device, heads: int) -> Estimate:
     """What a launch over `work` should take, for so many heads of every batch element."""
-    copies = heads * problem.batch
-    busy_us = float(work.schedule.cost.sum(dtype=np.float64)) * copies * 1e-3
+    busy_us = float(work.schedule.cost.sum(dtype=np.float64)) * work.schedule.copies * 1e-3
     workers = cost_model(problem, device).workers
     compute_us = busy_us / workers
     idle_us = compute_us * (work.schedule.balance(workers) - 1.0)
@@ -113,7 +112,8 @@ def estimate(work: Work, problem: Problem, device: Device, heads: int) -> Estima
 def dense_estimate(problem: Problem, device: Device, share: float) -> Estimate:
     """What torch's own attention should take on a `share` of all pairs (1 full, ½ causal).
 
-    Source: on 2 cores of a Zen 4 processor torch 2.13's SDPA reaches 68 % of the fp32 and 34 % of the bf16 peak; on an
+    Source: on 2 cores of a Zen 4 processor torch 2.13's SDPA reaches 68 % of the fp32 and 34 % of the bf16 peak, and
+    takes up every key of every query head in about 1.4 cycles a dimension besides, which one query bears alone; on an
     H200 its best back end reaches about two thirds of the matrix peak.
     """
     matrix = device.matrix_flops.get(problem.dtype, device.vector_flops)
@@ -123,10 +123,16 @@ def dense_estimate(problem: Problem, device: Device, share: float) -> Estimate:
         rate = 0.66 * matrix
     flops = problem.flops(problem.q_len * problem.kv_len) * share
     compute_us = flops / rate * 1e6
+    if device.kind == "cpu":
+        dims = problem.batch * problem.q_heads * problem.kv_len * (problem.head_dim + problem.v_dim)
+        compute_us += dims * _DENSE_KEY_CYCLES / (device.clock_hz * device.units) * 1e6
     memory_us = problem.tensor_bytes / device.memory_bandwidth * 1e6
     launch_us = device.launch_us
     return Estimate(max(compute_us, memory_us) + launch_us, compute_us, 0.0, memory_us, launch_us, flops)
 
+
+# What torch's own attention takes on a CPU to take up a key, per dimension.
+_DENSE_KEY_CYCLES = 1.4
 
 # The CPU kernels' costs, in clock cycles. Measured on Zen 4 with AVX-512 (one 512-bit multiply-add a cycle), one
 # thread, head_dim 32 to 128, all inputs in cache; other processors scale by clock, vector width and multiply-add rate.
@@ -216,9 +222,9 @@ class _Cpu:
         fetched = self._fetch_ns(len(lanes) / max(len(gathered.indptr) - 1, 1) * 16)
         return float(total) / max(sample.size, 1 if len(sample) else len(lanes)) + fetched
 
-    def edge(self, span_keys: float) -> float:
+    def edge(self, span_keys: float, heads_sharing: int = 1) -> float:
         cycles = _EDGE_CYCLES + self._dims / self._lanes * _EDGE_VECTOR_CYCLES * self._row_slowdown()
-        return cycles * self._ns_per_cycle + self._fetch_ns(span_keys)
+        return cycles * self._ns_per_cycle + self._fetch_ns(span_keys) / heads_sharing
 
     def _row_slowdown(self) -> float:
         return 1.0 if self._problem.dtype == "fp32" else 0.95
@@ -287,7 +293,7 @@ class _Gpu:
         fetched = self._dims * self._problem.itemsize / self._bytes_per_ns
         return max(self._pairs_ns(gathered.block_q), fetched)
 
-    def edge(self, span_keys: float) -> float:
+    def edge(self, span_keys: float, heads_sharing: int = 1) -> float:
         fetched = self._dims * self._problem.itemsize / self._bytes_per_ns
         return max(fetched, 2.0 * self._dims / self._vector_flops_per_ns)
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
 from sparsec import data
 from sparsec.backends.base import DTYPES, Dtype, Problem
@@ -21,21 +19,12 @@ from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.expr import Expr
 from sparsec.handles import register
 from sparsec.masks.mask import BoundMask, Mask
-from sparsec.packing import packed
 from sparsec.planner import Plan, plan
 from sparsec.planner.search import Reorder
 from sparsec.score import ScoreFunction, ScoreMod, as_score_mod
 from sparsec.specialisation import Specialisation
-from sparsec.tensors import (
-    Layout,
-    autocast,
-    check_agreement,
-    check_kinds,
-    heads_first,
-    in_layout,
-    length_of,
-    requires_grad,
-)
+from sparsec.stepping import Stepper
+from sparsec.tensors import Layout, given_back, requires_grad, taken
 
 if TYPE_CHECKING:
     import torch
@@ -120,9 +109,9 @@ def compile(
         CompileError: The kernel does not compile or fails its check.
     """
     chosen_tune = tune or data.forced_tune_mode() or "auto"
-    _check_choice("layout", layout, get_args(Layout))
-    _check_choice("tune", chosen_tune, get_args(Tune))
-    _check_choice("reorder", reorder, get_args(Reorder))
+    check_choice("layout", layout, get_args(Layout))
+    check_choice("tune", chosen_tune, get_args(Tune))
+    check_choice("reorder", reorder, get_args(Reorder))
     if chosen_tune in ("quick", "full"):
         raise UnsupportedError(
             f"tune={chosen_tune!r}: tuning by measurement is not built yet; use 'off', 'cached', 'auto'"
@@ -162,8 +151,21 @@ class Attention:
         self._specialised: dict[tuple[Problem, str], Specialisation] = {}
         self._latest: Specialisation | None = None
         self._lock = threading.Lock()
+        self._stepper = Stepper(bound, self._planned)
         self._handle = register(self)
 
+    @overload
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = False
+    ) -> torch.Tensor: ...
+    @overload
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True]
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @overload
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -185,13 +187,8 @@ class Attention:
         """
         import torch
 
-        layout, is_traced = self._request.layout, torch.compiler.is_compiling()
-        if not is_traced:
-            check_kinds(q, k, v, layout)
-        q, k, v = autocast(q, k, v)
-        if not is_traced:
-            check_agreement(q, k, v, layout)
-        q, k, v = (heads_first(tensor, layout) for tensor in (q, k, v))
+        is_traced = torch.compiler.is_compiling()
+        q, k, v = taken(q, k, v, self._request.layout, is_checked=not is_traced)
         needs_grad = requires_grad(q, k, v)
         if needs_grad and not is_traced:
             self._check_gradients()
@@ -203,11 +200,58 @@ class Attention:
             out, lse = torch.ops.sparsec.forward(q, k, v, self._handle)
         else:
             out, lse = self._for(q, k, v, self._request.needs_grad or False).forward(q, k, v, with_lse=return_lse)
-        out, lse = in_layout(out, lse, layout)
-        if not return_lse:
-            return out
-        assert lse is not None, "the log-sum-exp was asked for"
-        return out, lse
+        return given_back(out, lse, self._request.layout, with_lse=return_lse)
+
+    @overload
+    def step(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = False
+    ) -> torch.Tensor: ...
+    @overload
+    def step(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True]
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @overload
+    def step(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+    def step(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the newest tokens over a cache that grows: what generation calls for every token.
+
+        `seq_len` was the most tokens the cache will hold. Of the `n` tokens in `k` and `v` the last `q_len` attend:
+        rows `n - q_len … n - 1` of the mask, and of its columns those before `n`. Up to 16 queries a step costs no
+        planning, whatever `n`; more, such as a prompt, are planned as a call is.
+
+        Args:
+            q: `[batch, q_heads, q_len, head_dim]`, the newest tokens; otherwise as in `__call__`.
+            k: `[batch, kv_heads, n, head_dim]`, all tokens so far: a slice of a cache allocated once.
+            v: `[batch, kv_heads, n, v_dim]`, likewise.
+            return_lse: Whether to return the log-sum-exp too.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            MaskError: The mask has not as many queries as keys, or `q_len ≤ n ≤ seq_len` does not hold.
+            UnsupportedError: Inputs that require gradients, or a template other than `row_traversal` was named.
+            SparsecError: Shapes, dtypes or devices that do not fit.
+        """
+        request = self._request
+        q, k, v = taken(q, k, v, request.layout)
+        if requires_grad(q, k, v):
+            raise UnsupportedError(
+                "step was given inputs that require gradients, and has no backward pass: call it under "
+                "torch.no_grad(), or call the attention itself"
+            )
+        if request.template not in (None, "row_traversal"):
+            raise UnsupportedError(
+                f"compile was told template={request.template!r}, and steps run on row_traversal: leave template out"
+            )
+        stepper = self._stepper
+        stepper.check(q.shape[2], k.shape[2])
+        out, lse = stepper(self._problem(q, k, v, needs_grad=False), q, k, v, with_lse=return_lse)
+        return given_back(out, lse, request.layout, with_lse=return_lse)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What `sparsec::forward` computes: tensors `[batch, heads, length, dim]`, with the log-sum-exp."""
@@ -271,6 +315,7 @@ class Attention:
             # Made before anything is replaced: where the new mask cannot be served, the old one stays.
             made = {key: self._made(bound, *key) for key in self._specialised}
             self._bound, self._specialised = bound, made
+            self._stepper = Stepper(bound, self._planned)
             self._latest = next(reversed(made.values()), None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -335,6 +380,12 @@ class Attention:
         return self._latest
 
     def _for(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs_grad: bool) -> Specialisation:
+        bound = self._bound
+        if (q.shape[2], k.shape[2]) != bound.shape:
+            raise MaskError(
+                f"the mask is bound to {bound.q_len} queries and {bound.kv_len} keys, and the tensors have "
+                f"{q.shape[2]} and {k.shape[2]}: compile another for these lengths"
+            )
         problem = self._problem(q, k, v, needs_grad)
         found = self._specialised.get((problem, str(q.device)))
         if found is None:
@@ -343,17 +394,13 @@ class Attention:
         return found
 
     def _problem(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs_grad: bool) -> Problem:
-        bound, request = self._bound, self._request
-        if (q.shape[2], k.shape[2]) != bound.shape:
-            raise MaskError(
-                f"the mask is bound to {bound.q_len} queries and {bound.kv_len} keys, and the tensors have "
-                f"{q.shape[2]} and {k.shape[2]}: compile another for these lengths"
-            )
+        request = self._request
         _check_device(request.device, q.device)
         # One plan serves every batch size, unless the mask has a member for each element.
-        batch = q.shape[0] if bound.varies_by_batch else 1
+        batch = q.shape[0] if self._bound.varies_by_batch else 1
         dtype = _dtype_name(q.dtype)
-        problem = Problem(*bound.shape, q.shape[1], k.shape[1], q.shape[3], v.shape[3], dtype, batch, needs_grad)
+        lengths, heads = (q.shape[2], k.shape[2]), (q.shape[1], k.shape[1])
+        problem = Problem(*lengths, *heads, q.shape[3], v.shape[3], dtype, batch, needs_grad)
         for name in ("q_heads", "kv_heads", "head_dim", "v_dim", "dtype"):
             promised, found = getattr(request, name), getattr(problem, name)
             if promised not in (None, found):
@@ -370,70 +417,24 @@ class Attention:
             return found
 
     def _made(self, bound: BoundMask, problem: Problem, device_name: str) -> Specialisation:
+        return Specialisation(self._planned(bound, problem, device_name, self._request.template))
+
+    def _planned(self, bound: BoundMask, problem: Problem, device_name: str, template: str | None) -> Plan:
         request = self._request
-        return Specialisation(
-            plan(
-                bound,
-                problem,
-                torch_device(device_name),
-                template=request.template,
-                backend=request.backend,
-                reorder=request.reorder,
-                scale=request.scale,
-                score=request.score,
-                tune="off" if request.tune == "off" else "cached",
-            )
+        return plan(
+            bound,
+            problem,
+            torch_device(device_name),
+            template=template,
+            backend=request.backend,
+            reorder=request.reorder,
+            scale=request.scale,
+            score=request.score,
         )
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: Mask,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
-    layout: Layout = "bhsd",
-    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention under a mask, with the compiled callable kept for the next call with an equal mask.
-
-    Args:
-        q: As in `Attention.__call__`, like the rest.
-        k: Keys.
-        v: Values.
-        mask: Which query attends which key.
-        scale: Of the scores; `1/√head_dim` by default.
-        return_lse: Whether to return the log-sum-exp too.
-        layout: Of the tensors.
-        cu_seqlens: With layout `"thd"`: where the packed sequences begin, `[0, …, total]`. Each is then attended as if
-            it were alone; the mask must depend on `kv - q` alone.
-
-    Raises:
-        MaskError: `cu_seqlens` decreases or does not end at the total, or the mask counts positions.
-    """
-    _check_mask(mask)
-    _check_choice("layout", layout, get_args(Layout))
-    check_kinds(q, k, v, layout)
-    q_len, kv_len = length_of(q, layout), length_of(k, layout)
-    if cu_seqlens is not None:
-        if layout != "thd" or q_len != kv_len:
-            raise MaskError(
-                f"cu_seqlens is for packed tensors of as many queries as keys; these have layout {layout!r}, {q_len} "
-                f"queries and {kv_len} keys"
-            )
-        mask = packed(mask, cu_seqlens, q_len)
-    return _cached(mask, q_len, kv_len, scale, layout)(q, k, v, return_lse=return_lse)
-
-
-@lru_cache(maxsize=64)
-def _cached(mask: Mask, q_len: int, kv_len: int, scale: float | None, layout: Layout) -> Attention:
-    return compile(mask, (q_len, kv_len), scale=scale, layout=layout)
-
-
 def _bound(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None, kv_len: int | None) -> BoundMask:
-    _check_mask(mask)
+    check_mask(mask)
     if isinstance(seq_len, tuple):
         if len(seq_len) != 2:
             raise MaskError(f"seq_len={seq_len}: give one length, or (q_len, kv_len)")
@@ -451,7 +452,7 @@ def _bound(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None, kv_len
     return mask
 
 
-def _check_mask(mask: object) -> None:
+def check_mask(mask: object) -> None:
     if not isinstance(mask, (Mask, BoundMask)):
         raise MaskError(
             f"sparsec takes a mask of sparsec.masks; got {type(mask).__name__}: "
@@ -486,6 +487,6 @@ def _dtype_name(dtype: torch.dtype | str) -> Dtype:
     raise UnsupportedError(f"dtype {dtype}: sparsec takes {', '.join(DTYPES)}")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise SparsecError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")

@@ -6,11 +6,12 @@ several are joined. It must not know how a plan is chosen or when one is made, n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from sparsec import buffers, gate
-from sparsec.backends.base import GradientKernel, Kernel, Launch, backend
+from sparsec.backends.base import GradientKernel, Kernel, Launch, Rebindable, backend
 from sparsec.errors import BackendMissingError
 from sparsec.planner import Group, Plan
 
@@ -43,7 +44,7 @@ class Specialisation:
         from sparsec import torch_ops
 
         out = torch_ops.new_output(q, v.shape[3], partial(buffers.empty, dtype=q.dtype, device=q.device))
-        q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+        q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
         for group, kernels in zip(self.plan.groups, self._kernels, strict=True):
             if group.is_joined:
@@ -66,7 +67,7 @@ class Specialisation:
         import torch
 
         assert self._gradients is not None, "planned without gradients"
-        q, k, v, out, d_out, lse, d_lse = (_rows_contiguous(t) for t in (q, k, v, out, d_out, lse, d_lse))
+        q, k, v, out, d_out, lse, d_lse = (rows_contiguous(t) for t in (q, k, v, out, d_out, lse, d_lse))
         dk = buffers.zeros(k.shape, torch.float32, k.device)
         dv = buffers.zeros(v.shape, torch.float32, v.device)
         dq = buffers.empty(q.shape, q.dtype, q.device)
@@ -85,7 +86,7 @@ class Specialisation:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
     def _lowered_gradients(self) -> list[list[GradientKernel]]:
-        return [[_lowered_backward(each) for each in group.backward_launches] for group in self.plan.groups]
+        return [[_lowered_backward(step.launch) for step in group.steps] for group in self.plan.groups]
 
 
 def _run_joined(
@@ -129,6 +130,11 @@ def _copy_heads(group: Group, into: torch.Tensor, source: torch.Tensor) -> None:
         into[b, heads] = source[b, heads].to(into.dtype)
 
 
+def rebinding(launch: Launch, kernel: Kernel) -> Callable[[Launch], Kernel]:
+    """What makes the kernel of another launch that differs from this one in its work alone; it needs no check."""
+    return kernel.rebound if isinstance(kernel, Rebindable) else backend(launch.backend).lower
+
+
 def _lowered(launch: Launch) -> Kernel:
     server = backend(launch.backend)
     missing = server.missing(launch.device)
@@ -145,7 +151,7 @@ def _lowered_backward(launch: Launch) -> GradientKernel:
     return backend(launch.backend).lower_backward(launch)
 
 
-def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its last dimension is contiguous, else a copy."""
     tensor = tensor.resolve_neg()  # a sign that is only a flag would be lost
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -82,6 +82,33 @@ def in_layout(out: torch.Tensor, lse: torch.Tensor | None, layout: Layout) -> tu
     return out.transpose(1, 2), lse
 
 
+def taken(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, *, is_checked: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inputs of a call as kernels take them: cast where autocast is on, `[batch, heads, length, dim]`.
+
+    Raises:
+        SparsecError: As `check_kinds` and `check_agreement`, where `is_checked`.
+    """
+    if is_checked:
+        check_kinds(q, k, v, layout)
+    q, k, v = autocast(q, k, v)
+    if is_checked:
+        check_agreement(q, k, v, layout)
+    return heads_first(q, layout), heads_first(k, layout), heads_first(v, layout)
+
+
+def given_back(
+    out: torch.Tensor, lse: torch.Tensor | None, layout: Layout, *, with_lse: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """What a call returns."""
+    out, lse = in_layout(out, lse, layout)
+    if not with_lse:
+        return out
+    assert lse is not None, "the log-sum-exp was asked for"
+    return out, lse
+
+
 def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inputs in the dtype of `torch.autocast` where it is on, as torch's own attention takes them."""
     import torch

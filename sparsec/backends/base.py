@@ -7,7 +7,7 @@ know any back end, nor how work is chosen.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 from sparsec.device import Device
 from sparsec.layout import BlockTiles, GatheredTiles, Ordering, RowLists, Schedule
@@ -23,6 +23,8 @@ Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: tuple[Dtype, ...] = ("fp32", "fp16", "bf16")
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 MAX_HEAD_DIM = 256
+# Query heads that one thread of the CPU's row kernel runs side by side at most (rows.hpp).
+MAX_HEADS_SHARING = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,11 @@ class Problem:
     @property
     def itemsize(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def group(self) -> int:
+        """Query heads a key head."""
+        return self.q_heads // self.kv_heads
 
     @property
     def tensor_bytes(self) -> int:
@@ -116,6 +123,8 @@ class Launch:
         scale: Of the scores.
         is_partial: Whether its result is joined with others': the output is then fp32.
         score: What happens to scores before softmax, or None.
+        first_query: What query 0 is called there: the tensors may hold a run of a longer sequence's queries. Forward
+            passes only.
     """
 
     template: Template
@@ -129,6 +138,7 @@ class Launch:
     scale: float
     is_partial: bool = False
     score: ScoreMod | None = None
+    first_query: int = 0
 
     def elements(self, batch: int) -> tuple[int, ...]:
         """The batch elements it serves of tensors that have so many: one plan for all serves any number."""
@@ -160,6 +170,15 @@ class Kernel(Protocol):
 
     def source(self) -> dict[str, str]:
         """Source text by file name: the kernel, what it includes, and what was generated for it."""
+        ...
+
+
+@runtime_checkable
+class Rebindable(Protocol):
+    """A kernel, or gradient kernel, that can be had for another launch in microseconds."""
+
+    def rebound(self, launch: Launch) -> Self:
+        """The kernel of a launch that differs from its own in its work and in what query 0 is called."""
         ...
 
 

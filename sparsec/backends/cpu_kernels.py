@@ -8,15 +8,17 @@ threads: the one torch has loaded, so that there is one pool of them. It must no
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
+import math
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
 from sparsec import buffers
-from sparsec.backends.base import Launch
+from sparsec.backends.base import MAX_HEADS_SHARING, Launch
 from sparsec.layout import RowLists
 
 if TYPE_CHECKING:
@@ -57,9 +59,9 @@ class Arguments(ctypes.Structure):
         *_pointers("lse"),
         *_int64s("lse_batch lse_head batch q_heads kv_heads q_len kv_len head_dim v_dim"),
         *_pointers("heads"),
-        *_int64s("n_heads"),
+        *_int64s("n_heads heads_sharing"),
         ("scale", ctypes.c_double),
-        *_int64s("first_batch"),
+        *_int64s("first_batch first_query"),
         *_pointers("tables"),
         *_int64s("out_is_fp32 block_q block_kv"),
         *_pointers("tile_indptr tile_columns tile_pattern patterns gathered_indptr gathered_columns gathered_lanes"),
@@ -82,13 +84,16 @@ class Arguments(ctypes.Structure):
 class _Prepared:
     """The index arrays of a launch in the form the binary takes, kept alive."""
 
-    def __init__(self, launch: Launch, sources: tuple[Path, ...]) -> None:
+    def __init__(self, launch: Launch, library: ctypes.CDLL, sources: tuple[Path, ...]) -> None:
         self.launch = launch
-        self._sources = sources
+        self._library, self._sources = library, sources
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._arguments = Arguments()
         self._fill()
         self._is_whole_batch = launch.batch == tuple(range(launch.problem.batch))
+
+    def rebound(self, launch: Launch) -> Self:
+        return type(self)(launch, self._library, self._sources)
 
     def source(self) -> dict[str, str]:
         generated = {} if self.launch.score is None else {"score modifier": self.launch.score.cpp_header()}
@@ -118,7 +123,9 @@ class _Prepared:
         a.q_heads, a.kv_heads = problem.q_heads, problem.kv_heads
         a.q_len, a.head_dim, a.v_dim = work.bound.q_len, problem.head_dim, problem.v_dim
         a.heads, a.n_heads = self._pointer(np.array(launch.heads, np.int32)), len(launch.heads)
+        a.heads_sharing = heads_sharing(launch.heads, problem.group)
         a.scale, a.out_is_fp32 = launch.scale, int(launch.is_partial)
+        a.first_query = launch.first_query
         a.block_q = work.block_q
         a.q_order, a.kv_order = self._pointer(work.ordering.q_order), self._pointer(work.ordering.kv_order)
         if launch.score is not None:
@@ -172,11 +179,18 @@ class _Prepared:
         return int(kept.ctypes.data)
 
 
+def heads_sharing(heads: tuple[int, ...], group: int) -> int:
+    """How many neighbours of `heads` the row kernel runs side by side: runs of so many share a key head."""
+    runs = [len(list(run)) for _, run in itertools.groupby(heads, lambda head: head // group)]
+    common = math.gcd(*runs)
+    return max(n for n in range(1, MAX_HEADS_SHARING + 1) if common % n == 0)
+
+
 class CpuKernel(_Prepared):
     """A forward kernel bound to one launch."""
 
     def __init__(self, launch: Launch, library: ctypes.CDLL, sources: tuple[Path, ...]) -> None:
-        super().__init__(launch, sources)
+        super().__init__(launch, library, sources)
         self._run = library.forward
         self._run.argtypes, self._run.restype = [ctypes.POINTER(Arguments)], None
 
@@ -204,7 +218,7 @@ class CpuGradient(_Prepared):
     """A backward kernel bound to one launch."""
 
     def __init__(self, launch: Launch, library: ctypes.CDLL, sources: tuple[Path, ...]) -> None:
-        super().__init__(launch, sources)
+        super().__init__(launch, library, sources)
         self._run = library.backward
         self._run.argtypes, self._run.restype = [ctypes.POINTER(Arguments)], None
         group = launch.problem.q_heads // launch.problem.kv_heads

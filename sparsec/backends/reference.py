@@ -63,7 +63,10 @@ class Modifier:
 def modifier_of(launch: Launch, batch: int, head: int) -> Modifier | None:
     """The launch's score modifier at one head, for rows and columns in its order of tokens."""
     order = launch.work.ordering
-    return None if launch.score is None else Modifier(launch.score, batch, head, order.q_order, order.kv_order)
+    if launch.score is None:
+        return None
+    queries = launch.first_query + _tokens(order.q_order, launch.work.bound.q_len)
+    return Modifier(launch.score, batch, head, queries, order.kv_order)
 
 
 def attention(

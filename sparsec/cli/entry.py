@@ -16,7 +16,6 @@ from typing import Any, Final
 import click
 
 from sparsec import __version__
-from sparsec.cli.db import db
 from sparsec.cli.demo import demo
 from sparsec.cli.devices import devices
 from sparsec.cli.doctor import doctor
@@ -82,7 +81,7 @@ def sparsec() -> None:
     """
 
 
-for _command in (demo, explain, masks, devices, db, doctor):
+for _command in (demo, explain, masks, devices, doctor):
     sparsec.add_command(_command)
 
 

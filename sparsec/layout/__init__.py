@@ -8,7 +8,7 @@ nor which kernel reads it.
 from sparsec.layout.hybrid import HybridItems, HybridLayout, gathered_tiles, hybrid_split
 from sparsec.layout.ordering import Ordering, reordered, residue_order
 from sparsec.layout.rows import RowForm, RowLists, row_lists
-from sparsec.layout.scheduling import Schedule, schedule
+from sparsec.layout.scheduling import Schedule, even_schedule, schedule
 from sparsec.layout.tiles import BlockTiles, GatheredTiles, block_tiles
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "RowLists",
     "Schedule",
     "block_tiles",
+    "even_schedule",
     "gathered_tiles",
     "hybrid_split",
     "reordered",

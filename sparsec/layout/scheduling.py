@@ -143,6 +143,22 @@ def schedule(
     )
 
 
+def even_schedule(n_entries: int, pieces: int, *, copies: int = 1) -> Schedule:
+    """Work items over one unit of like entries, cut into `pieces` of even size; made in microseconds."""
+    bounds = np.arange(pieces + 1, dtype=np.int64) * n_entries // pieces
+    is_split = pieces > 1
+    return Schedule(
+        unit=np.zeros(pieces, np.int32),
+        start=bounds[:-1],
+        stop=bounds[1:],
+        slot=np.arange(pieces, dtype=np.int32) if is_split else np.full(1, -1, np.int32),
+        cost=np.full(pieces, n_entries / pieces, np.float32),
+        merge_unit=np.zeros(int(is_split), np.int32),
+        merge_indptr=np.array([0, pieces] if is_split else [0], np.int64),
+        copies=copies,
+    )
+
+
 class _CostBefore:
     """The cost of all entries before a given one, and its inverse."""
 

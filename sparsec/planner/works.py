@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from sparsec.analysis import MaskProfile
-from sparsec.backends.base import Problem, Work
+from sparsec.backends.base import MAX_HEADS_SHARING, Problem, Work
 from sparsec.cost import CostModel, cost_model
 from sparsec.device import Device
 from sparsec.layout import Ordering, block_tiles, hybrid_split, row_lists, schedule
@@ -51,7 +51,8 @@ def build_work(
     copies = heads * problem.batch
     span = float(bound.kv_len) if span_keys is None else span_keys
     if template.layout == "rows":
-        return _row_work(bound, config, model, copies, ordering, span)
+        shared = heads_sharing(problem, device, heads)
+        return _row_work(bound, config, model, (copies // shared, shared), ordering, span)
     if template.layout == "tiles":
         return _tile_work(bound, config, model, copies, ordering)
     if template.layout == "hybrid":
@@ -74,19 +75,30 @@ def span_of(profile: MaskProfile) -> float:
     return min(float(profile.shape[1]), 2.0 * profile.bandwidth_mean + 256.0)
 
 
-def _row_work(bound: BoundMask, config: Config, model: CostModel, copies: int, ordering: Ordering, span: float) -> Work:
+def heads_sharing(problem: Problem, device: Device, heads: int) -> int:
+    """How many query heads the row kernel runs side by side over the same keys, where all heads have one mask."""
+    if device.kind != "cpu" or heads != problem.q_heads:
+        return 1
+    return max(n for n in range(1, MAX_HEADS_SHARING + 1) if problem.group % n == 0)
+
+
+def _row_work(
+    bound: BoundMask, config: Config, model: CostModel, copies: tuple[int, int], ordering: Ordering, span: float
+) -> Work:
+    """`copies`: how often the list is run, and the heads that walk it together each time."""
+    n_copies, shared = copies
     rows = row_lists(bound)
     block_q = config["block_q"]
     before = np.concatenate(([0], np.cumsum(rows.degrees())))
     n_units = -(-bound.q_len // block_q)
     indptr = before[np.minimum(np.arange(n_units + 1) * block_q, bound.q_len)]
-    edge = model.edge(span)
+    edge = model.edge(span, shared) * shared
     planned = schedule(
         indptr,
         edge,
         workers=model.workers,
-        copies=copies,
-        item_cost=model.unit(block_q, is_rows=True, is_scattered=is_scattered(ordering)),
+        copies=n_copies,
+        item_cost=model.unit(block_q, is_rows=True, is_scattered=is_scattered(ordering)) * shared,
         min_piece=4096 * edge,
     )
     # The kernel counts edges from the first of the unit.

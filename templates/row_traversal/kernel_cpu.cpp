@@ -1,12 +1,16 @@
 // row_traversal on a CPU: each query walks its own keys, so the work is exactly nnz dot products.
 //
 // A unit is a block of `block_q` consecutive queries; the edges of an item are numbered from the unit's first. The keys
-// come from CSR as they lie, or are produced a bufferful at a time from ranges, or from offsets with nothing stored.
+// come from CSR as they lie, or are produced a bufferful at a time from ranges, or from offsets with nothing stored. Heads
+// that share a key head go side by side: each row of K and V is fetched once for all of them.
 #if defined(SX_BACKWARD)
 #include "../shared/backward.hpp"
 
 extern "C" void backward(const sx::Arguments* a) { sx::Backward<SX_DTYPE, false>(*a).run(); }
 #else
+#include <algorithm>
+#include <new>
+
 #include "../shared/key_lists.hpp"
 #include "../shared/rows.hpp"
 
@@ -17,8 +21,8 @@ template <class T> class RowForward {
   explicit RowForward(const Arguments& a) : a_(a), group_(a.q_heads / a.kv_heads) {}
 
   void run() {
-    const int64_t copies = a_.batch * a_.n_heads;
-    parallel_for(a_, copies * a_.n_items, [&](int64_t index) { item(index / a_.n_items, index % a_.n_items); });
+    const int64_t copies = a_.batch * a_.n_heads, shares = copies / a_.heads_sharing;
+    parallel_for(a_, shares * a_.n_items, [&](int64_t index) { item(index / a_.n_items, index % a_.n_items); });
     if (a_.n_merges)
       parallel_for(a_, copies * a_.n_merges, [&](int64_t index) { merge(index / a_.n_merges, index % a_.n_merges); });
   }
@@ -37,35 +41,58 @@ template <class T> class RowForward {
     return a_.partial + ((copy * a_.n_slots + index) * a_.block_q + row) * (a_.v_dim + 2);
   }
 
-  void item(int64_t copy, int64_t index) const {
-    const Head h = head(copy);
+  // The query heads of a share attend the same keys of the same key head, and walk them side by side.
+  struct Share {
+    explicit Share(const RowForward& f, int64_t share) : n((int)f.a_.heads_sharing), first_copy(share * n) {
+      for (int h = 0; h < n; ++h) {
+        new (heads + h) Head(f.head(first_copy + h));
+        new (engines + h) RowEngine<T>(f.a_.head_dim, f.a_.v_dim, (float)f.a_.scale, heads[h].score);
+      }
+    }
+    ~Share() {}
+    const int n;
+    const int64_t first_copy;
+    union { Head heads[MAX_HEADS_SHARING]; };
+    union { RowEngine<T> engines[MAX_HEADS_SHARING]; };
+  };
+
+  void item(int64_t share_index, int64_t index) const {
+    Share share(*this, share_index);
     const int64_t first = a_.item_unit[index] * a_.block_q;
     const int64_t n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
-    const int64_t start = a_.edge_start[index], stop = a_.edge_stop[index], slot_index = a_.item_slot[index];
-    RowEngine<T> engine(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
+    const int64_t slot_index = a_.item_slot[index];
+    const int64_t start = slot_index < 0 ? 0 : a_.edge_start[index], stop = slot_index < 0 ? INT64_MAX : a_.edge_stop[index];
     int64_t seen = 0;  // edges of the unit's earlier queries
     for (int64_t done = 0; done < n;) {
       int64_t rows = n - done;
-      const Keys keys = collect_keys(a_, first + done, rows);
-      const int64_t end = keys.indptr[rows];
+      const Keys keys = collect_keys(a_, first + done, rows, start - seen, stop - seen);
+      const int64_t base = keys.indptr[0] - seen, last = slot_index < 0 ? INT64_MAX : base + stop;
+      const int64_t end = std::min(keys.indptr[rows], last);
       for (int64_t i = 0; i < rows; ++i) {
-        int64_t from = keys.indptr[i], to = keys.indptr[i + 1];
-        const int64_t degree = to - from;
-        if (slot_index >= 0) {
-          if (seen + degree > stop) to = from + (stop > seen ? stop - seen : 0);
-          if (seen < start) from = from + (start - seen < to - from ? start - seen : to - from);
-        }
-        seen += degree;
-        const int64_t token = q_token(first + done + i);
-        T* out = (T*)h.out + token * a_.out.row;
-        float* lse = h.lse ? h.lse + token : nullptr;
-        if (slot_index < 0 && !a_.out_is_fp32 && engine.attend_short(h.q + token * a_.q.row, h.rows, keys.tokens + from, to - from, end - from, out, lse)) continue;
-        engine.begin(h.q + token * a_.q.row, token);
-        if (from < to) engine.add(h.rows, keys.tokens + from, to - from, end - from);
-        if (slot_index < 0) finish(engine, h, token);
-        else engine.save(slot(copy, slot_index, done + i));
+        const int64_t from = std::max(keys.indptr[i], base + start), to = std::min(keys.indptr[i + 1], last);
+        attend(share, first + done + i, keys.tokens + from, to - from, end - from, slot_index, done + i);
       }
+      seen = keys.indptr[rows] - base;
       done += rows;
+    }
+  }
+
+  // The query at `position` attends `tokens[0:n]`: finished, or saved where an item is a part of its unit.
+  void attend(Share& share, int64_t position, const int32_t* tokens, int64_t n, int64_t ahead, int64_t slot_index, int64_t row) const {
+    const int64_t token = q_token(position);
+    const KeyRows<T>& rows = share.heads[0].rows;
+    bool is_done = slot_index < 0 && !a_.out_is_fp32;
+    for (int h = 0; h < share.n && is_done; ++h) {
+      const Head& head = share.heads[h];
+      is_done = share.engines[h].attend_short(head.q + token * a_.q.row, rows, tokens, n, ahead, (T*)head.out + token * a_.out.row,
+                                              head.lse ? head.lse + token : nullptr);
+    }
+    if (is_done) return;
+    for (int h = 0; h < share.n; ++h) share.engines[h].begin(share.heads[h].q + token * a_.q.row, a_.first_query + token);
+    if (n > 0) RowEngine<T>::add_to(share.engines, share.n, rows, tokens, n, ahead);
+    for (int h = 0; h < share.n; ++h) {
+      if (slot_index < 0) finish(share.engines[h], share.heads[h], token);
+      else share.engines[h].save(slot(share.first_copy + h, slot_index, row));
     }
   }
 

@@ -22,8 +22,10 @@ struct Arguments {
   int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim, v_dim;
   const int32_t* heads;  // the query heads of this launch
   int64_t n_heads;
+  int64_t heads_sharing;  // runs of so many of them share a key head
   double scale;
   int64_t first_batch;         // what batch element 0 of the tensors is called in a score modifier
+  int64_t first_query;         // likewise query 0; 0 in the backward pass
   const void* const* tables;   // captured arrays of the score modifier, or null
   int64_t out_is_fp32;  // rows of `out` are fp32 whatever the dtype: results that are joined with others'
 

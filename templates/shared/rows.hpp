@@ -18,6 +18,7 @@ namespace sx {
 
 constexpr int LOOKAHEAD = 32;
 constexpr int SHORT = VL < 8 ? 4 : 8;  // queries of so few keys stay in registers
+constexpr int MAX_HEADS_SHARING = 8;  // query heads side by side over one key head
 constexpr int MAX_DIM = 256;  // of head_dim and v_dim
 
 #if defined(SX_COUNT_DOT_PRODUCTS)
@@ -66,14 +67,19 @@ template <class T> class RowEngine {
 
   // Adds the keys `tokens[0:n]`; tokens up to `tokens[ahead]` may be looked at early.
   void add(const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
-    const int64_t vectors = (head_dim_ + VL - 1) / VL;
-    if (head_dim_ % VL == 0 && v_dim_ == head_dim_) {
-      if (vectors == 1) return add_all<1>(rows, tokens, n, ahead);
-      if (vectors == 2) return add_all<2>(rows, tokens, n, ahead);
-      if (vectors == 4) return add_all<4>(rows, tokens, n, ahead);
-      if (vectors == 8) return add_all<8>(rows, tokens, n, ahead);
+    add_to(this, 1, rows, tokens, n, ahead);
+  }
+
+  // Adds the keys to `heads` queries of one key head, which fetch each of them once.
+  static void add_to(RowEngine* engines, int heads, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
+    const int64_t head_dim = engines->head_dim_, vectors = (head_dim + VL - 1) / VL;
+    if (head_dim % VL == 0 && engines->v_dim_ == head_dim) {
+      if (vectors == 1) return add_all<1>(engines, heads, rows, tokens, n, ahead);
+      if (vectors == 2) return add_all<2>(engines, heads, rows, tokens, n, ahead);
+      if (vectors == 4) return add_all<4>(engines, heads, rows, tokens, n, ahead);
+      if (vectors == 8) return add_all<8>(engines, heads, rows, tokens, n, ahead);
     }
-    add_all<0>(rows, tokens, n, ahead);
+    add_all<0>(engines, heads, rows, tokens, n, ahead);
   }
 
   // A whole query of 1 ≤ n ≤ SHORT keys in registers, where the dimensions allow it: begin, add and finish in one.
@@ -182,11 +188,12 @@ template <class T> class RowEngine {
   }
 
   // VECTORS > 0: head_dim and v_dim are both VECTORS · VL.
-  template <int VECTORS> void add_all(const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
+  template <int VECTORS>
+  static void add_all(RowEngine* engines, int heads, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
     for (int64_t first = 0; first < n; first += VL) {
       const int count = (int)(n - first < VL ? n - first : VL);
-      look_ahead<VECTORS>(rows, tokens + first, count, ahead - first);
-      step<VECTORS>(rows, tokens + first, count);
+      engines->template look_ahead<VECTORS>(rows, tokens + first, count, ahead - first);
+      for (int h = 0; h < heads; ++h) engines[h].template step<VECTORS>(rows, tokens + first, count);
     }
   }
   // Prefetches what is needed LOOKAHEAD keys after tokens[0:n], as far as tokens[ahead].

@@ -39,7 +39,7 @@ template <class T> class TileForward {
 
   void begin(TileEngine<T>& engine, const Head& h, int64_t unit) const {
     const int64_t first = unit * a_.block_q, n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
-    engine.begin(n, [&](int64_t i) { return h.q + q_token(first + i) * a_.q.row; }, [&](int64_t i) { return q_token(first + i); });
+    engine.begin(n, [&](int64_t i) { return h.q + q_token(first + i) * a_.q.row; }, [&](int64_t i) { return a_.first_query + q_token(first + i); });
   }
   void finish(TileEngine<T>& engine, const Head& h, int64_t unit) const {
     const int64_t first = unit * a_.block_q;
@@ -109,8 +109,8 @@ template <class T> class TileForward {
       if (is_fresh && !a_.out_is_fp32 && !a_.kv_order &&
           row.attend_short(q, rows(h), a_.row_start + from, count, end - from, (T*)h.out + token * a_.out.row, lse))
         continue;
-      if (is_fresh) row.begin(q, token);
-      else row.resume(q, token, tiles->maximum_score(i), tiles->sum(i), tiles->accumulator(i));
+      if (is_fresh) row.begin(q, a_.first_query + token);
+      else row.resume(q, a_.first_query + token, tiles->maximum_score(i), tiles->sum(i), tiles->accumulator(i));
       add_edges(row, h, from, count, end);
       if (a_.out_is_fp32) row.finish((float*)h.out + token * a_.out.row, lse);
       else row.finish((T*)h.out + token * a_.out.row, lse);
@@ -125,7 +125,7 @@ template <class T> class TileForward {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t from = std::max(a_.row_indptr[first + i], start), to = std::min(a_.row_indptr[first + i + 1], stop);
       if (from >= to) continue;
-      row.begin(h.q + q_token(first + i) * a_.q.row, q_token(first + i));
+      row.begin(h.q + q_token(first + i) * a_.q.row, a_.first_query + q_token(first + i));
       add_edges(row, h, from, to - from, stop);
       engine.join(i, row.maximum_score(), row.sum(), row.accumulator());
     }
