@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo test lint wheel-test figures clean check-machine
+.PHONY: demo test lint wheel-test docs figures clean check-machine
 
 demo: $(VENV)/.installed
 	$(BIN)/sparsec demo
@@ -32,6 +32,10 @@ wheel-test: $(VENV)/.installed-dev
 	cd $(WHEEL_VENV) && bin/python -P -m pytest --rootdir "$(CURDIR)" -c "$(CURDIR)/pyproject.toml" \
 	    -o cache_dir="$(CURDIR)/$(WHEEL_VENV)/.pytest_cache" "$(CURDIR)/tests"
 
+# A broken reference is an error; the tests run the pages' code.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
 # The README's tables and the plots, from the committed results alone.
 RESULTS := $(sort $(wildcard benchmarks/results/*.json))
 figures: $(VENV)/.installed-dev
@@ -39,7 +43,7 @@ figures: $(VENV)/.installed-dev
 	$(BIN)/python tools/bench_suite.py plot $(RESULTS)
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(WHEEL_VENV) build dist docs/_build .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 
 # One stamp for what a user needs and one for what a developer needs; a newer pyproject.toml installs again.
 

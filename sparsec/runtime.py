@@ -430,6 +430,7 @@ class Attention:
             reorder=request.reorder,
             scale=request.scale,
             score=request.score,
+            tune="off" if request.tune == "off" else "cached",
         )
 
 

@@ -343,6 +343,7 @@ def _taken_up(entry: Json, bound: BoundMask, problem: Problem, device: Device, r
         reorder=request.reorder,
         scale=request.scale,
         score=request.score,
+        tune="off" if request.tune == "off" else "cached",
     )
     if reason is None and [_shape(group) for group in map(_group_entry, made.groups)] != [
         _shape(group) for group in entry["groups"]

@@ -86,7 +86,7 @@ class Specialisation:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
     def _lowered_gradients(self) -> list[list[GradientKernel]]:
-        return [[_lowered_backward(step.launch) for step in group.steps] for group in self.plan.groups]
+        return [[_lowered_backward(each) for each in group.backward_launches] for group in self.plan.groups]
 
 
 def _run_joined(

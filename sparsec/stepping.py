@@ -77,6 +77,8 @@ class Stepper:
         self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, with_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output and log-sum-exp of tensors `[batch, heads, length, dim]` whose `problem` this is."""
+        import torch
+
         from sparsec import torch_ops
 
         device, n = str(q.device), problem.kv_len

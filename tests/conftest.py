@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
+
+_numbers = itertools.count()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,6 +30,17 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The directory every kernel of this run is compiled into, once."""
     folder = os.environ.setdefault("SPARSEC_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "sparsec-cache"))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_records(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """Every test begins without tuning records, shipped or anyone's own, and what it records is its own."""
+    from sparsec.records import RecordBase, base
+
+    number = next(_numbers)
+    own = RecordBase([], tmp_path_factory.getbasetemp() / f"records-{number}")
+    monkeypatch.setattr(base, "_database", lambda shipped, own_folder: own)
+    return own
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import Any, Final
 import click
 
 from sparsec import __version__
+from sparsec.cli.db import db
 from sparsec.cli.demo import demo
 from sparsec.cli.devices import devices
 from sparsec.cli.doctor import doctor
@@ -81,7 +82,7 @@ def sparsec() -> None:
     """
 
 
-for _command in (demo, explain, masks, devices, doctor):
+for _command in (demo, explain, masks, devices, db, doctor):
     sparsec.add_command(_command)
 
 

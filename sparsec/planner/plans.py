@@ -39,8 +39,9 @@ class Candidate:
         config: Launch parameters of its first launch.
         ordering: The order of tokens.
         estimate: From the cost model; None where a rough figure was enough to pass over it.
-        rough_us: What it should take, roughly, where it was not worked out.
+        us: What it was compared by: measured where records say, else estimated.
         layout_bytes: Of its index arrays; 0 where they were not built.
+        config_source: Where the configuration came from.
     """
 
     template: str
@@ -48,12 +49,9 @@ class Candidate:
     config: Config
     ordering: str
     estimate: Estimate | None
-    rough_us: float
+    us: float
     layout_bytes: int
-
-    @property
-    def us(self) -> float:
-        return self.estimate.us if self.estimate is not None else self.rough_us
+    config_source: str = "cost model"
 
     def __str__(self) -> str:
         order = "" if self.ordering == "tokens' own order" else f", {self.ordering}"
@@ -69,11 +67,13 @@ class Step:
         launch: What a back end is given.
         edges: Which edges it does, for a person.
         estimate: What it should take.
+        config_source: Where the configuration came from.
     """
 
     launch: Launch
     edges: str
     estimate: Estimate
+    config_source: str = "cost model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,12 @@ class Group:
         steps: Run one after the other. More than one is either joined by log-sum-exp (all partial), or each writes rows
             of its own and later ones overwrite earlier ones.
         estimate: Of all steps.
-        config_source: Where the configuration came from.
+        config_source: Where the configurations of the steps came from.
         alternatives: Other candidates, cheapest first.
         refusals: What could not run, and why.
+        expected_us: What records say it takes, in part or in full; None where the estimate is all there is.
+        backward: The launches of the backward pass where records name better ones than the steps' own.
+        backward_source: Where those came from; "" where there are none.
     """
 
     bound: BoundMask
@@ -104,6 +107,19 @@ class Group:
     config_source: str
     alternatives: tuple[Candidate, ...]
     refusals: tuple[Refusal, ...]
+    expected_us: float | None = None
+    backward: tuple[Launch, ...] | None = None
+    backward_source: str = ""
+
+    @property
+    def backward_launches(self) -> tuple[Launch, ...]:
+        """The launches of the backward pass: joined where the forward ones are."""
+        return self.backward or tuple(step.launch for step in self.steps)
+
+    @property
+    def us(self) -> float:
+        """What it should take: by records where they say, else by the cost model."""
+        return self.estimate.us if self.expected_us is None else self.expected_us
 
     @property
     def is_joined(self) -> bool:
@@ -143,6 +159,11 @@ class Plan:
         for group in self.groups[1:]:
             total = total + group.estimate
         return total
+
+    @property
+    def config_source(self) -> str:
+        """Where the configurations came from: records, and how near, or the cost model."""
+        return "; ".join(dict.fromkeys(group.config_source for group in self.groups))
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -192,6 +213,7 @@ def _group_dict(group: Group) -> dict[str, Any]:
         "profile": asdict(group.profile),
         "graph": None if graph is None else asdict(graph),
         "config_source": group.config_source,
+        "expected_us": None if group.expected_us is None else round(group.expected_us, 3),
         "is_joined": group.is_joined,
         "estimate": _estimate_dict(group.estimate),
         "steps": [_step_dict(step) for step in group.steps],
@@ -203,11 +225,24 @@ def _group_dict(group: Group) -> dict[str, Any]:
                 "ordering": candidate.ordering,
                 "us": round(candidate.us, 3),
                 "is_rough": candidate.estimate is None,
+                "config_source": candidate.config_source,
                 "layout_bytes": candidate.layout_bytes,
             }
             for candidate in group.alternatives
         ],
         "refusals": [asdict(refusal) for refusal in group.refusals],
+        "backward": _backward_dict(group) if group.steps[0].launch.problem.needs_grad else None,
+    }
+
+
+def _backward_dict(group: Group) -> dict[str, Any]:
+    launches = group.backward_launches
+    return {
+        "config_source": group.backward_source or "as the forward pass",
+        "steps": [
+            {"template": each.template.name, "backend": each.backend, "config": each.config.to_dict()}
+            for each in launches
+        ],
     }
 
 
@@ -217,6 +252,7 @@ def _step_dict(step: Step) -> dict[str, Any]:
         "template": launch.template.name,
         "backend": launch.backend,
         "config": launch.config.to_dict(),
+        "config_source": step.config_source,
         "edges": step.edges,
         "nnz": work.bound.nnz,
         "ordering": work.ordering.name,

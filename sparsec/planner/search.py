@@ -6,8 +6,10 @@ This file decides what is considered and what wins. The decision, in a user's wo
 - A back end that cannot serve a template, a dimension or a device refuses it, in one sentence.
 - Every remaining template gets a rough estimate from the mask's profile. One that is far behind the best is passed over
   without building its index arrays, but listed.
-- The others' index arrays are built and costed exactly. The cheapest wins; where two are nearer than the cost model can
-  tell apart, the simpler one does.
+- A template takes the configuration that records of this or the nearest mask name; without such records, the shortlist
+  is costed. Measured times and estimates are made comparable by the ratio of those that have both.
+- The others' index arrays are built and costed exactly. The cheapest, by record where there is one and else by cost,
+  wins; where two are nearer than the cost model can tell apart, the simpler one does.
 - An order of tokens (residue classes, clusters) competes like any other candidate, its index arrays' cost included.
 - A few rows that attend nearly everything may get a launch of their own, packed together; a dilated part of a union may
   get one in residue order, joined with the rest by log-sum-exp.
@@ -31,16 +33,22 @@ from sparsec.device import device as named_device
 from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.layout import Ordering, reordered
 from sparsec.masks.mask import BoundMask, Mask
+from sparsec.planner.measured import COST_MODEL, Measured
 from sparsec.planner.parts import heavy_rows_apart, residue_part
 from sparsec.planner.plans import Candidate, Group, Plan, Refusal, Step
 from sparsec.planner.works import IDENTITY, build_work, heads_sharing, span_of
+from sparsec.records import NEAR_TIE, Direction, RecordBase, Served, database
 from sparsec.score import ScoreMod
 from sparsec.template import Config, Template, template, templates
 
 Reorder = Literal["auto", "off", "force"]
+# What a plan goes by; it never measures.
+PlanTune = Literal["off", "cached"]
 
 # A template is passed over on its rough estimate when that is so many times the best.
 _FAR_BEHIND = 2.5
+# One whose measured time is so many times the best measured one is passed over as well.
+_MEASURED_FAR_BEHIND = 1.5
 # The cost model cannot tell apart what is nearer than this; the earlier of _SIMPLEST wins.
 _NEAR = 1.03
 _SIMPLEST = ("block_sparse", "row_traversal", "hybrid", "dense")
@@ -62,6 +70,8 @@ def plan(
     reorder: Reorder = "auto",
     scale: float | None = None,
     score: ScoreMod | None = None,
+    tune: PlanTune = "cached",
+    records: RecordBase | None = None,
 ) -> Plan:
     """What should run for a mask and a problem on a device; needs neither torch nor the device.
 
@@ -74,6 +84,8 @@ def plan(
         reorder: `"auto"` lets orders of tokens compete, `"off"` keeps the tokens' own, `"force"` takes the best other.
         scale: Of the scores; `1/√head_dim` by default.
         score: What happens to scores before softmax.
+        tune: `"cached"` goes by records where there are any, else by the cost model; `"off"` by the cost model alone.
+        records: Which records; the shipped ones and the user's own by default.
 
     Raises:
         MaskError: The mask does not fit the lengths or heads.
@@ -91,8 +103,9 @@ def plan(
     problem = replace(problem, has_score_mod=score is not None)
     target = named_device(device) if isinstance(device, str) else device
     wanted = _Wanted(template, backend, reorder, problem.head_dim**-0.5 if scale is None else scale, score)
+    base = None if tune == "off" else database() if records is None else records
     groups = [
-        _Search(each, problem, target, heads, batch, wanted).group()
+        _Search(each, problem, target, heads, batch, wanted, base).group()
         for each, heads, batch in _distinct_masks(bound, problem)
     ]
     return Plan(bound, problem, target, tuple(groups), (time.perf_counter() - started) * 1e6)
@@ -161,10 +174,49 @@ class _Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class _Arm:
+    """A kernel that can serve the mask, and the order of tokens it walks."""
+
+    template: Template
+    backend: str
+    ordering: Ordering
+    bound: BoundMask
+    profile: MaskProfile
+
+    @property
+    def kernel(self) -> tuple[str, str, str]:
+        return self.template.name, self.backend, self.ordering.name
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One launch of a draft."""
+
+    template: Template
+    backend: str
+    config: Config
+    profile: MaskProfile
+    work: Work
+    edges: str
+    estimate: Estimate
+    served: Served | None = None
+    measured_us: float | None = None
+
+    @property
+    def kernel(self) -> tuple[str, str, str]:
+        """Template, back end and order of tokens."""
+        return self.template.name, self.backend, self.work.ordering.name
+
+    @property
+    def config_source(self) -> str:
+        return COST_MODEL if self.served is None else str(self.served)
+
+
+@dataclass(frozen=True, slots=True)
 class _Draft:
     """A candidate with its index arrays: one or more launches."""
 
-    parts: tuple[tuple[Template, str, Config, Work, str], ...]
+    parts: tuple[_Part, ...]
     is_joined: bool
     estimate: Estimate
 
@@ -172,14 +224,38 @@ class _Draft:
     def rank(self) -> tuple[int, int, int]:
         """Simplest first."""
         first = self.parts[0]
-        return len(self.parts), int(first[3].ordering.q_order is not None), _SIMPLEST.index(first[0].name)
+        return len(self.parts), int(first.work.ordering.q_order is not None), _SIMPLEST.index(first.template.name)
 
-    def candidate(self) -> Candidate:
+    @property
+    def is_measured(self) -> bool:
+        return any(part.measured_us is not None for part in self.parts)
+
+    @property
+    def config_source(self) -> str:
+        """Of each launch, once."""
+        return "; ".join(dict.fromkeys(part.config_source for part in self.parts))
+
+    def us(self, scale: float) -> float:
+        """What it should take: measured where records say, estimated times `scale` elsewhere."""
+        measured = [part for part in self.parts if part.measured_us is not None]
+        rest = self.estimate.us - sum(part.estimate.us for part in measured)
+        return sum(part.measured_us or 0.0 for part in measured) + scale * rest
+
+    def candidate(self, scale: float) -> Candidate:
         first = self.parts[0]
-        names = " + ".join(dict.fromkeys(part[0].name for part in self.parts))
-        orders = " + ".join(dict.fromkeys(part[3].ordering.name for part in self.parts))
-        layout_bytes = sum(part[3].nbytes for part in self.parts)
-        return Candidate(names, first[1], first[2], orders, self.estimate, self.estimate.us, layout_bytes)
+        names = " + ".join(dict.fromkeys(part.template.name for part in self.parts))
+        orders = " + ".join(dict.fromkeys(part.work.ordering.name for part in self.parts))
+        layout_bytes = sum(part.work.nbytes for part in self.parts)
+        return Candidate(
+            names,
+            first.backend,
+            first.config,
+            orders,
+            self.estimate,
+            self.us(scale),
+            layout_bytes,
+            self.config_source,
+        )
 
 
 class _Search:
@@ -193,21 +269,24 @@ class _Search:
         heads: tuple[int, ...],
         batch: tuple[int, ...],
         wanted: _Wanted,
+        base: RecordBase | None,
     ) -> None:
         self._bound, self._problem, self._device = bound, problem, device
         self._heads, self._batch, self._wanted = heads, batch, wanted
         self._model: CostModel = cost_model(problem, device)
         self._profile = analyse(bound)
+        self._measured = Measured(problem, device, len(heads), len(batch), base)
         self._refusals: list[Refusal] = []
         self._passed_over: list[Candidate] = []
+        self._arms: list[_Arm] = []
 
     def group(self) -> Group:
         servers = list(self._servers())
         drafts = list(self._drafts(servers))
         if self._wanted.reorder == "force":
-            kept = [draft for draft in drafts if any(part[3].ordering.q_order is not None for part in draft.parts)]
+            kept = [draft for draft in drafts if any(part.work.ordering.q_order is not None for part in draft.parts)]
             self._refusals += [
-                Refusal(str(draft.candidate()), "the tokens' own order, and reorder='force' asks for another")
+                Refusal(str(draft.candidate(1.0)), "the tokens' own order, and reorder='force' asks for another")
                 for draft in drafts
                 if draft not in kept
             ]
@@ -219,12 +298,19 @@ class _Search:
                 + (f" with {' and '.join(asked)}" if asked else ""),
                 tuple(self._refusals),
             )
-        fastest = min(draft.estimate.us for draft in drafts)
+        scale = self._measured.scale
+        fastest = min(draft.us(scale) for draft in drafts)
         winner = min(
-            (draft for draft in drafts if draft.estimate.us <= fastest * _NEAR),
-            key=lambda draft: (draft.rank, draft.estimate.us),
+            (draft for draft in drafts if draft.us(scale) <= fastest * _NEAR),
+            key=lambda draft: (draft.rank, draft.us(scale)),
         )
-        others = [draft.candidate() for draft in drafts if draft is not winner] + self._passed_over
+        others = [draft.candidate(scale) for draft in drafts if draft is not winner]
+        # What was passed over by the cost model is told in the same currency.
+        others += [
+            each if each.config_source != COST_MODEL else replace(each, us=each.us * scale)
+            for each in self._passed_over
+        ]
+        backward = self._backward(winner) if self._problem.needs_grad else None
         return Group(
             bound=self._bound,
             heads=self._heads,
@@ -233,10 +319,38 @@ class _Search:
             profile=self._profile,
             steps=tuple(self._steps(winner)),
             estimate=winner.estimate,
-            config_source="cost model",
+            config_source=winner.config_source,
             alternatives=tuple(sorted(others, key=lambda candidate: candidate.us)),
             refusals=tuple(self._refusals),
+            expected_us=winner.us(scale) if winner.is_measured else None,
+            backward=None if backward is None else (self._launch(backward, is_partial=False),),
+            backward_source="" if backward is None else backward.config_source,
         )
+
+    def _backward(self, winner: _Draft) -> _Part | None:
+        """What records would run the backward pass with, or None: it then runs as the forward pass does.
+
+        Another kernel than the forward pass's is taken only where both were measured.
+        """
+        if len(winner.parts) > 1:
+            return None
+        told = {
+            arm.kernel: (arm, *self._served(arm.template, arm.backend, arm.profile, arm.ordering, "backward"))
+            for arm in self._arms
+            if self._layout_refusal(arm.template, arm.profile) is None
+        }
+        own = winner.parts[0]
+        arm, served, us = told[own.kernel]
+        for other, other_served, other_us in told.values():
+            if us is not None and other_us is not None and other_us * NEAR_TIE < us:
+                arm, served, us = other, other_served, other_us
+        if served is None:
+            return None
+        if arm.kernel == own.kernel and served.config == own.config:
+            return replace(own, served=served)
+        work = self._work(arm.template, served.config, arm.bound, arm.profile, arm.ordering)
+        cost = self._estimate(arm.template, work)
+        return _Part(arm.template, arm.backend, served.config, arm.profile, work, "all", cost, served)
 
     def _servers(self) -> Iterator[tuple[Template, str]]:
         """Templates and back ends that can serve the problem; the others become refusals."""
@@ -316,31 +430,66 @@ class _Search:
     ) -> Iterator[_Draft]:
         rough = {each.name: self._rough_us(each, profile) for each, _ in servers}
         limit = min([best_us, *rough.values()], default=0.0) * _FAR_BEHIND
+        told = {(each.name, name): self._served(each, name, profile, ordering) for each, name in servers}
+        measured_limit = min((us for _, us in told.values() if us is not None), default=0.0) * _MEASURED_FAR_BEHIND
         for each, name in servers:
             if each.layout == "none" and ordering is not IDENTITY:
                 continue
             title = f"{each.name} on {name}" + ("" if ordering is IDENTITY else f", {ordering.name}")
-            if rough[each.name] > limit and self._wanted.template is None:
-                self._passed_over.append(
-                    Candidate(each.name, name, each.default(name), ordering.name, None, rough[each.name], 0)
-                )
+            self._arms.append(_Arm(each, name, ordering, bound, profile))
+            served, measured_us = told[each.name, name]
+            is_behind = rough[each.name] > limit if measured_us is None else measured_us > measured_limit
+            if is_behind and self._wanted.template is None:
+                self._passed_over.append(self._unbuilt(each, name, ordering, rough[each.name], served, measured_us))
                 continue
             reason = self._layout_refusal(each, profile)
             if reason is not None:
                 self._refusals.append(Refusal(title, reason))
                 continue
-            for config in _shortlist(each, name):
-                work = build_work(
-                    each,
-                    config,
-                    bound,
-                    self._problem,
-                    self._device,
-                    heads=len(self._heads),
-                    ordering=ordering,
-                    span_keys=span_of(profile),
-                )
-                yield _Draft(((each, name, config, work, "all"),), False, self._estimate(each, work))
+            for config in _shortlist(each, name) if served is None else [served.config]:
+                work = self._work(each, config, bound, profile, ordering)
+                cost = self._estimate(each, work)
+                if measured_us is not None:
+                    self._measured.note(measured_us, cost.us)
+                yield _Draft((_Part(each, name, config, profile, work, "all", cost, served, measured_us),), False, cost)
+
+    def _work(self, each: Template, config: Config, bound: BoundMask, profile: MaskProfile, ordering: Ordering) -> Work:
+        return build_work(
+            each,
+            config,
+            bound,
+            self._problem,
+            self._device,
+            heads=len(self._heads),
+            ordering=ordering,
+            span_keys=span_of(profile),
+        )
+
+    def _served(
+        self,
+        each: Template,
+        name: str,
+        profile: MaskProfile,
+        ordering: Ordering,
+        direction: Direction = "forward",
+    ) -> tuple[Served | None, float | None]:
+        """What the records would have run, and what it should take where they say."""
+        served = self._measured.served(each, name, profile, ordering, direction)
+        return served, self._measured.us(served, profile, ordering)
+
+    def _unbuilt(
+        self,
+        each: Template,
+        name: str,
+        ordering: Ordering,
+        rough_us: float,
+        served: Served | None,
+        measured_us: float | None,
+    ) -> Candidate:
+        """A candidate that is passed over without its index arrays."""
+        if served is None or measured_us is None:
+            return Candidate(each.name, name, each.default(name), ordering.name, None, rough_us, 0)
+        return Candidate(each.name, name, served.config, ordering.name, None, measured_us, 0, str(served))
 
     def _estimate(self, each: Template, work: Work) -> Estimate:
         if each.layout == "none":
@@ -394,10 +543,12 @@ class _Search:
 
     def _best_of(self, bound: BoundMask, ordering: Ordering, servers: list[tuple[Template, str]]) -> _Draft | None:
         own = [pair for pair in servers if pair[0].layout != "none"]
-        refusals, passed_over = list(self._refusals), list(self._passed_over)
+        refusals, passed_over, arms = list(self._refusals), list(self._passed_over), list(self._arms)
         drafts = list(self._drafts_in(bound, analyse(bound), ordering, own, float("inf")))
-        self._refusals, self._passed_over = refusals, passed_over  # a part's are not the mask's
-        return min(drafts, key=lambda draft: draft.estimate.us, default=None)
+        # A part's are not the mask's.
+        self._refusals, self._passed_over, self._arms = refusals, passed_over, arms
+        scale = self._measured.scale
+        return min(drafts, key=lambda draft: draft.us(scale), default=None)
 
     def _together(
         self, drafts: tuple[_Draft | None, _Draft | None], edges: tuple[str, str], *, is_joined: bool
@@ -405,7 +556,7 @@ class _Search:
         first, second = drafts
         if first is None or second is None:
             return
-        parts = tuple((*draft.parts[0][:4], text) for draft, text in zip((first, second), edges, strict=True))
+        parts = tuple(replace(draft.parts[0], edges=text) for draft, text in zip((first, second), edges, strict=True))
         total = first.estimate + second.estimate
         if is_joined:
             # Two fp32 results are written, read again and joined.
@@ -414,21 +565,24 @@ class _Search:
         yield _Draft(parts, is_joined, total)
 
     def _steps(self, draft: _Draft) -> Iterator[Step]:
-        for each, name, config, work, edges in draft.parts:
-            launch = Launch(
-                template=each,
-                backend=name,
-                config=config,
-                problem=self._problem,
-                device=self._device,
-                work=work,
-                heads=self._heads,
-                batch=self._batch,
-                scale=self._wanted.scale,
-                is_partial=draft.is_joined,
-                score=self._wanted.score,
-            )
-            yield Step(launch, edges, self._estimate(each, work))
+        for part in draft.parts:
+            launch = self._launch(part, is_partial=draft.is_joined)
+            yield Step(launch, part.edges, part.estimate, part.config_source)
+
+    def _launch(self, part: _Part, *, is_partial: bool) -> Launch:
+        return Launch(
+            template=part.template,
+            backend=part.backend,
+            config=part.config,
+            problem=self._problem,
+            device=self._device,
+            work=part.work,
+            heads=self._heads,
+            batch=self._batch,
+            scale=self._wanted.scale,
+            is_partial=is_partial,
+            score=self._wanted.score,
+        )
 
 
 def _moving(us: float) -> Estimate:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 
 from sparsec.analysis import MaskProfile
-from sparsec.backends.base import Problem
+from sparsec.backends.base import Launch, Problem
 from sparsec.planner.advice import advice
 from sparsec.planner.ceiling import ceiling, tile_fill
 from sparsec.planner.graphs import graph_of
@@ -67,16 +67,20 @@ def _group_lines(plan: Plan, group: Group) -> list[str]:
     for number, step in enumerate(group.steps, 1):
         lines += _step_lines(number, step)
     estimate = group.estimate
-    useful = rate(estimate.flops / estimate.us * 1e-3)
+    useful = rate(estimate.flops / group.us * 1e-3)
+    by_records = "" if group.expected_us is None else f"{duration(group.us)} by records, "
     lines += _wrapped(
         "  total  ",
-        f"estimated {duration(estimate.us)}, {useful} of useful work; "
+        f"{by_records}estimated {duration(estimate.us)}, {useful} of useful work; "
         f"most of it goes to {estimate.limiter} (configuration from the {group.config_source})",
     )
+    if group.backward is not None:
+        lines += _wrapped("  backward  ", "; ".join(map(_launch_words, group.backward)))
+        lines += _wrapped("            ", f"(configuration from the {group.backward_source})")
     if group.alternatives:
         lines += ["", "what else could run"]
         for candidate in group.alternatives[:_SHOWN_ALTERNATIVES]:
-            lines += _candidate_lines(candidate, estimate.us)
+            lines += _candidate_lines(candidate, group.us)
         hidden = len(group.alternatives) - _SHOWN_ALTERNATIVES
         if hidden > 0:
             lines.append(f"  and {hidden} slower {'one' if hidden == 1 else 'ones'}")
@@ -85,6 +89,12 @@ def _group_lines(plan: Plan, group: Group) -> list[str]:
         for refusal in group.refusals:
             lines += _wrapped("  ", str(refusal))
     return lines
+
+
+def _launch_words(launch: Launch) -> str:
+    order = launch.work.ordering
+    settings = ", ".join(filter(None, [str(launch.config), order.name if order.nbytes else ""]))
+    return f"{launch.template.name} on {launch.backend} ({settings})"
 
 
 def _profile_lines(group: Group) -> list[str]:

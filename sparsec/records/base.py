@@ -28,8 +28,8 @@ from sparsec import data
 from sparsec.data import JsonLine
 from sparsec.device import family_of
 from sparsec.errors import RecordError, SparsecError
-from sparsec.records.record import Calibration, RecordKey, TuningRecord, Workload, key_of
-from sparsec.records.winners import Case, Settings, Standings, Winner, settings_of, standings
+from sparsec.records.record import Calibration, RecordKey, Settings, TuningRecord, Workload, key_of, settings_of
+from sparsec.records.winners import Case, Standings, Winner, standings
 from sparsec.template import Config, Template, templates
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,12 @@ Nearness = Literal["exact", "near", "architecture"]
 # Beyond this the nearest record speaks of another kind of mask: four octaves of row length or tile fill.
 MAX_DISTANCE: Final = 4.0
 
-_DEVICE_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,120}")
+# Below this the time of an edge is about the same: nothing but the reach from the diagonal, or the number of edges, may
+# differ by as much as an octave or four.
+_SAME_RATE: Final = 0.5
+
+# What can be the name of a file, and is the key of a device.
+DEVICE_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,120}")
 _LOCK_TIMEOUT_S: Final = 30.0
 
 
@@ -70,6 +75,12 @@ class Served:
     @property
     def ns_per_edge(self) -> float:
         return self.us * 1e3 / max(1, self.workload.edges)
+
+    def us_on(self, workload: Workload) -> float | None:
+        """What it should take on a workload; None where the measurement is not near enough to say."""
+        if self.nearness == "architecture" or self.distance >= _SAME_RATE:
+            return None
+        return self.us * workload.edges / max(1, self.workload.edges)
 
     def __str__(self) -> str:
         """Which records they are and how near, to follow "from the"."""
@@ -263,7 +274,7 @@ class RecordBase:
         lines: dict[str, list[bytes]] = defaultdict(list)
         for record in records:
             device = record.device if isinstance(record, Calibration) else record.key.device
-            if not _DEVICE_KEY.fullmatch(device):
+            if not DEVICE_KEY.fullmatch(device):
                 raise RecordError(f"a record names device {device!r}, which is no key that `Device.key` gives")
             lines[device].append(data.json_line(record.to_json()))
         with self._lock:
@@ -290,6 +301,27 @@ class RecordBase:
         self._pending.pop(device, None)
         self._memory.pop(device, None)
 
+    @property
+    def own_folder(self) -> Path:
+        """Where records are written."""
+        return self._own
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where records are read, shipped ones first."""
+        return self._folders
+
+    @property
+    def n_unwritten(self) -> int:
+        """Records that are kept in memory because they could not be written."""
+        with self._lock:
+            return sum(map(len, self._pending.values()))
+
+    def devices(self) -> list[str]:
+        """Keys of the devices that there are records of."""
+        with self._lock:
+            return self._device_keys()
+
     # Reading.
 
     def records(self, device: str | None = None) -> Iterator[TuningRecord]:
@@ -311,8 +343,7 @@ class RecordBase:
                 pass
             found = []
             for key in self._device_keys(device):
-                for path in self._paths(key):
-                    file = self._files[path]
+                for file in [self._files[path] for path in self._paths(key) if path in self._files]:
                     found += [*file.index.problems, *([file.torn] if file.torn else [])]
         return tuple(found)
 
@@ -324,6 +355,11 @@ class RecordBase:
             }
             return tuple(case for key in keys for case in self._shelf(key).cases)
 
+    def knows(self, device: str) -> bool:
+        """Whether there are records of a device or its kin at all."""
+        with self._lock:
+            return any(self._indexes(each) for each in (device, *self._kin(device)))
+
     def lookup(
         self,
         key: RecordKey,
@@ -331,6 +367,7 @@ class RecordBase:
         *,
         toolchain: str | None = None,
         is_allowed: Callable[[Config], bool] = lambda config: True,
+        is_held_out: Callable[[Workload], bool] = lambda workload: False,
     ) -> Served | None:
         """The configuration that the nearest measurements speak for, or None where there are none near.
 
@@ -343,12 +380,13 @@ class RecordBase:
             toolchain: What would compile it; measurements with it are preferred, and failures with others forgotten.
                 None where it is not known: all failures count.
             is_allowed: Whether a legal configuration suits the device and problem.
+            is_held_out: Which workloads are left out of account, for judging how well the others stand in for them.
         """
         kernel = templates().get(key.template)
         if kernel is None or kernel.digest_of(key.backend) != key.source:
             return None
         with self._lock:
-            asked = _Question(kernel, key, workload, toolchain, is_allowed)
+            asked = _Question(kernel, key, workload, toolchain, is_allowed, is_held_out)
             found = self._nearest(asked, [key])
             if found is None:
                 found = self._nearest(asked, [replace(key, device=kin) for kin in self._kin(key.device)])
@@ -360,6 +398,7 @@ class RecordBase:
             (distance, n_shelf, number)
             for n_shelf, shelf in enumerate(shelves)
             for distance, number in shelf.by_distance(asked.workload)
+            if not asked.is_held_out(shelf.cases[number].workload)
         )
         if not nearest:
             return None
@@ -425,6 +464,8 @@ class RecordBase:
         for path in self._paths(device):
             file = self._files.get(path)
             if file is None:
+                if not path.exists():
+                    continue
                 file = self._files[path] = _File(path)
             file.refresh()
             found.append(file.index)
@@ -446,7 +487,7 @@ class RecordBase:
             except OSError:
                 continue
             keys.update(name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl"))
-        return sorted(key for key in keys if _DEVICE_KEY.fullmatch(key))
+        return sorted(key for key in keys if DEVICE_KEY.fullmatch(key))
 
     def _kin(self, device: str) -> list[str]:
         family = family_of(device)
@@ -462,6 +503,7 @@ class _Question:
     workload: Workload
     toolchain: str | None
     is_allowed: Callable[[Config], bool]
+    is_held_out: Callable[[Workload], bool]
 
 
 def _served(asked: _Question, won: Winner, key: RecordKey, case: Case, distance: float) -> Served:

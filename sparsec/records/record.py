@@ -31,6 +31,9 @@ MAX_TIMINGS: Final = 256
 # How much each octave of edges, another order of tokens and a score modifier say about which launch parameters win.
 _EDGES_WEIGHT, _ORDERING_WEIGHT, _SCORE_WEIGHT = 0.125, 0.5, 0.5
 
+# A configuration whatever the order its parameters were written in.
+Settings = frozenset[tuple[str, int]]
+
 # Values of a JSON line, as json gives them: checked where they are read.
 Row = Mapping[str, Any]
 
@@ -266,6 +269,11 @@ class Calibration:
             _text(row, "device_label", ""),
             _text(row, "date", ""),
         )
+
+
+def settings_of(config: Config) -> Settings:
+    """The configuration as a set, for comparing."""
+    return frozenset(config.items)
 
 
 def now() -> str:

@@ -20,14 +20,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
-from sparsec.records.record import Failure, RecordKey, TuningRecord, Workload
+from sparsec.records.record import Failure, RecordKey, Settings, TuningRecord, Workload, settings_of
 from sparsec.template import Config
 
 # Two configurations nearer than this are equal. Source: flashinfer#3920, where winners by less flipped between runs.
 NEAR_TIE: Final = 1.02
-
-# A configuration whatever the order its parameters were written in.
-Settings = frozenset[tuple[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +57,6 @@ class Winner:
     us: float
     default_us: float | None
     records: tuple[TuningRecord, ...]
-
-
-def settings_of(config: Config) -> Settings:
-    """The configuration as a set, for comparing."""
-    return frozenset(config.items)
 
 
 @dataclass(frozen=True, slots=True)

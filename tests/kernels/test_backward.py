@@ -14,12 +14,14 @@ from cases import HARD, Case, by_degree, case, cases, one_full_row, scattered
 
 import sparsec
 from sparsec import masks as m
+from sparsec.analysis import analyse
 from sparsec.backends import reference
 from sparsec.backends.base import DTYPES, Launch, Problem, backend
 from sparsec.device import _ISA_LEVELS, detect_cpu
 from sparsec.layout import Ordering, reordered
 from sparsec.masks import BoundMask
 from sparsec.planner import search
+from sparsec.records import RecordKey, TuningRecord, Workload
 from sparsec.template import template, templates
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -378,6 +380,23 @@ def test_heavy_rows_apart(prefer, dtype, chosen):
     tried = case("heavy", HEAVY, 600, 600, 32, heads=(2, 1)).with_dtype(dtype)
     made, found = call(given(tried), **chosen)
     assert len(made.plan.steps) == 2
+    check(given(tried), *found)
+
+
+@pytest.mark.usefixtures("memory_is_nan")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_backward_pass_by_records_of_another_template(no_records, dtype):
+    tried = case("window", m.window(40, 5), 300, 300, 32, heads=(4, 2)).with_dtype(dtype)
+    problem = replace(tried.problem, needs_grad=True)
+    workload = Workload.of(analyse(tried.mask.bind(300, 300)), heads=4, batch=1)
+    for name, direction in itertools.product(("block_sparse", "row_traversal"), ("forward", "backward")):
+        us = 1.0 if (name == "block_sparse") == (direction == "forward") else 9.0
+        key = RecordKey.of(template(name), "cpu", problem, detect_cpu(), direction)
+        no_records.append(TuningRecord(key, workload, template(name).default("cpu"), (us,)))
+    made, found = call(given(tried), reorder="off")
+    group = made.plan.groups[0]
+    assert [step.launch.template.name for step in group.steps] == ["block_sparse"]
+    assert [launch.template.name for launch in group.backward_launches] == ["row_traversal"]
     check(given(tried), *found)
 
 
