@@ -283,4 +283,4 @@ def backend(name: str) -> Backend:
 
 
 # Back ends by preference where estimates tie.
-BACKENDS = ("cpu", "triton", "torch", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")

@@ -20,6 +20,9 @@ from sparsec.template import Config, Template
 
 IDENTITY = Ordering("tokens' own order", None, None)
 
+# The CUDA kernels bin rows by degree themselves; for the estimate, their work comes in blocks of so many.
+_COSTED_ROWS = 8
+
 # An order is scattered when more than this share of its steps differ from the first.
 _IRREGULAR_SHARE = 0.1
 
@@ -88,7 +91,7 @@ def _row_work(
     """`copies`: how often the list is run, and the heads that walk it together each time."""
     n_copies, shared = copies
     rows = row_lists(bound)
-    block_q = config["block_q"]
+    block_q = config.get("block_q", _COSTED_ROWS)
     before = np.concatenate(([0], np.cumsum(rows.degrees())))
     n_units = -(-bound.q_len // block_q)
     indptr = before[np.minimum(np.arange(n_units + 1) * block_q, bound.q_len)]

@@ -1,4 +1,4 @@
-"""The source of every launch of a plan, read without compiling anything.
+"""The source of every launch of a plan, read without the device it is for.
 
 This file decides which files a reader is shown, and that a file shown once is only named again. It must not know what
 is in them.
@@ -26,13 +26,17 @@ def plan_sources(made: Plan) -> dict[str, dict[str, str]]:
 
 
 def _launch_sources(launch: Launch) -> dict[str, str]:
-    # Lowering would compile, or want the device; sources and command are known without.
+    # Lowering would want the device; sources and command are known without, and NVRTC compiles for any.
     if launch.backend == "cpu":
         from sparsec.backends import cpu
 
         sources = cpu.source_files(launch.template)
         command = " ".join(cpu.compile_command(launch.template, launch.problem.dtype, launch.device))
         return {"compiled by": command} | {path.name: path.read_text() for path in sources}
+    if launch.backend == "cuda":
+        from sparsec.backends import cuda
+
+        return cuda.described(launch)
     if launch.backend == "triton":
         from sparsec.backends import triton
 

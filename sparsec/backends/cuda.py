@@ -1,0 +1,308 @@
+"""The CUDA back end: the templates' CUDA C++ kernels, compiled by NVRTC on NVIDIA GPUs.
+
+This file decides how a launch's kernels are bound to tensors and started on torch's current stream. What they are given
+is in `cuda_calls.py`, how they are compiled in `cuda_compile.py`. It must not know how work is chosen. cuda-python and
+torch are imported only to run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+
+from sparsec.backends import cuda_compile
+from sparsec.backends.base import Launch, Problem
+from sparsec.backends.cuda_calls import (
+    JOIN_THREADS,
+    LOG2_E,
+    MAX_BLOCKS,
+    WARP,
+    Array,
+    ForwardArguments,
+    Placed,
+    Program,
+    TensorArgument,
+    Walk,
+    contiguous,
+    fetch_bytes,
+    forward_walk,
+    program,
+)
+from sparsec.device import Device
+from sparsec.errors import CompileError, UnsupportedError
+from sparsec.template import Template
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CudaBackend", "CudaKernel", "backend", "described", "forward_program"]
+
+
+class Machine(Protocol):
+    """What runs kernels: a GPU's driver; in the tests, an emulation of it."""
+
+    def run(
+        self,
+        program: Program,
+        name: str,
+        blocks: int,
+        threads: int,
+        arguments: ctypes.Structure,
+        device: torch.device,
+    ) -> None:
+        """Starts a kernel of a program."""
+        ...
+
+
+class Driver:
+    """The CUDA driver, through cuda-python."""
+
+    def __init__(self) -> None:
+        self._driver: Any = importlib.import_module("cuda.bindings.driver")  # has no types
+        self._functions: dict[tuple[Program, str], Any] = {}
+
+    def run(
+        self,
+        program: Program,
+        name: str,
+        blocks: int,
+        threads: int,
+        arguments: ctypes.Structure,
+        device: torch.device,
+    ) -> None:
+        import torch
+
+        # torch has made the device's primary context, and this makes it the current one.
+        with torch.cuda.device(device):
+            function = self._function(program, name)
+            stream = torch.cuda.current_stream(device).cuda_stream
+            # The driver copies the arguments before it returns.
+            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+            self._checked(
+                self._driver.cuLaunchKernel(
+                    function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0
+                ),
+                f"{program.template} ({name}) could not be started with {blocks} blocks of {threads} threads",
+                program,
+            )
+
+    def _function(self, program: Program, name: str) -> Any:
+        if (program, name) not in self._functions:
+            driver, content = self._driver, cuda_compile.cubin(program)
+            (library,) = self._checked(
+                driver.cuLibraryLoadData(content, [], [], 0, [], [], 0),
+                f"the kernels of {program.template} for {program.arch} do not load",
+                program,
+            )
+            # A library is loaded into every context that uses it.
+            (kernel,) = self._checked(driver.cuLibraryGetKernel(library, name.encode()), f"no kernel {name}", program)
+            self._functions[program, name] = driver.CUfunction(int(kernel))
+        return self._functions[program, name]
+
+    def _checked(self, answer: tuple[Any, ...], what: str, program: Program) -> tuple[Any, ...]:
+        status, *values = answer
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            _, text = self._driver.cuGetErrorString(status)
+            path = cuda_compile.source_files(program.template)[0]
+            raise CompileError(f"{what}: {text.decode() if text else status} ({status.name})", path)
+        return tuple(values)
+
+
+@cache
+def machine() -> Machine:
+    """What runs kernels in this process."""
+    return Driver()
+
+
+class _Bound:
+    """A launch's walks with their index arrays, which are uploaded once a device."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self._uploaded: dict[tuple[torch.device, int], dict[str, torch.Tensor | None]] = {}
+        self._batches: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    def source(self) -> dict[str, str]:
+        return _sources(self.launch.template)
+
+    def addresses(self, walk: Walk, device: torch.device, batch: int) -> Mapping[str, int | None]:
+        """Where the arrays of a walk and the batch elements are on a device."""
+        import torch
+
+        arrays = self._uploaded.setdefault((device, id(walk)), {})
+        if not arrays:
+            arrays.update({name: _upload(array, device) for name, array in walk.arrays.items()})
+        if (device, batch) not in self._batches:
+            elements = self.launch.elements(batch)
+            self._batches[device, batch] = torch.tensor(elements, dtype=torch.int32, device=device)
+        found = {name: None if array is None else array.data_ptr() for name, array in arrays.items()}
+        return {**found, "batches": self._batches[device, batch].data_ptr()}
+
+    def run(
+        self, made: Program, name: str, blocks: int, threads: int, arguments: ctypes.Structure, device: torch.device
+    ) -> None:
+        if blocks > MAX_BLOCKS:
+            raise UnsupportedError(
+                f"{self.launch.template.name} on cuda would take {blocks:,} blocks, and a grid has at most "
+                f"{MAX_BLOCKS:,}; split the batch, or use another back end"
+            )
+        if blocks:
+            machine().run(made, name, blocks, threads, arguments, device)
+
+
+def _upload(array: Array | None, device: torch.device) -> torch.Tensor | None:
+    import torch
+
+    if array is None:
+        return None
+    # A pointer must point somewhere, even where nothing is read.
+    kept = np.ascontiguousarray(array) if array.size else np.zeros(1, array.dtype)
+    return torch.from_numpy(kept).to(device)
+
+
+def _argument(tensor: torch.Tensor) -> TensorArgument:
+    return TensorArgument(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _placed(tensor: torch.Tensor) -> Placed:
+    batch, head, row = tensor.stride()[:3]
+    return Placed(tensor.data_ptr(), (batch, head, row), tensor.element_size())
+
+
+class CudaKernel(_Bound):
+    """The forward pass of one launch."""
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__(launch)
+        self._walk = forward_walk(launch)
+
+    @property
+    def nbytes(self) -> int:
+        return self._walk.nbytes + self._partial_words(len(self.launch.batch)) * 4
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        import torch
+
+        launch, walk, problem = self.launch, self._walk, self.launch.problem
+        n_batch = len(launch.elements(q.shape[0]))
+        widths = (
+            fetch_bytes(problem.head_dim, problem.itemsize, (_placed(q), _placed(k))),
+            fetch_bytes(problem.v_dim, problem.itemsize, (_placed(v), _placed(out))),
+        )
+        partial = torch.empty(self._partial_words(n_batch), dtype=torch.float32, device=q.device)
+        arguments = ForwardArguments(
+            lists=walk.arguments(self.addresses(walk, q.device, q.shape[0])),
+            q=_argument(q),
+            k=_argument(k),
+            v=_argument(v),
+            out=_argument(out),
+            lse=None if lse is None else lse.data_ptr(),
+            lse_batch=0 if lse is None else lse.stride(0),
+            lse_head=0 if lse is None else lse.stride(1),
+            partial=partial.data_ptr(),
+            scale=launch.scale * LOG2_E,
+        )
+        made = forward_program(launch, walk, widths)
+        copies = n_batch * walk.n_copies
+        blocks, shape = walk.shape.blocks(walk.bins), walk.shape
+        self.run(made, "forward", blocks * copies, shape.warps * WARP, arguments, q.device)
+        joined = len(walk.bins.merge_row) * shape.pack * copies
+        self.run(made, "merge", joined, JOIN_THREADS, arguments, q.device)
+
+    def _partial_words(self, batch: int) -> int:
+        walk = self._walk
+        return walk.bins.n_slots * batch * walk.n_copies * walk.shape.pack * (self.launch.problem.v_dim + 2)
+
+
+def forward_program(launch: Launch, walk: Walk, widths: tuple[int, int] | None = None) -> Program:
+    """The program of a launch's forward pass; for contiguous tensors, unless widths say otherwise."""
+    problem = launch.problem
+    if widths is None:
+        q_side, kv_side = (problem.q_heads, problem.q_len), (problem.kv_heads, problem.kv_len)
+        size, out_size = problem.itemsize, 4 if launch.is_partial else problem.itemsize
+        qk = (contiguous(*q_side, problem.head_dim, size), contiguous(*kv_side, problem.head_dim, size))
+        v_out = (contiguous(*kv_side, problem.v_dim, size), contiguous(*q_side, problem.v_dim, out_size))
+        widths = (fetch_bytes(problem.head_dim, size, qk), fetch_bytes(problem.v_dim, size, v_out))
+    return program(launch, walk.shape, walk.form, widths, SX_ARGUMENT_BYTES=ctypes.sizeof(ForwardArguments))
+
+
+def described(launch: Launch) -> dict[str, str]:
+    """Texts for a person, by name: what the compiler says of the kernels, their sources, and their machine code.
+
+    Needs no GPU; where the compiler is not here either, it says so and shows the sources.
+    """
+    walk = forward_walk(launch)
+    made = forward_program(launch, walk)
+    sources = _sources(launch.template)
+    told = " ".join(("nvrtc", *cuda_compile.options(made), "-I templates", "kernel_cuda.cu"))
+    reason = cuda_compile.missing()
+    if reason is not None:
+        return {"compiled by": f"{told}\n(not compiled here: {reason})", **sources}
+    lowered, device = cuda_compile.lowered(made), launch.device
+    lines = [told]
+    for kernel in lowered.kernels.values():
+        warps = JOIN_THREADS // WARP if kernel.name == "merge" else walk.shape.warps
+        resident = kernel.warps_per_unit(warps, device.registers_per_unit, device.l1_bytes)
+        lines.append(
+            f"{kernel.name} on {kernel.arch}: {kernel.registers} registers a thread, {kernel.spilled_bytes} bytes "
+            f"spilled, {kernel.shared_bytes} bytes of shared memory a block, {resident} warps a multiprocessor"
+        )
+    machine_code = {"machine code": lowered.sass} if lowered.sass else {}
+    return {"compiled by": "\n".join(lines), **sources, **machine_code}
+
+
+def _sources(template: Template) -> dict[str, str]:
+    return {f"{path.parent.name}/{path.name}": path.read_text() for path in cuda_compile.source_files(template.name)}
+
+
+_OLDEST: Final = 80
+
+
+class CudaBackend:
+    """CUDA C++ kernels for NVIDIA GPUs."""
+
+    name = "cuda"
+
+    def serves(self, device: Device) -> bool:
+        return device.kind == "nvidia"
+
+    def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
+        if problem.has_score_mod:
+            return "its kernels apply no score modifier yet"
+        if problem.needs_grad:
+            return "it has no backward pass yet"
+        if device.kind == "nvidia" and int(device.arch.removeprefix("sm_")) < _OLDEST:
+            return f"its kernels need sm_{_OLDEST} or newer, and {device.name} is {device.arch}"
+        return None
+
+    def missing(self, device: Device) -> str | None:
+        reason = cuda_compile.missing()
+        if reason is not None:
+            return reason
+        import torch
+
+        if torch.cuda.is_available():
+            return None
+        return f"torch {torch.__version__} sees no GPU; check the driver, or install a torch built for it"
+
+    def toolchain(self) -> str:
+        return cuda_compile.toolchain()
+
+    def lower(self, launch: Launch) -> CudaKernel:
+        return CudaKernel(launch)
+
+    def lower_backward(self, launch: Launch) -> Any:  # never returns
+        raise UnsupportedError(f"{launch.template.name} on cuda has no backward pass yet; use triton")
+
+
+@cache
+def backend() -> CudaBackend:
+    return CudaBackend()

@@ -1,0 +1,420 @@
+"""What a launch asks of the CUDA kernels: bins of rows, geometry, arguments, what they are specialised on.
+
+This file decides which rows go to a few lanes, to a warp, to a block or to several blocks, and how the arguments of
+`templates/row_traversal/*.cuh` are laid out in memory. It must not know how kernels are compiled or run, and imports
+neither torch nor cuda.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsec.backends.base import Launch
+from sparsec.layout import RowLists, schedule
+
+Array = npt.NDArray[Any]
+IntArray = npt.NDArray[np.int64]
+
+LOG2_E: Final = 1.4426950408889634
+WARP: Final = 32
+# The most a grid may have in its first dimension.
+MAX_BLOCKS: Final = 2**31 - 1
+# Threads of the kernels that join pieces.
+JOIN_THREADS: Final = 128
+# Widths in which rows can be fetched.
+_WIDTHS: Final = (16, 8, 4, 2)
+_FORMS: Final = {"offsets": 0, "ranges": 1, "edges": 2}
+_TYPES: Final = {"fp32": "float", "fp16": "sx::half", "bf16": "sx::bfloat"}
+# Blocks of the row kernels that are resident on a multiprocessor, about.
+_RESIDENT: Final = 4
+# Teams of a warp wait for the longest of their rows; rows are sorted where that would cost more than this.
+_UNEVEN: Final = 1.1
+
+
+# Bins of rows.
+
+
+@dataclass(frozen=True, slots=True)
+class RowBin:
+    """Rows of one kind: `rows`, or where that is None the `count` rows from `first` on."""
+
+    first: int
+    count: int
+    rows: npt.NDArray[np.int32] | None
+
+    @classmethod
+    def of(cls, rows: IntArray) -> RowBin:
+        if not len(rows):
+            return cls(0, 0, None)
+        is_run = int(rows[-1]) - int(rows[0]) + 1 == len(rows) and bool((np.diff(rows) == 1).all())
+        return cls(int(rows[0]), len(rows), None if is_run else rows.astype(np.int32))
+
+    def to_array(self) -> IntArray:
+        return np.arange(self.first, self.first + self.count) if self.rows is None else self.rows.astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Bins:
+    """Every row in exactly one bin; of a split row, every key in exactly one piece.
+
+    Attributes:
+        teams: Short rows, a team of lanes each, several a warp.
+        warps: Middling rows, a warp each.
+        piece_row: Of each piece of the long rows, a block each, longest first.
+        piece_start: Which of the row's keys: `piece_start … piece_stop - 1`.
+        piece_stop: One past its last.
+        piece_slot: Where its state goes; -1 where it is the whole row.
+        merge_row: Rows that were split.
+        merge_indptr: Their slots.
+    """
+
+    teams: RowBin
+    warps: RowBin
+    piece_row: npt.NDArray[np.int32]
+    piece_start: npt.NDArray[np.int32]
+    piece_stop: npt.NDArray[np.int32]
+    piece_slot: npt.NDArray[np.int32]
+    merge_row: npt.NDArray[np.int32]
+    merge_indptr: IntArray
+
+    @property
+    def n_slots(self) -> int:
+        """States to hold, for one copy."""
+        return int(self.merge_indptr[-1])
+
+
+def bin_rows(degrees: IntArray, *, short: int, long: int, shape: TeamShape, workers: int, copies: int) -> Bins:
+    """Rows by degree: a team takes up to `short` keys, a warp up to `long`, a block more; much more is split.
+
+    Args:
+        degrees: Keys of each row.
+        short: The longest row of a team.
+        long: The longest row of a warp; no piece is cut shorter.
+        shape: Teams of a warp and the keys they take at a time.
+        workers: Blocks that run at once.
+        copies: How often the list is run (batch × heads).
+    """
+    is_short, is_long = degrees <= short, degrees > long
+    teams = _evened(np.flatnonzero(is_short), degrees, shape)
+    warps = np.flatnonzero(~is_short & ~is_long)
+    rows = np.flatnonzero(is_long)
+    indptr = np.concatenate(([0], np.cumsum(degrees[rows])))
+    planned = schedule(indptr, 1.0, workers=workers, copies=copies, min_piece=float(long))
+    if not len(rows):
+        planned = schedule(np.zeros(1, np.int64), 1.0, workers=workers)
+    base = indptr[planned.unit]
+    return Bins(
+        teams=RowBin.of(teams),
+        warps=RowBin.of(warps),
+        piece_row=rows[planned.unit].astype(np.int32),
+        piece_start=(planned.start - base).astype(np.int32),
+        piece_stop=(planned.stop - base).astype(np.int32),
+        piece_slot=planned.slot,
+        merge_row=rows[planned.merge_unit].astype(np.int32),
+        merge_indptr=planned.merge_indptr,
+    )
+
+
+def _evened(rows: IntArray, degrees: IntArray, shape: TeamShape) -> IntArray:
+    """Short rows in their order, or by trips where teams of one warp would wait much for each other."""
+    trips = -(-degrees[rows] // shape.keys)
+    whole = len(rows) // shape.teams * shape.teams
+    waited = trips[:whole].reshape(-1, shape.teams).max(axis=1, initial=0).sum() * shape.teams
+    if waited <= _UNEVEN * trips[:whole].sum() + shape.teams:
+        return rows
+    return rows[np.argsort(-trips, kind="stable")]
+
+
+# What a kernel is specialised on.
+
+
+@dataclass(frozen=True, slots=True)
+class TeamShape:
+    """How lanes share a row.
+
+    Attributes:
+        lanes: Of a team, a power of two.
+        keys: That a team has in flight.
+        pack: Query heads that share each row of K and V fetched.
+        warps: Of a block.
+        rows_per_warp: Rows (or rounds of rows) a warp takes one after the other.
+    """
+
+    lanes: int
+    keys: int
+    pack: int
+    warps: int
+    rows_per_warp: int
+
+    @property
+    def teams(self) -> int:
+        return WARP // self.lanes
+
+    def blocks(self, bins: Bins) -> int:
+        """Blocks of one copy: `n_jobs` of rows.cuh."""
+        warp_rows = self.warps * self.rows_per_warp
+        team_rows = warp_rows * self.teams
+        return len(bins.piece_row) + -(-bins.warps.count // warp_rows) + -(-bins.teams.count // team_rows)
+
+
+def team_shape(launch: Launch, n_rows: int, *, pack: int) -> TeamShape:
+    """The shape of a launch's teams, for so many rows."""
+    config, problem = launch.config, launch.problem
+    row_bytes = max(problem.head_dim, problem.v_dim) * problem.itemsize
+    wanted = -(-row_bytes // config["lane_bytes"])
+    lanes = min(WARP, 1 << (wanted - 1).bit_length())
+    warps, rows = config["num_warps"], config["rows_per_warp"]
+    copies = len(launch.heads) // pack * launch.problem.batch
+    # Several rows a warp overlap the look-up of the next with the work on this one, where enough warps remain.
+    while rows > 1 and n_rows * copies < 2 * _RESIDENT * launch.device.units * warps * rows:
+        rows //= 2
+    return TeamShape(lanes, config["keys"], pack, warps, rows)
+
+
+def packed_heads(launch: Launch) -> int:
+    """Heads that go together: at most what the configuration says, and whole runs of heads of one group."""
+    group = launch.problem.q_heads // launch.problem.kv_heads
+    pack = launch.config["pack_gqa"]
+    while pack > 1:
+        first = launch.heads[::pack]
+        runs = tuple(head + i for head in first for i in range(pack))
+        if group % pack == 0 and runs == launch.heads and all(head % pack == 0 for head in first):
+            return pack
+        pack //= 2
+    return 1
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a tensor's rows lie: what decides how wide they can be fetched.
+
+    Attributes:
+        address: Of its first element.
+        strides: Of batch elements, heads and rows, in elements.
+        itemsize: Bytes of an element.
+    """
+
+    address: int
+    strides: tuple[int, int, int]
+    itemsize: int
+
+
+def fetch_bytes(dim: int, itemsize: int, placed: Sequence[Placed]) -> int:
+    """The most bytes of a row that one lane can fetch at once from, or write to, tensors placed so."""
+    for width in _WIDTHS:
+        elements = width // itemsize
+        if elements and dim % elements == 0 and all(_is_aligned(tensor, elements) for tensor in placed):
+            return width
+    return itemsize
+
+
+def _is_aligned(tensor: Placed, elements: int) -> bool:
+    unit = min(16, elements * tensor.itemsize)
+    return tensor.address % unit == 0 and all(stride * tensor.itemsize % unit == 0 for stride in tensor.strides)
+
+
+def contiguous(heads: int, length: int, dim: int, itemsize: int) -> Placed:
+    """A contiguous tensor, as an allocator places it."""
+    return Placed(0, (heads * length * dim, length * dim, dim), itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A kernel file and what it is specialised on.
+
+    Attributes:
+        template: Whose folder holds it.
+        arch: What it is compiled for, `sm_90`.
+        defines: Of the preprocessor.
+    """
+
+    template: str
+    arch: str
+    defines: tuple[tuple[str, str], ...]
+
+
+def program(launch: Launch, shape: TeamShape, form: str, widths: tuple[int, int], **more: object) -> Program:
+    """The program of a launch, for K and V rows fetched in such widths."""
+    problem = launch.problem
+    values: dict[str, object] = {
+        "SX_T": _TYPES[problem.dtype],
+        "SX_OUT": _TYPES["fp32" if launch.is_partial else problem.dtype],
+        "SX_HEAD_DIM": problem.head_dim,
+        "SX_V_DIM": problem.v_dim,
+        "SX_K_BYTES": widths[0],
+        "SX_V_BYTES": widths[1],
+        "SX_LANES": shape.lanes,
+        "SX_KEYS": shape.keys,
+        "SX_PACK": shape.pack,
+        "SX_WARPS": shape.warps,
+        "SX_FORM": _FORMS[form],
+        **more,
+    }
+    defines = tuple((name, str(value)) for name, value in values.items())
+    return Program(launch.template.name, launch.device.arch, defines)
+
+
+# Arguments, as the kernels' headers declare them.
+
+
+class TensorArgument(ctypes.Structure):
+    """`Tensor` of shared/device.cuh."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+    )
+
+
+_POINTERS: Final = (
+    *("indptr", "first", "last", "step", "row_order", "key_order", "batches", "heads"),
+    *("piece_row", "piece_start", "piece_stop", "piece_slot", "warp_rows", "team_rows", "merge_row", "merge_indptr"),
+)
+_NUMBERS: Final = (
+    *("n_pieces", "n_warp_rows", "n_team_rows", "warp_first", "team_first"),
+    *("n_slots", "n_merges", "n_heads", "abreast", "rows_per_warp"),
+    *("n_offsets", "row_len", "key_len", "group"),
+)
+
+
+class ListsArgument(ctypes.Structure):
+    """`Lists` of row_traversal/rows.cuh."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in _POINTERS) + tuple((name, ctypes.c_int32) for name in _NUMBERS)
+
+
+class ForwardArguments(ctypes.Structure):
+    """`Arguments` of row_traversal/kernel_cuda.cu."""
+
+    _fields_ = (
+        ("lists", ListsArgument),
+        ("q", TensorArgument),
+        ("k", TensorArgument),
+        ("v", TensorArgument),
+        ("out", TensorArgument),
+        ("lse", ctypes.c_void_p),
+        ("lse_batch", ctypes.c_int64),
+        ("lse_head", ctypes.c_int64),
+        ("partial", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Rows, the keys they walk, and who walks them: one kernel's `Lists`, but for the batch.
+
+    Attributes:
+        form: Of the rows.
+        shape: Of the teams.
+        bins: Of the rows.
+        arrays: Index arrays by their name in `Lists`; None where there is none.
+        numbers: Its integers.
+        n_copies: Entries of `heads`.
+    """
+
+    form: str
+    shape: TeamShape
+    bins: Bins
+    arrays: Mapping[str, Array | None]
+    numbers: Mapping[str, int]
+    n_copies: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its index arrays."""
+        return sum(array.nbytes for array in self.arrays.values() if array is not None)
+
+    def arguments(self, addresses: Mapping[str, int | None]) -> ListsArgument:
+        """The structure, given where the arrays and the batch elements are."""
+        made = ListsArgument()
+        for name in _POINTERS:
+            setattr(made, name, addresses[name])
+        for name in _NUMBERS:
+            setattr(made, name, self.numbers[name])
+        return made
+
+
+def walk(
+    launch: Launch,
+    rows: RowLists,
+    heads: tuple[int, ...],
+    *,
+    pack: int,
+    group: int,
+    orders: tuple[Array | None, Array | None],
+) -> Walk:
+    """How a launch walks `rows`.
+
+    Args:
+        launch: Its configuration and device.
+        rows: Who walks what.
+        heads: The heads that own the rows.
+        pack: How many of them go together.
+        group: Heads of the own side that share one of the other's.
+        orders: The token at each position, of the rows and of their keys.
+    """
+    shape = team_shape(launch, rows.shape[0], pack=pack)
+    firsts = heads[::pack]
+    bins = bin_rows(
+        rows.degrees(),
+        short=launch.config["short_keys"],
+        long=launch.config["long_keys"],
+        shape=shape,
+        workers=launch.device.units * _RESIDENT,
+        copies=len(firsts) * launch.problem.batch,
+    )
+    is_edges = rows.form == "edges"
+    arrays: dict[str, Array | None] = {
+        "indptr": None if rows.form == "offsets" else rows.indptr,
+        "first": rows.columns if is_edges else rows.start,
+        "last": None if is_edges else rows.stop,
+        "step": None if is_edges else rows.step,
+        "row_order": orders[0],
+        "key_order": orders[1],
+        "heads": np.array(firsts, np.int32),
+        "piece_row": bins.piece_row,
+        "piece_start": bins.piece_start,
+        "piece_stop": bins.piece_stop,
+        "piece_slot": bins.piece_slot,
+        "warp_rows": bins.warps.rows,
+        "team_rows": bins.teams.rows,
+        "merge_row": bins.merge_row,
+        "merge_indptr": bins.merge_indptr,
+    }
+    numbers = {
+        "n_pieces": len(bins.piece_row),
+        "n_warp_rows": bins.warps.count,
+        "n_team_rows": bins.teams.count,
+        "warp_first": bins.warps.first,
+        "team_first": bins.teams.first,
+        "n_slots": bins.n_slots,
+        "n_merges": len(bins.merge_row),
+        "n_heads": len(firsts),
+        # Packs of one group share their keys: they walk the same rows side by side.
+        "abreast": max(1, math.gcd(len(firsts), group // pack)),
+        "rows_per_warp": shape.rows_per_warp,
+        "n_offsets": len(rows.start) if rows.form == "offsets" else 0,
+        "row_len": rows.shape[0],
+        "key_len": rows.shape[1],
+        "group": group,
+    }
+    return Walk(rows.form, shape, bins, arrays, numbers, len(firsts))
+
+
+def forward_walk(launch: Launch) -> Walk:
+    """How the forward pass of a launch walks its rows."""
+    work, problem = launch.work, launch.problem
+    assert work.rows is not None, "row_traversal walks rows"
+    orders = (work.ordering.q_order, work.ordering.kv_order)
+    group = problem.q_heads // problem.kv_heads
+    return walk(launch, work.rows, launch.heads, pack=packed_heads(launch), group=group, orders=orders)

@@ -1,0 +1,259 @@
+"""CUDA C++ compiled by NVRTC for a device that need not be here, the cache of binaries, and what they tell.
+
+This file decides the compiler's options and how its log and a disassembly are read. It must not know what the kernels
+compute, nor how they are launched. cuda-python is imported only to compile.
+
+A binary is keyed by its sources, options, architecture and compiler, and checked against its own digest when read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from sparsec import data
+from sparsec.backends.cuda_calls import Program
+from sparsec.errors import BackendMissingError, CompileError, SparsecError
+
+logger = logging.getLogger(__name__)
+
+_INSTALL: Final = "pip install 'sparsec[gpu]'"
+# ptxas states registers and spills in the log.
+_OPTIONS: Final = ("--std=c++17", "--ptxas-options=-v")
+_SASS_KINDS: Final = r"\b(LDG\.E\.128|LDG\.E\.64|LDG\.E\.U16|LDG\.E|LDGSTS\.E\.\w+\.128|HMMA|MUFU\.EX2|SHFL|LDL|STL)\b"
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredKernel:
+    """One kernel of a compiled program.
+
+    Attributes:
+        name: The kernel's name.
+        arch: `sm_90`.
+        registers: 32-bit registers a thread.
+        spilled_bytes: Of registers that did not fit, stored and loaded a thread.
+        shared_bytes: Static shared memory of a block.
+    """
+
+    name: str
+    arch: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+    def warps_per_unit(self, warps_per_block: int, registers_per_unit: int, shared_bytes_per_unit: int) -> int:
+        """Warps that fit a multiprocessor: registers come in units of 256 a warp, and 64 warps is the most."""
+        per_warp = -(-self.registers * 32 // 256) * 256
+        blocks = registers_per_unit // (per_warp * warps_per_block)
+        if self.shared_bytes:
+            # The system keeps 1 KiB of each block.
+            blocks = min(blocks, shared_bytes_per_unit // (self.shared_bytes + 1024))
+        return min(64, 32 * warps_per_block, blocks * warps_per_block)
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A program compiled for an architecture.
+
+    Attributes:
+        cubin: The binary.
+        kernels: What is in it.
+        sass: Its disassembly; "" where no nvdisasm is here.
+        instructions: Telling instructions of each kernel by kind, and how many there are.
+    """
+
+    cubin: bytes = field(repr=False)
+    kernels: Mapping[str, LoweredKernel]
+    sass: str = field(repr=False)
+    instructions: Mapping[str, Mapping[str, int]]
+
+
+def missing() -> str | None:
+    """What this machine lacks to compile, in one sentence, or None."""
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return f"cuda-python is not installed; install it with `{_INSTALL}`"
+    try:
+        _version()
+    except BackendMissingError as error:
+        return str(error)
+    return None
+
+
+def toolchain() -> str:
+    """The compiler and its version."""
+    try:
+        return "nvrtc {}.{}".format(*_version())
+    except BackendMissingError:
+        return "nvrtc (not installed)"
+
+
+def source_files(template: str) -> tuple[Path, ...]:
+    """The kernels of a template and what they include, the kernels first."""
+    root = data.templates_dir()
+    own = [root / template / "kernel_cuda.cu", *sorted((root / template).glob("*.cuh"))]
+    return (*own, *sorted((root / "shared").glob("*.cuh")))
+
+
+def options(program: Program) -> tuple[str, ...]:
+    """What the compiler is told, but for where the headers lie."""
+    defines = tuple(f"-D{name}={value}" for name, value in program.defines)
+    return (f"--gpu-architecture={program.arch}", *_OPTIONS, *defines)
+
+
+def cubin(program: Program) -> bytes:
+    """The binary of a program, from the cache or the compiler.
+
+    Raises:
+        BackendMissingError: cuda-python or NVRTC is not here.
+        CompileError: The compiler refused; carries the source's path and the log.
+    """
+    return _compiled(program)[0]
+
+
+def lowered(program: Program) -> Lowered:
+    """A program compiled, with what the compiler and the disassembler say of it.
+
+    Raises:
+        BackendMissingError: As in `cubin`.
+        CompileError: As in `cubin`.
+    """
+    content, log = _compiled(program)
+    kernels = _kernels(log, program.arch)
+    sass = _disassembled(content)
+    return Lowered(content, kernels, sass, {name: _instructions(sass, name) for name in kernels})
+
+
+def _compiled(program: Program) -> tuple[bytes, str]:
+    sources = source_files(program.template)
+    key = hashlib.sha256("\0".join([toolchain(), *options(program)]).encode())
+    for path in sources:
+        key.update(path.name.encode() + b"\0" + path.read_bytes())
+    folder = data.cache_dir() / "cuda"
+    path = folder / f"{program.template}-{program.arch}-{key.hexdigest()[:24]}.cubin"
+    kept = _read(path)
+    if kept is not None:
+        return kept
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SparsecError(
+            f"compiled kernels are kept in {folder}, which cannot be made ({error.strerror}); "
+            "remove what is in its place, or set SPARSEC_CACHE_DIR to another directory"
+        ) from None
+    with data.entry_lock(path):
+        kept = _read(path)
+        if kept is not None:
+            return kept
+        content, log = _compile(program, sources[0])
+        data.publish(path.with_suffix(".log"), f"{hashlib.sha256(content).hexdigest()}\n{log}".encode())
+        data.publish(path, content)
+        return content, log
+
+
+def _read(path: Path) -> tuple[bytes, str] | None:
+    """A cached binary and its log; one that is not all there is compiled again, never loaded."""
+    try:
+        content = path.read_bytes()
+        digest, _, log = path.with_suffix(".log").read_text().partition("\n")
+    except OSError:
+        return None
+    if hashlib.sha256(content).hexdigest() == digest:
+        return content, log
+    logger.warning("the cached kernel %s is damaged; it is compiled again", path)
+    return None
+
+
+def _compile(program: Program, source: Path) -> tuple[bytes, str]:
+    nvrtc = _nvrtc()
+    told = [option.encode() for option in (*options(program), f"-I{data.templates_dir()}")]
+    logger.debug("compiling %s: %s", source, b" ".join(told).decode())
+    _, made = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], [])
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(made, len(told), told)
+        log = _text(made, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace")
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CompileError(f"{toolchain()} could not compile {source.name} for {program.arch}", source, log)
+        return _text(made, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), log.replace("\0", "")
+    finally:
+        nvrtc.nvrtcDestroyProgram(made)
+
+
+def _text(made: Any, size: Any, read: Any) -> bytes:  # functions of cuda.bindings, which has no types
+    _, n = size(made)
+    # The bindings write into a bytes object of the right length; Python shares those of one byte.
+    content = bytes(max(n, 2))
+    read(made, content)
+    return content
+
+
+def _nvrtc() -> Any:  # a module of cuda.bindings, which has no types
+    if importlib.util.find_spec("cuda") is None:
+        raise BackendMissingError(f"the cuda back end was asked for, and cuda-python is not installed; {_INSTALL}")
+    return importlib.import_module("cuda.bindings.nvrtc")
+
+
+@cache
+def _version() -> tuple[int, int]:
+    nvrtc = _nvrtc()
+    try:
+        _, major, minor = nvrtc.nvrtcVersion()
+    except RuntimeError as error:
+        # The bindings look for the library when it is first called.
+        raise BackendMissingError(
+            f"the cuda back end compiles with NVRTC, and its library is not found ({error}); "
+            "pip install nvidia-cuda-nvrtc"
+        ) from error
+    return int(major), int(minor)
+
+
+def _kernels(log: str, arch: str) -> dict[str, LoweredKernel]:
+    found = {}
+    for block in log.split("Compiling entry function '")[1:]:
+        name = block.partition("'")[0]
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", block))
+        registers = re.search(r"Used (\d+) registers", block)
+        shared = re.search(r"(\d+) bytes smem", block)
+        assert registers is not None, f"the compiler's log states no registers of {name}"
+        found[name] = LoweredKernel(name, arch, int(registers[1]), spilled, int(shared[1]) if shared else 0)
+    return found
+
+
+@cache
+def disassembler() -> str | None:
+    """An `nvdisasm`: of its own wheel, of Triton's, or on the PATH."""
+    for package, inside in (("nvidia", "cu13/bin/nvdisasm"), ("triton", "backends/nvidia/bin/nvdisasm")):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            if (Path(folder) / inside).is_file():
+                return str(Path(folder) / inside)
+    return shutil.which("nvdisasm")
+
+
+def _disassembled(content: bytes) -> str:
+    tool = disassembler()
+    if tool is None:
+        return ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(content)
+        file.flush()
+        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=False)
+    return done.stdout
+
+
+def _instructions(sass: str, kernel: str) -> dict[str, int]:
+    counted: dict[str, int] = {}
+    _, _, after = sass.partition(f"//--------------------- .text.{kernel} ")
+    for kind in re.findall(_SASS_KINDS, after.partition("//---------------------")[0]):
+        counted[kind] = counted.get(kind, 0) + 1
+    return counted

@@ -1,0 +1,245 @@
+// row_traversal on NVIDIA GPUs: each query walks its own keys, so the work is exactly nnz dot products.
+//
+// The bins of rows are in rows.cuh. Specialised by -D on: SX_T and SX_OUT (element types of the inputs and the output),
+// SX_HEAD_DIM, SX_V_DIM, SX_K_BYTES and SX_V_BYTES (bytes of a row that a lane fetches at once), SX_LANES (a team),
+// SX_KEYS (keys a team has in flight), SX_PACK (query heads that share each row of K and V fetched), SX_WARPS (a
+// block), SX_FORM (of the rows).
+#if defined(SX_BACKWARD)
+#include "row_traversal/backward.cuh"
+#else
+#include "row_traversal/rows.cuh"
+
+namespace sx {
+
+using T = SX_T;
+using Out = SX_OUT;
+constexpr int kPack = SX_PACK, kVDim = SX_V_DIM;
+using K = Slice<T, SX_HEAD_DIM, SX_K_BYTES>;
+using V = Slice<T, SX_V_DIM, SX_V_BYTES>;
+
+// The host's side of it is `ForwardArguments` in backends/cuda_calls.py.
+struct Arguments {
+  Lists lists;
+  Tensor q, k, v, out;
+  float* lse;  // [batch, heads, rows] by the strides, or null
+  i64 lse_batch, lse_head;
+  float* partial;  // [copies, slots, kPack, 2 + v_dim]: peak, total, weighted sum
+  float scale;     // of the scores, times log2(e)
+};
+
+// The state of a team's keys so far, for each head of the pack: the highest score in units of log 2, the sum of the
+// weights 2^(score - peak), and the weighted sum of values, of which a lane holds its slice.
+struct State {
+  float peak[kPack], total[kPack], sum[kPack][V::kSize];
+
+  SX_INLINE void clear() {
+#pragma unroll
+    for (int p = 0; p < kPack; ++p) {
+      peak[p] = negative_infinity(), total[p] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < V::kSize; ++i) sum[p][i] = 0.0f;
+    }
+  }
+  SX_INLINE void shrink(int p, float top) {
+    // No key so far: -inf less -inf is not a number, and less 0 a weight of 0.
+    const float by = power_of_two(peak[p] - (top == negative_infinity() ? 0.0f : top));
+    peak[p] = top, total[p] *= by;
+#pragma unroll
+    for (int i = 0; i < V::kSize; ++i) sum[p][i] *= by;
+  }
+};
+
+// Adds kKeys keys: `scores` are q . k.
+SX_INLINE void attend(State& state, const float (&scores)[kPack][kKeys], const bool (&is_live)[kKeys], const typename V::Raw (&v)[kKeys], float scale) {
+  float weights[kPack][kKeys];
+#pragma unroll
+  for (int p = 0; p < kPack; ++p) {
+    float top = state.peak[p];
+#pragma unroll
+    for (int u = 0; u < kKeys; ++u) top = fmaxf(top, is_live[u] ? scores[p][u] * scale : negative_infinity());
+    // Rare after the first keys: skipped unless some query of the warp meets a higher score.
+    if (top > state.peak[p]) state.shrink(p, top);
+    const float base = top == negative_infinity() ? 0.0f : top;
+#pragma unroll
+    for (int u = 0; u < kKeys; ++u) {
+      weights[p][u] = is_live[u] ? power_of_two(fmaf(scores[p][u], scale, -base)) : 0.0f;
+      state.total[p] += weights[p][u];
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kKeys; ++u) {
+    float values[V::kSize];
+    V::read(v[u], values);
+#pragma unroll
+    for (int p = 0; p < kPack; ++p) V::add(state.sum[p], weights[p][u], values);
+  }
+}
+
+// The state of all teams of the warp together, in every team.
+SX_INLINE void join_teams(State& state) {
+#pragma unroll
+  for (int p = 0; p < kPack; ++p) {
+    float top = state.peak[p];
+#pragma unroll
+    for (int lane = kLanes; lane < 32; lane *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lane));
+    state.shrink(p, top);
+#pragma unroll
+    for (int lane = kLanes; lane < 32; lane *= 2) {
+      state.total[p] += __shfl_xor_sync(kAllLanes, state.total[p], lane);
+#pragma unroll
+      for (int i = 0; i < V::kSize; ++i) state.sum[p][i] += __shfl_xor_sync(kAllLanes, state.sum[p][i], lane);
+    }
+  }
+}
+
+// A sum that is not a number is not 0: it goes through to the output.
+SX_INLINE float inverse_of(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
+SX_INLINE float lse_of(float peak, float total) {
+  return total == 0.0f ? negative_infinity() : (peak + log2f(total)) * kLn2;
+}
+
+SX_INLINE void write_row(const Arguments& a, const Copy& copy, i64 token, const State& state, int lane) {
+#pragma unroll
+  for (int p = 0; p < kPack; ++p) {
+    float values[V::kSize];
+    const float inverse = inverse_of(state.total[p]);
+#pragma unroll
+    for (int i = 0; i < V::kSize; ++i) values[i] = state.sum[p][i] * inverse;
+    V::store(a.out.at<Out>(copy.batch, copy.head + p) + token * a.out.row, values, lane);
+    if (a.lse && lane == 0)
+      a.lse[copy.batch * a.lse_batch + (copy.head + p) * a.lse_head + token] = lse_of(state.peak[p], state.total[p]);
+  }
+}
+
+constexpr int kStateWords = kVDim + 2;
+
+// Joins `n` states of one head, `stride` floats apart, in their order; the block shares the columns.
+SX_INLINE void join_states(const Arguments& a, const Copy& copy, int p, i64 token, const float* states, int n, i64 stride, float* to) {
+  float peak = negative_infinity(), total = 0.0f;
+  for (int i = 0; i < n; ++i) peak = fmaxf(peak, states[i * stride]);
+  const float base = peak == negative_infinity() ? 0.0f : peak;
+  for (int i = 0; i < n; ++i) total = fmaf(states[i * stride + 1], power_of_two(states[i * stride] - base), total);
+  for (int column = threadIdx.x; column < kVDim; column += blockDim.x) {
+    float sum = 0.0f;
+    for (int i = 0; i < n; ++i) sum = fmaf(states[i * stride + 2 + column], power_of_two(states[i * stride] - base), sum);
+    if (to) {
+      to[2 + column] = sum;
+    } else {
+      sum *= inverse_of(total);
+      Writer<Out, 1>::write(a.out.at<Out>(copy.batch, copy.head + p) + token * a.out.row + column, &sum);
+    }
+  }
+  if (threadIdx.x == 0) {
+    if (to)
+      to[0] = peak, to[1] = total;
+    else if (a.lse)
+      a.lse[copy.batch * a.lse_batch + (copy.head + p) * a.lse_head + token] = lse_of(peak, total);
+  }
+}
+
+SX_INLINE i64 token_of(const Lists& lists, int row) { return lists.row_order ? lists.row_order[row] : row; }
+
+}  // namespace sx
+
+extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __grid_constant__ sx::Arguments a) {
+  using namespace sx;
+  static_assert(sizeof(Arguments) == SX_ARGUMENT_BYTES, "host and device differ in the arguments");
+  __shared__ float states[kWarps][kPack][kStateWords];
+  const int warp = threadIdx.x / 32, team = threadIdx.x % 32 / kLanes, lane = threadIdx.x % kLanes;
+  unsigned index;
+  const Copy copy = copy_of(a.lists, n_jobs(a.lists), &index);
+  const Job job = job_of(a.lists, (int)index, warp, team);
+  const i64 kv_head = copy.head / a.lists.group;
+  const T* k_rows = a.k.at<T>(copy.batch, kv_head);
+  const T* v_rows = a.v.at<T>(copy.batch, kv_head);
+  State state;
+
+  Keys<SX_FORM> keys, ahead;
+  keys.open(a.lists, job, job.entry);
+  keys.advance(a.lists, job);
+  for (int i = 0; i < job.n_rows; ++i, keys = ahead) {
+    // The next row's list is looked up, and its first keys fetched, while this row's are in use.
+    ahead.open(a.lists, job, i + 1 < job.n_rows ? job.entry + (i + 1) * job.stride : job.end);
+    const bool is_row = keys.row >= 0;
+    const i64 token = is_row ? token_of(a.lists, keys.row) : 0;
+    float query[kPack][K::kSize];
+#pragma unroll
+    for (int p = 0; p < kPack; ++p)
+      K::load(query[p], a.q.at<T>(copy.batch, copy.head + p) + token * a.q.row, lane, is_row);
+    state.clear();
+
+    const int trips = most_of_teams(keys.trips);
+    if (trips == 0) ahead.advance(a.lists, job);
+    for (int trip = 0; trip < trips; ++trip) {
+      typename K::Raw k[kKeys];
+      typename V::Raw v[kKeys];
+      bool is_live[kKeys];
+#pragma unroll
+      for (int u = 0; u < kKeys; ++u) {
+        is_live[u] = keys.tokens[u] >= 0;
+        K::fetch_row(k[u], k_rows + keys.tokens[u] * a.k.row, lane, is_live[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kKeys; ++u) V::fetch_row(v[u], v_rows + keys.tokens[u] * a.v.row, lane, is_live[u]);
+      if (trip + 1 < trips)
+        keys.advance(a.lists, job);
+      else
+        ahead.advance(a.lists, job);
+
+      float scores[kPack][kKeys];
+#pragma unroll
+      for (int u = 0; u < kKeys; ++u) {
+        float values[K::kSize];
+        K::read(k[u], values);
+#pragma unroll
+        for (int p = 0; p < kPack; ++p) scores[p][u] = K::dot(query[p], values);
+      }
+#pragma unroll
+      for (int p = 0; p < kPack; ++p) {
+#pragma unroll
+        for (int u = 0; u < kKeys; ++u) scores[p][u] = team_sum(scores[p][u]);
+      }
+      attend(state, scores, is_live, v, a.scale);
+    }
+
+    if (job.bin == Job::kTeam) {
+      if (is_row) write_row(a, copy, token, state, lane);
+    } else {
+      join_teams(state);
+      if (job.bin == Job::kWarp) {
+        if (is_row && team == 0) write_row(a, copy, token, state, lane);
+      } else if (team == 0) {
+#pragma unroll
+        for (int p = 0; p < kPack; ++p) {
+          float* mine = states[warp][p];
+          if (lane == 0) mine[0] = state.peak[p], mine[1] = state.total[p];
+#pragma unroll
+          for (int part = 0; part < V::kParts; ++part)
+#pragma unroll
+            for (int e = 0; e < V::kWidth; ++e)
+              if (V::has(part, lane)) mine[2 + V::element(part, lane) + e] = state.sum[p][part * V::kWidth + e];
+        }
+      }
+    }
+  }
+  if (job.bin != Job::kPiece) return;
+
+  __syncthreads();
+  const int row = a.lists.piece_row[job.entry], slot = a.lists.piece_slot[job.entry];
+  for (int p = 0; p < kPack; ++p) {
+    float* to = slot < 0 ? nullptr : a.partial + ((copy.index * a.lists.n_slots + slot) * kPack + p) * kStateWords;
+    join_states(a, copy, p, token_of(a.lists, row), states[0][p], kWarps, kPack * kStateWords, to);
+  }
+}
+
+// Joins the pieces of each split row in their order: deterministic. One block a row and head.
+extern "C" __global__ void __launch_bounds__(128) merge(const __grid_constant__ sx::Arguments a) {
+  using namespace sx;
+  unsigned index;
+  const Copy copy = copy_of(a.lists, a.lists.n_merges * kPack, &index);
+  const int merged = index / kPack, p = index % kPack;
+  const i64 first = a.lists.merge_indptr[merged], n = a.lists.merge_indptr[merged + 1] - first;
+  const float* states = a.partial + ((copy.index * a.lists.n_slots + first) * kPack + p) * kStateWords;
+  join_states(a, copy, p, token_of(a.lists, a.lists.merge_row[merged]), states, (int)n, kPack * kStateWords, nullptr);
+}
+#endif

@@ -1,0 +1,144 @@
+"""CUDA kernels run by an emulation on this processor, through the back end's own launches, against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import running
+import torch
+from cases import HARD, Case, by_degree, case, scattered
+from cuda_emulation import Emulation
+
+from sparsec import masks as m
+from sparsec.backends import cuda
+from sparsec.device import device
+from sparsec.layout import Ordering, reordered
+from sparsec.template import Config, template
+
+GPU = device("nvidia-h100")
+ROWS = template("row_traversal")
+
+# Lengths for every bin: empty, short, middling, long, and one that is split.
+_DEGREES = [3, 900, 0, 1, 7, 2, 899, 64, 5, 0, 31, 5000]
+EVERY_BIN = case("every-bin", by_degree(_DEGREES, 6000), len(_DEGREES), 6000, 64, heads=(4, 2))
+
+
+@pytest.fixture
+def emulation(monkeypatch) -> Emulation:
+    made = Emulation()
+    monkeypatch.setattr(cuda, "machine", lambda: made)
+    return made
+
+
+def launched(tried: Case, *, values=(), **given):
+    config = Config.of(**{**ROWS.default("cuda").to_dict(), **dict(values)})
+    return running.launch(ROWS, "cuda", tried, config=config, device=GPU, **given)
+
+
+def forward(tried: Case, *, values=(), **given) -> tuple[torch.Tensor, torch.Tensor]:
+    made = launched(tried, values=values, **given)
+    out, lse = running.poisoned(tried, is_partial=made.is_partial)
+    cuda.backend().lower(made)(*running.inputs(tried), out, lse)
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_hard_case(emulation, dtype):
+    tried = HARD.with_dtype(dtype)
+    running.check(tried, *forward(tried))
+
+
+@pytest.mark.parametrize(
+    ("tried", "dtype", "values"),
+    [
+        (EVERY_BIN, "bf16", {"long_keys": 256}),
+        (EVERY_BIN, "fp32", {"long_keys": 256, "short_keys": 0, "num_warps": 8, "pack_gqa": 1}),
+        (case("offsets", m.dilated(90, 7) | m.window(9, 20), 150, 170, 64, heads=(8, 1), batch=2), "bf16", {}),
+        (case("ranges", m.longformer(40, [0, 77]), 150, 150, 64), "fp16", {"rows_per_warp": 4, "lane_bytes": 32}),
+        (case("odd", scattered(65, 67, 0.3), 65, 67, 31, v_dim=255), "bf16", {}),
+        (case("wide", scattered(65, 67, 0.3), 65, 67, 256, scale=-0.125), "fp32", {}),
+        (case("large-scores", by_degree([i % 10 for i in range(41)], 40), 41, 40, 64, shift=1e4), "fp32", {}),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else None,
+)
+def test_bins_forms_and_dimensions(emulation, tried, dtype, values):
+    tried = tried.with_dtype(dtype)
+    running.check(tried, *forward(tried, values=values.items()))
+    if tried.name == "every-bin":
+        assert [name for name, *_ in emulation.started] == ["forward", "merge"]
+
+
+def test_the_same_inputs_give_the_same_bits(emulation):
+    tried = EVERY_BIN.with_dtype("bf16")
+    first, again = (forward(tried, values=[("long_keys", 256)]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_another_order_of_tokens(emulation):
+    tried = HARD.with_dtype("bf16")
+    p, rng = tried.problem, np.random.default_rng(5)
+    orders = (rng.permutation(n).astype(np.int32) for n in (p.q_len, p.kv_len))
+    ordering = Ordering("shuffled", *orders)
+    running.check(tried, *forward(tried, ordering=ordering, bound=reordered(tried.bound, ordering)))
+
+
+def test_a_partial_result_is_fp32(emulation):
+    tried = HARD.with_dtype("bf16")
+    out, lse = forward(tried, is_partial=True)
+    assert out.dtype == torch.float32
+    running.check(tried, out, lse)
+
+
+def test_some_heads_of_some_batch_elements(emulation):
+    tried = case("some", m.window(9, 9), 60, 60, 64, heads=(8, 2), batch=3)
+    made = replace(launched(tried), heads=(1, 2, 3, 6), batch=(2,))
+    out, lse = running.poisoned(tried)
+    cuda.backend().lower(made)(*running.inputs(tried), out, lse)
+    served = torch.zeros(3, 8, dtype=torch.bool)
+    served[2, [1, 2, 3, 6]] = True
+    assert torch.isnan(lse[~served]).all()
+    full, full_lse = forward(tried)
+    running.check(tried, full, full_lse)
+    torch.testing.assert_close(out[served], full[served])
+
+
+def test_inputs_in_any_layout(emulation):
+    """Rows that lie apart, heads inside tokens, and addresses that no wide load may use."""
+    tried = HARD.with_dtype("bf16")
+    made = launched(tried)
+    spread = []
+    for tensor in running.inputs(tried):
+        wider = torch.full((*tensor.shape[:2], tensor.shape[2], tensor.shape[3] + 3), float("nan"), dtype=tensor.dtype)
+        wider[..., 1:-2] = tensor
+        spread.append(wider[..., 1:-2])
+    out, lse = running.poisoned(tried)
+    cuda.backend().lower(made)(*spread, out, lse)
+    running.check(tried, out, lse)
+    inside = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in running.inputs(tried)]
+    out, _ = running.poisoned(tried)
+    cuda.backend().lower(made)(*inside, out, None)
+    running.check(tried, out)
+
+
+def test_offsets_are_64_bit(emulation):
+    tried = case("far", m.full(), 3, 3, 8).with_dtype("fp16")
+    apart = 2**30 + 8
+    far = torch.empty(2 * apart + 8, dtype=torch.float16).as_strided((1, 1, 3, 8), (0, 0, apart, 1))
+    q, k, v = running.inputs(tried)
+    far.copy_(k)
+    out, lse = running.poisoned(tried)
+    cuda.backend().lower(launched(tried))(q, far, v, out, lse)
+    running.check(tried, out, lse)
+
+
+def test_a_nan_stays_with_the_rows_that_attend_it(emulation):
+    tried = case("nan", scattered(150, 170, 0.04), 150, 170, 40, v_dim=24)
+    q, k, v = (tensor.clone() for tensor in running.inputs(tried))
+    k[0, 0, 60] = float("nan")
+    out, _ = running.poisoned(tried)
+    cuda.backend().lower(launched(tried))(q, k, v, out, None)
+    attends = torch.from_numpy(tried.bound.to_dense()[:, 60])
+    assert torch.isnan(out[0, 0, attends]).all()
+    assert not torch.isnan(out[0, 0, ~attends]).any()
