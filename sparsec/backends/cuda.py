@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 
@@ -29,11 +29,11 @@ from sparsec.backends.cuda_calls import (
     Program,
     TensorArgument,
     Walk,
-    contiguous,
     fetch_bytes,
+    forward_program,
     forward_walk,
-    program,
 )
+from sparsec.backends.cuda_gradients import GradientArguments, Side, gradient_program, prepared_blocks, sides
 from sparsec.device import Device
 from sparsec.errors import CompileError, UnsupportedError
 from sparsec.template import Template
@@ -41,7 +41,10 @@ from sparsec.template import Template
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CudaBackend", "CudaKernel", "backend", "described", "forward_program"]
+__all__ = ["CudaBackend", "CudaGradient", "CudaKernel", "backend", "described", "programs_of"]
+
+
+Direction = Literal["forward", "backward"]
 
 
 class Machine(Protocol):
@@ -222,16 +225,105 @@ class CudaKernel(_Bound):
         return walk.bins.n_slots * batch * walk.n_copies * walk.shape.pack * (self.launch.problem.v_dim + 2)
 
 
-def forward_program(launch: Launch, walk: Walk, widths: tuple[int, int] | None = None) -> Program:
-    """The program of a launch's forward pass; for contiguous tensors, unless widths say otherwise."""
-    problem = launch.problem
-    if widths is None:
-        q_side, kv_side = (problem.q_heads, problem.q_len), (problem.kv_heads, problem.kv_len)
-        size, out_size = problem.itemsize, 4 if launch.is_partial else problem.itemsize
-        qk = (contiguous(*q_side, problem.head_dim, size), contiguous(*kv_side, problem.head_dim, size))
-        v_out = (contiguous(*kv_side, problem.v_dim, size), contiguous(*q_side, problem.v_dim, out_size))
-        widths = (fetch_bytes(problem.head_dim, size, qk), fetch_bytes(problem.v_dim, size, v_out))
-    return program(launch, walk.shape, walk.form, widths, SX_ARGUMENT_BYTES=ctypes.sizeof(ForwardArguments))
+class CudaGradient(_Bound):
+    """The backward pass of one launch; deterministic, like the forward pass."""
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__(launch)
+        self._sides = sides(launch)
+        self._heads: dict[tuple[torch.device, bool], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(side.walk.nbytes for side in self._sides)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_out: torch.Tensor,
+        d_lse: torch.Tensor | None,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+    ) -> None:
+        import torch
+
+        problem, n_batch = self.launch.problem, len(self.launch.elements(q.shape[0]))
+        delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+        for side in self._sides:
+            walk, copies = side.walk, n_batch * side.walk.n_copies
+            own, stream, into = ((q, d_out), (k, v), (dq, dq)) if side.is_dq else ((k, v), (q, d_out), (dk, dv))
+            widths = (
+                fetch_bytes(problem.head_dim, problem.itemsize, _all_placed(q, k, *((dq,) if side.is_dq else ()))),
+                fetch_bytes(problem.v_dim, problem.itemsize, _all_placed(v, d_out, *((out,) if side.is_dq else ()))),
+            )
+            words = sum(n * dim for n, dim in zip(side.state_words, (problem.head_dim, problem.v_dim), strict=True))
+            slots = walk.bins.n_slots * copies * walk.shape.pack
+            partial = torch.empty(slots * words, dtype=torch.float32, device=q.device)
+            arguments = GradientArguments(
+                lists=walk.arguments(self.addresses(walk, q.device, q.shape[0])),
+                own_1=_argument(own[0]),
+                own_2=_argument(own[1]),
+                stream_1=_argument(stream[0]),
+                stream_2=_argument(stream[1]),
+                into_1=_argument(into[0]),
+                into_2=_argument(into[1]),
+                out=_argument(out),
+                lse=lse.data_ptr(),
+                lse_batch=lse.stride(0),
+                lse_head=lse.stride(1),
+                d_lse=None if d_lse is None else d_lse.data_ptr(),
+                d_lse_batch=0 if d_lse is None else d_lse.stride(0),
+                d_lse_head=0 if d_lse is None else d_lse.stride(1),
+                delta=delta.data_ptr(),
+                delta_batch=delta.stride(0),
+                delta_head=delta.stride(1),
+                partial=partial.data_ptr(),
+                scale=self.launch.scale,
+            )
+            head_indptr, stream_heads = self._heads_on(side, q.device)
+            arguments.head_indptr, arguments.stream_heads = head_indptr.data_ptr(), stream_heads.data_ptr()
+            made, threads = gradient_program(self.launch, side, widths), walk.shape.warps * WARP
+            if side.is_dq:
+                self.run(made, "prepare", prepared_blocks(walk) * copies, threads, arguments, q.device)
+            self.run(made, "backward", walk.shape.blocks(walk.bins) * copies, threads, arguments, q.device)
+            joined = len(walk.bins.merge_row) * walk.shape.pack * copies
+            self.run(made, "add_up", joined, JOIN_THREADS, arguments, q.device)
+
+    def _heads_on(self, side: Side, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        if (device, side.is_dq) not in self._heads:
+            arrays = (side.head_indptr, side.stream_heads)
+            first, second = (torch.from_numpy(array).to(device) for array in arrays)
+            self._heads[device, side.is_dq] = first, second
+        return self._heads[device, side.is_dq]
+
+
+def _all_placed(*tensors: torch.Tensor) -> tuple[Placed, ...]:
+    return tuple(_placed(tensor) for tensor in tensors)
+
+
+def programs_of(launch: Launch, direction: Direction = "forward") -> tuple[tuple[Program, Walk], ...]:
+    """The programs of a launch with their walks, for contiguous tensors."""
+    problem, size = launch.problem, launch.problem.itemsize
+    own_size = 4 if launch.is_partial else size
+    widths = (
+        fetch_bytes(problem.head_dim, size, (_contiguous(problem.head_dim, own_size),)),
+        fetch_bytes(problem.v_dim, size, (_contiguous(problem.v_dim, own_size),)),
+    )
+    if direction == "forward":
+        walk = forward_walk(launch)
+        return ((forward_program(launch, walk, widths), walk),)
+    return tuple((gradient_program(launch, side, widths), side.walk) for side in sides(launch))
+
+
+def _contiguous(dim: int, itemsize: int) -> Placed:
+    return Placed(0, (dim, dim, dim), itemsize)
 
 
 def described(launch: Launch) -> dict[str, str]:
@@ -239,8 +331,7 @@ def described(launch: Launch) -> dict[str, str]:
 
     Needs no GPU; where the compiler is not here either, it says so and shows the sources.
     """
-    walk = forward_walk(launch)
-    made = forward_program(launch, walk)
+    ((made, walk),) = programs_of(launch)
     sources = _sources(launch.template)
     told = " ".join(("nvrtc", *cuda_compile.options(made), "-I templates", "kernel_cuda.cu"))
     reason = cuda_compile.missing()
@@ -277,8 +368,6 @@ class CudaBackend:
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
         if problem.has_score_mod:
             return "its kernels apply no score modifier yet"
-        if problem.needs_grad:
-            return "it has no backward pass yet"
         if device.kind == "nvidia" and int(device.arch.removeprefix("sm_")) < _OLDEST:
             return f"its kernels need sm_{_OLDEST} or newer, and {device.name} is {device.arch}"
         return None
@@ -299,8 +388,8 @@ class CudaBackend:
     def lower(self, launch: Launch) -> CudaKernel:
         return CudaKernel(launch)
 
-    def lower_backward(self, launch: Launch) -> Any:  # never returns
-        raise UnsupportedError(f"{launch.template.name} on cuda has no backward pass yet; use triton")
+    def lower_backward(self, launch: Launch) -> CudaGradient:
+        return CudaGradient(launch)
 
 
 @cache

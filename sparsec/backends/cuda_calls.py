@@ -220,11 +220,6 @@ def _is_aligned(tensor: Placed, elements: int) -> bool:
     return tensor.address % unit == 0 and all(stride * tensor.itemsize % unit == 0 for stride in tensor.strides)
 
 
-def contiguous(heads: int, length: int, dim: int, itemsize: int) -> Placed:
-    """A contiguous tensor, as an allocator places it."""
-    return Placed(0, (heads * length * dim, length * dim, dim), itemsize)
-
-
 @dataclass(frozen=True, slots=True)
 class Program:
     """A kernel file and what it is specialised on.
@@ -418,3 +413,8 @@ def forward_walk(launch: Launch) -> Walk:
     orders = (work.ordering.q_order, work.ordering.kv_order)
     group = problem.q_heads // problem.kv_heads
     return walk(launch, work.rows, launch.heads, pack=packed_heads(launch), group=group, orders=orders)
+
+
+def forward_program(launch: Launch, walk: Walk, widths: tuple[int, int]) -> Program:
+    """The program of a launch's forward pass, for rows of K and V fetched in such widths."""
+    return program(launch, walk.shape, walk.form, widths, SX_ARGUMENT_BYTES=ctypes.sizeof(ForwardArguments))

@@ -137,8 +137,6 @@ SX_INLINE void join_states(const Arguments& a, const Copy& copy, int p, i64 toke
   }
 }
 
-SX_INLINE i64 token_of(const Lists& lists, int row) { return lists.row_order ? lists.row_order[row] : row; }
-
 }  // namespace sx
 
 extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __grid_constant__ sx::Arguments a) {
@@ -213,11 +211,7 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __g
         for (int p = 0; p < kPack; ++p) {
           float* mine = states[warp][p];
           if (lane == 0) mine[0] = state.peak[p], mine[1] = state.total[p];
-#pragma unroll
-          for (int part = 0; part < V::kParts; ++part)
-#pragma unroll
-            for (int e = 0; e < V::kWidth; ++e)
-              if (V::has(part, lane)) mine[2 + V::element(part, lane) + e] = state.sum[p][part * V::kWidth + e];
+          V::each(lane, [&](int column, int i) { mine[2 + column] = state.sum[p][i]; });
         }
       }
     }

@@ -169,6 +169,8 @@ template <int FORM> class Keys {
   Progression current_;
 };
 
+SX_INLINE i64 token_of(const Lists& lists, int row) { return lists.row_order ? lists.row_order[row] : row; }
+
 // The most of all teams: a warp goes round together, since its lanes exchange sums.
 SX_INLINE int most_of_teams(int n) {
 #pragma unroll
@@ -215,6 +217,15 @@ template <class T, int DIM, int BYTES> struct Slice {
 #pragma unroll
     for (int c = 0; c < kParts; ++c)
       if (has(c, lane)) Writer<O, kWidth>::write(row + element(c, lane), from + c * kWidth);
+  }
+  // Calls `use(column, index)` for each element of the row that this lane holds.
+  template <class Use> static SX_INLINE void each(int lane, const Use& use) {
+#pragma unroll
+    for (int c = 0; c < kParts; ++c) {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e)
+        if (has(c, lane)) use(element(c, lane) + e, c * kWidth + e);
+    }
   }
   static SX_INLINE float dot(const float (&a)[kSize], const float (&b)[kSize]) {
     float sum = 0.0f;

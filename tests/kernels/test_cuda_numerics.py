@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import running
+import test_backward
 import torch
 from cases import HARD, Case, by_degree, case, scattered
 from cuda_emulation import Emulation
@@ -142,3 +143,60 @@ def test_a_nan_stays_with_the_rows_that_attend_it(emulation):
     attends = torch.from_numpy(tried.bound.to_dense()[:, 60])
     assert torch.isnan(out[0, 0, attends]).all()
     assert not torch.isnan(out[0, 0, ~attends]).any()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_gradients_of_the_hard_case(emulation, dtype):
+    given = test_backward.given(HARD.with_dtype(dtype))
+    test_backward.check(given, *test_backward.run(launched(given.case), given))
+
+
+@pytest.mark.parametrize(
+    ("tried", "dtype", "values"),
+    [
+        (EVERY_BIN, "bf16", {"long_keys": 256}),
+        # Keys that many queries attend.
+        (
+            replace(EVERY_BIN, mask=EVERY_BIN.mask.T, problem=replace(EVERY_BIN.problem, q_len=6000, kv_len=12)),
+            "fp32",
+            {},
+        ),
+        (case("offsets", m.dilated(90, 7) | m.window(9, 20), 150, 170, 64, heads=(8, 1), batch=2), "bf16", {}),
+        (case("ranges", m.longformer(40, [0, 77]), 150, 150, 31, v_dim=255, scale=-0.2), "fp16", {}),
+        (case("large-scores", by_degree([i % 10 for i in range(41)], 40), 41, 40, 64, shift=1e4), "fp32", {}),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else None,
+)
+def test_gradients_of_bins_and_forms(emulation, tried, dtype, values):
+    given = test_backward.given(tried.with_dtype(dtype))
+    made = launched(given.case, values=values.items())
+    gradients = test_backward.run(made, given)
+    test_backward.check(given, *gradients)
+    again = test_backward.run(made, given)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, again, strict=True))
+
+
+def test_gradients_are_added_and_need_none_of_the_log_sum_exp(emulation):
+    given = test_backward.given(case("added", m.window(9, 9), 60, 60, 64, heads=(4, 2)).with_dtype("bf16"))
+    kernel = cuda.backend().lower_backward(launched(given.case))
+    results = []
+    for d_lse in (None, torch.zeros_like(given.above[1])):
+        dq, dk, dv = test_backward.buffers(given)
+        dk += 1
+        kernel(*given.inputs, *given.results, given.above[0], d_lse, dq, dk, dv)
+        results.append((dq, dk, dv))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    _, dk, _ = test_backward.buffers(given)
+    kernel(*given.inputs, *given.results, given.above[0], None, dq, dk, dv)
+    torch.testing.assert_close(results[0][1], dk + 1)
+
+
+def test_gradients_in_another_order_of_tokens(emulation):
+    given = test_backward.given(HARD.with_dtype("bf16"))
+    p, rng = HARD.problem, np.random.default_rng(5)
+    ordering = Ordering("shuffled", *(rng.permutation(n).astype(np.int32) for n in (p.q_len, p.kv_len)))
+    made = launched(given.case, ordering=ordering, bound=reordered(given.case.bound, ordering), is_partial=True)
+    dq, dk, dv = test_backward.buffers(given)
+    dq = dq.float()
+    cuda.backend().lower_backward(made)(*given.inputs, *given.results, *given.above, dq, dk, dv)
+    test_backward.check(given, dq, dk, dv)
