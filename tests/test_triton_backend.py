@@ -64,7 +64,7 @@ def test_refusals():
     back, problem = triton.backend(), Problem(64, 64)
     assert not back.serves(device("cpu"))
     assert all(back.serves(device(gpu)) for gpu in GPUS)
-    assert "score" in back.refusal(template("hybrid"), replace(problem, has_score_mod=True), device("nvidia-h100"))
+    assert back.refusal(template("hybrid"), replace(problem, has_score_mod=True), device("nvidia-h100")) is None
     old = replace(device("nvidia-a100"), arch="sm_75")
     assert "sm_80" in back.refusal(template("hybrid"), problem, old)
     tall = Config.of(**{**template("block_sparse").default("triton").to_dict(), "block_q": 128})
@@ -117,10 +117,37 @@ def test_tiles_are_walked_full_ones_first_and_ragged_ones_by_pattern():
     assert (cut.view(np.uint64) < 1 << (150 % 16)).all(), "keys beyond the sequence are attended by nobody"
 
 
-@pytest.mark.parametrize("gpu", ["nvidia-h100", "nvidia-rtx4090", "amd-mi300x"])
-def test_plans_without_a_gpu(gpu):
-    made = sparsec.plan(m.window(255, 0), Problem(4096, 4096, 16, 4, 128, 128, "bf16"), gpu)
-    assert {step.launch.backend for group in made.groups for step in group.steps} == {"triton"}
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_plan_fits_its_device(gpu):
+    """What is planned for a device fits it, at every head_dim, with gradients too; what does not is a refusal."""
+    for head_dim in (64, 256):
+        for name in TEMPLATES:
+            problem = Problem(700, 700, 2, 2, head_dim, head_dim, "bf16", needs_grad=True)
+            made = sparsec.plan(m.window(100, 0) | m.random_edges(3, 1), problem, gpu, template=name, backend="triton")
+            for step in made.steps:
+                launch = step.launch
+                assert launch.backend == "triton"
+                assert triton.backend().config_refusal(launch.template, launch.config, problem, launch.device) is None
+                assert triton.shape_of(launch).shared_bytes <= launch.device.shared_bytes_per_block
+
+
+def test_the_planner_lists_what_does_not_fit():
+    wide = Problem(700, 700, 2, 2, 256, 256, "bf16", needs_grad=True)
+    made = sparsec.plan(m.window(100, 0), wide, "nvidia-rtx4090", template="block_sparse")
+    assert made.steps[0].launch.config["block_kv"] == 32, "the nearest to the default that fits"
+    refused = {refusal.what: refusal.reason for refusal in made.refusals}
+    assert any("block_kv=64" in what and "values of gradients" in reason for what, reason in refused.items())
+    single = replace(wide, needs_grad=False, dtype="fp32")
+    forward = sparsec.plan(m.window(100, 0), single, "amd-mi300x", template="block_sparse")
+    refused = {refusal.what: refusal.reason for refusal in forward.refusals}
+    assert any("block_q=128" in what and "KiB of shared memory" in reason for what, reason in refused.items())
+
+
+def test_no_device_is_too_small_for_an_answer():
+    """Where nothing fits, the planner says which limit stands in the way instead of planning what cannot compile."""
+    tiny = replace(device("nvidia-rtx4090"), shared_bytes_per_block=8 << 10)
+    with pytest.raises(sparsec.errors.UnsupportedError, match="KiB of shared memory"):
+        sparsec.plan(m.window(9, 0), Problem(200, 200, head_dim=256, v_dim=256), tiny, template="block_sparse")
 
 
 def test_planning_for_a_gpu_imports_neither_torch_nor_triton():

@@ -237,6 +237,10 @@ class Backend(Protocol):
         """Why it cannot serve this template and problem on such a device anywhere, in one sentence, or None."""
         ...
 
+    def config_refusal(self, template: Template, config: Config, problem: Problem, device: Device) -> str | None:
+        """Why such a device cannot run this configuration of a template it serves, in one sentence, or None."""
+        ...
+
     def missing(self, device: Device) -> str | None:
         """What this machine lacks to run on `device` now, in one sentence, or None."""
         ...

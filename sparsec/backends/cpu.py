@@ -27,7 +27,7 @@ from sparsec.backends.cpu_kernels import Arguments, CpuGradient, CpuKernel
 from sparsec.device import Device
 from sparsec.errors import BackendMissingError, CompileError, SparsecError
 from sparsec.score import ScoreMod
-from sparsec.template import Template
+from sparsec.template import Config, Template
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,9 @@ class CpuBackend:
         return None
 
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
+        return None
+
+    def config_refusal(self, template: Template, config: Config, problem: Problem, device: Device) -> str | None:
         return None
 
     def toolchain(self) -> str:

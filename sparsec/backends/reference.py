@@ -17,7 +17,7 @@ from sparsec.backends.base import Dtype, Launch, Problem
 from sparsec.device import Device
 from sparsec.masks.mask import BoundMask
 from sparsec.score import ScoreMod
-from sparsec.template import Template
+from sparsec.template import Config, Template
 
 if TYPE_CHECKING:
     import torch
@@ -400,6 +400,9 @@ class ReferenceBackend:
         return None
 
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
+        return None
+
+    def config_refusal(self, template: Template, config: Config, problem: Problem, device: Device) -> str | None:
         return None
 
     def toolchain(self) -> str:

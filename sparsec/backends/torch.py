@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sparsec.backends.base import GradientKernel, Launch, Problem
 from sparsec.device import Device
 from sparsec.errors import UnsupportedError
-from sparsec.template import Template
+from sparsec.template import Config, Template
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,9 @@ class TorchBackend:
             return "its backward pass would not know the gradient of the log-sum-exp"
         if problem.head_dim != problem.v_dim:
             return f"torch's kernel wants one head_dim for k and v; here they are {problem.head_dim}, {problem.v_dim}"
+        return None
+
+    def config_refusal(self, template: Template, config: Config, problem: Problem, device: Device) -> str | None:
         return None
 
     def missing(self, device: Device) -> str | None:

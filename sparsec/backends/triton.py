@@ -15,12 +15,12 @@ import types
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import numpy as np
 
 from sparsec.backends.base import Launch, Problem
-from sparsec.backends.triton_calls import Array, Call, calls_of, options_of, shape_of, shared_bytes, width
+from sparsec.backends.triton_calls import Array, Call, calls_of, options_of, shape_of, too_large
 from sparsec.backends.triton_gradients import gradient_calls_of
 from sparsec.backends.triton_lowering import LoweredSource, lower_call
 from sparsec.device import Device
@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 Direction = Literal["forward", "backward"]
+# What stands behind a pointer, or behind a tuple of them.
+Uploaded: TypeAlias = "torch.Tensor | tuple[torch.Tensor | None, ...] | None"
 
 
 class _Calls:
@@ -52,7 +54,11 @@ class _Calls:
         self.launch = launch
         self._calls = calls
         self._module = kernel_module(launch.template)
-        self._uploaded: dict[torch.device, list[dict[str, torch.Tensor | None]]] = {}
+        self._functions = [
+            {name: None if given is None else given[0].function(given[1]) for name, given in call.functions.items()}
+            for call in calls
+        ]
+        self._uploaded: dict[torch.device, list[dict[str, Uploaded]]] = {}
         self._batches: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     @property
@@ -60,13 +66,15 @@ class _Calls:
         return sum(call.nbytes for call in self._calls)
 
     def source(self) -> dict[str, str]:
-        return {f"{path.parent.name}/{path.name}": path.read_text() for path in source_files(self.launch.template)}
+        printed = [made[0] for call in self._calls for made in call.functions.values() if made is not None]
+        written = {f"{path.parent.name}/{path.name}": path.read_text() for path in source_files(self.launch.template)}
+        return written | {f"{made.name}.py": made.source for made in printed}
 
     def run(self, tensors: dict[str, torch.Tensor | None], device: torch.device, batch: int) -> None:
         """Runs the kernels in their order, on the current stream of a device."""
         batches = self._batch_elements(device, batch)
         with _on(device):
-            for call, arrays in zip(self._calls, self._arrays_on(device), strict=True):
+            for call, functions, arrays in zip(self._calls, self._functions, self._arrays_on(device), strict=True):
                 kernel = getattr(self._module, call.name)
                 given = {name: None if key is None else tensors[key] for name, key in call.tensors.items()}
                 heads = call.arrays["heads"]
@@ -78,6 +86,7 @@ class _Calls:
                     **arrays,
                     **call.numbers,
                     **call.constants,
+                    **functions,
                     **options_of(call),
                 )
 
@@ -89,7 +98,7 @@ class _Calls:
             self._batches[device, batch] = torch.tensor(elements, dtype=torch.int32, device=device)
         return self._batches[device, batch]
 
-    def _arrays_on(self, device: torch.device) -> list[dict[str, torch.Tensor | None]]:
+    def _arrays_on(self, device: torch.device) -> list[dict[str, Uploaded]]:
         import torch
 
         def upload(array: Array | None) -> torch.Tensor | None:
@@ -101,7 +110,14 @@ class _Calls:
 
         if device not in self._uploaded:
             self._uploaded[device] = [
-                {name: upload(array) for name, array in call.arrays.items()} for call in self._calls
+                {
+                    **{name: upload(array) for name, array in call.arrays.items()},
+                    **{
+                        name: None if tables is None else tuple(upload(table) for table in tables)
+                        for name, tables in call.tables.items()
+                    },
+                }
+                for call in self._calls
             ]
         return self._uploaded[device]
 
@@ -199,24 +215,12 @@ class TritonBackend:
         return device.kind in ("nvidia", "amd")
 
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
-        if problem.has_score_mod:
-            return "its kernels apply no score modifier yet"
         if device.kind == "nvidia" and int(device.arch.removeprefix("sm_")) < 80:
             return f"its kernels need sm_80 or newer, and {device.name} is {device.arch}"
         return None
 
     def config_refusal(self, template: Template, config: Config, problem: Problem, device: Device) -> str | None:
-        """Why no kernel of this configuration fits the device's shared memory, in one sentence, or None."""
-        if template.layout == "rows":
-            return None
-        dims = (problem.head_dim, width(problem.head_dim), problem.v_dim, width(problem.v_dim))
-        least = shared_bytes(device, config["block_q"], 16, dims, 1, problem.itemsize)
-        if least > device.shared_bytes_per_block:
-            return (
-                f"{config} needs at least {least / 1024:.0f} KiB of shared memory, "
-                f"and {device.name} has {device.shared_bytes_per_block / 1024:.0f} KiB a block"
-            )
-        return None
+        return too_large(template, config, problem, device)
 
     def missing(self, device: Device) -> str | None:
         if importlib.util.find_spec("triton") is None:

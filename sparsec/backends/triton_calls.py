@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from sparsec.backends.base import Launch
+from sparsec.backends.base import Launch, Problem, Work
+from sparsec.backends.triton_printed import Printed, printed_predicate, printed_score
 from sparsec.device import Device
 from sparsec.layout import BlockTiles
+from sparsec.template import Config, Template
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +29,9 @@ MERGE_ROWS: Final = 16
 ACCUMULATOR_PER_THREAD: Final = 64
 # The row kernel: without a limit, the assembler spills a few registers to reach the next occupancy.
 ROW_REGISTERS: Final = 255
+# Values a thread can hold at all before most of them live in memory: 255 registers, or 512 on AMD, less the rest's.
+_NVIDIA_VALUES: Final = 256
+_AMD_VALUES: Final = 384
 # Scores a thread holds at most, likewise.
 _SCORES_PER_THREAD: Final = 64
 
@@ -110,6 +115,32 @@ def shared_bytes(
     return queries + tiles + passing
 
 
+def too_large(template: Template, config: Config, problem: Problem, device: Device) -> str | None:
+    """What of a configuration does not fit the device's shared memory or a thread's registers, or None.
+
+    Everything that can be cut smaller is taken at its smallest: steps, stages, warps.
+    """
+    dims = (problem.head_dim, width(problem.head_dim), problem.v_dim, width(problem.v_dim))
+    warp, most = (64, _AMD_VALUES) if device.kind == "amd" else (32, _NVIDIA_VALUES)
+    if template.layout == "rows":
+        # Queries, accumulators and the keys at hand; in the backward pass two of each.
+        values = config["block_q"] * (dims[1] + dims[3]) * (3 if problem.needs_grad else 2)
+        held, what = values // (warp * config["num_warps"]), "queries and keys"
+    else:
+        # dK and dV of a tile, on as many warps as the kernels take.
+        values = config["block_kv"] * (dims[1] + dims[3]) * 2 if problem.needs_grad else 0
+        held, what = values // (warp * max(8, config["num_warps"])), "gradients of keys and values"
+        least = shared_bytes(device, config["block_q"], 16, dims, 1, problem.itemsize)
+        if least > device.shared_bytes_per_block:
+            return (
+                f"{config} needs at least {least / 1024:.0f} KiB of shared memory, "
+                f"and {device.name} has {device.shared_bytes_per_block / 1024:.0f} KiB a block"
+            )
+    if held >= most:
+        return f"{config}: a thread would hold {held} values of {what}, and {device.name} has registers for {most - 1}"
+    return None
+
+
 def width(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
@@ -139,6 +170,8 @@ class Call:
         arrays: Index arrays by parameter.
         numbers: Integers and floats by parameter.
         constants: `tl.constexpr` parameters.
+        functions: Generated functions by the `tl.constexpr` parameter that names them: module and function, or None.
+        tables: The arrays of those functions, as tuples, by parameter; None where there are none.
         num_warps: Warps a program.
         num_stages: Depth of software pipelining.
         max_registers: 32-bit registers a thread may have; None lets the compiler choose.
@@ -153,11 +186,14 @@ class Call:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    functions: Mapping[str, tuple[Printed, str] | None] = field(default_factory=dict)
+    tables: Mapping[str, tuple[Array, ...] | None] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its index arrays."""
-        return sum(array.nbytes for array in self.arrays.values() if array is not None)
+        """Bytes of its index arrays and tables."""
+        tables = [table for given in self.tables.values() if given is not None for table in given]
+        return sum(array.nbytes for array in [*self.arrays.values(), *tables] if array is not None)
 
 
 def calls_of(launch: Launch) -> tuple[Call, ...]:
@@ -171,12 +207,12 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
     common_arrays = {"heads": heads, "q_order": ordering.q_order}
     common_numbers = {"n_slots": schedule.n_slots, "n_heads": len(heads), "q_len": work.bound.q_len}
     arrays, constants = _LISTS[launch.template.layout](launch, shape)
+    printed = functions_of(launch, work)
     numbers: dict[str, int | float] = {
         "n_items": schedule.n_items,
         "abreast": abreast,
         "kv_len": work.bound.kv_len,
-        # A scale of 0 must not turn -inf into a NaN.
-        "scale": max(abs(launch.scale), 1e-30) * LOG2_E,
+        "scale": kernel_scale(launch),
     }
     if launch.template.layout == "rows":
         numbers["n_offsets"] = len(work.rows.start) if work.rows is not None and work.rows.form == "offsets" else 0
@@ -194,7 +230,7 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
         numbers={**common_numbers, **numbers},
         constants={
             "GROUP": group,
-            "NEGATE": launch.scale < 0,
+            "NEGATE": launch.scale < 0 and launch.score is None,
             "BLOCK_Q": work.block_q,
             "DIMS": shape.dims,
             **constants,
@@ -202,6 +238,8 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         max_registers=ROW_REGISTERS if launch.template.layout == "rows" and launch.device.kind == "nvidia" else None,
+        functions=printed.functions,
+        tables=printed.tables,
     )
     if not len(schedule.merge_unit):
         return (forward,)
@@ -223,6 +261,35 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
         num_stages=1,
     )
     return forward, merge
+
+
+def kernel_scale(launch: Launch) -> float:
+    """Takes scores to units of log 2, or, for a modifier, to their own."""
+    # A scale of 0 must not turn -inf into a NaN.
+    return launch.scale if launch.score is not None else max(abs(launch.scale), 1e-30) * LOG2_E
+
+
+@dataclass(frozen=True, slots=True)
+class Functions:
+    """Generated functions and their tables, by the parameters of the kernels that take them."""
+
+    functions: dict[str, tuple[Printed, str] | None]
+    tables: dict[str, tuple[Array, ...] | None]
+
+
+def functions_of(launch: Launch, work: Work, *, with_slope: bool = False) -> Functions:
+    """The score modifier and, where the configuration wants it and the mask has one, the predicate of partial tiles."""
+    score = None if launch.score is None else printed_score(launch.score, work.bound)
+    functions: dict[str, tuple[Printed, str] | None] = {"MODIFY": None if score is None else (score, "value")}
+    if with_slope:
+        functions["SLOPE"] = None if score is None else (score, "slope")
+    tables = {"score_tables": None if score is None else score.tables or None}
+    if work.tiles is not None or with_slope:
+        is_wanted = work.tiles is not None and launch.config.get("by_predicate", 0) == 1
+        mask = printed_predicate(work.bound) if is_wanted else None
+        functions["ATTENDS"] = None if mask is None else (mask, "attends")
+        tables["mask_tables"] = None if mask is None else mask.tables or None
+    return Functions(functions, tables)
 
 
 Lists = tuple[dict[str, Array | None], dict[str, object]]

@@ -13,11 +13,12 @@ import numpy as np
 from sparsec.backends.base import Launch, Work
 from sparsec.backends.triton_calls import (
     ACCUMULATOR_PER_THREAD,
-    LOG2_E,
     MERGE_ROWS,
     ROW_REGISTERS,
     Array,
     Call,
+    functions_of,
+    kernel_scale,
     tile_arrays,
     width,
 )
@@ -133,6 +134,7 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
     }
     rows = work.rows
     steps, warps, stages = _steps(launch, side, dims)
+    printed = functions_of(launch, work, with_slope=True)
     backward = Call(
         name="backward",
         programs=planned.n_items,
@@ -162,13 +164,13 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
             "n_items": planned.n_items,
             "stream_length": side.stream_length,
             "n_offsets": len(rows.start) if rows is not None and rows.form == "offsets" else 0,
-            "scale": max(abs(launch.scale), 1e-30) * LOG2_E,
+            "scale": kernel_scale(launch),
             "plain_scale": float(launch.scale),
         },
         constants={
             "FORM": None if rows is None else rows.form,
             "IS_DQ": is_dq,
-            "NEGATE": launch.scale < 0,
+            "NEGATE": launch.scale < 0 and launch.score is None,
             "BLOCK": work.block_q,
             "DIMS": dims,
             **steps,
@@ -176,6 +178,8 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
         num_warps=warps,
         num_stages=stages,
         max_registers=ROW_REGISTERS if work.tiles is None and launch.device.kind == "nvidia" else None,
+        functions=printed.functions,
+        tables=printed.tables,
     )
     if not len(planned.merge_unit):
         return (backward,)

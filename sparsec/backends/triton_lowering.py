@@ -17,7 +17,15 @@ from sparsec.backends.base import Launch
 from sparsec.backends.triton_calls import Call, options_of
 from sparsec.errors import CompileError
 
-_TYPES: Final = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int32": "*i32", "int64": "*i64"}
+_TYPES: Final = {
+    "fp32": "*fp32",
+    "fp16": "*fp16",
+    "bf16": "*bf16",
+    "float32": "*fp32",
+    "int32": "*i32",
+    "int64": "*i64",
+    "uint8": "*u8",
+}
 # fp32 whatever the dtype of the launch.
 _ALWAYS_FP32: Final = frozenset({"lse", "d_lse", "delta", "partial", "dk", "dv"})
 
@@ -84,19 +92,28 @@ def lower_call(launch: Launch, call: Call, kernel: Any) -> LoweredSource:  # a t
 
 def _signature(
     launch: Launch, call: Call, kernel: Any
-) -> tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]:
+) -> tuple[dict[str, str | tuple[str, ...]], dict[str, object], dict[tuple[int, ...], list[list[object]]]]:
     """Types, constants and divisibility of a kernel's parameters, as the JIT would find them on a call."""
     strides = _strides(launch, call)
-    signature: dict[str, str] = {}
+    signature: dict[str, str | tuple[str, ...]] = {}
     constants: dict[str, object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
-        is_absent = call.tensors.get(name, "") is None or (name in call.arrays and call.arrays[name] is None)
+        given = (call.tensors, call.arrays, call.functions, call.tables)
+        is_absent = any(each.get(name, "") is None for each in given)
         array, value = call.arrays.get(name), call.numbers.get(name, strides.get(name))
+        printed, tables = call.functions.get(name), call.tables.get(name)
         if name in call.constants or is_absent:
             signature[name] = "constexpr"
             constants[name] = call.constants.get(name)
+        elif printed is not None:
+            signature[name] = "constexpr"
+            constants[name] = printed[0].function(printed[1])
+        elif tables is not None:
+            signature[name] = tuple(_TYPES[str(table.dtype)] for table in tables)
+            for number in range(len(tables)):
+                attributes[(index, number)] = [["tt.divisibility", 16]]
         elif name == "batches" or name in call.tensors or array is not None:
             signature[name] = _pointer_type(launch, call.tensors.get(name), array)
             attributes[(index,)] = [["tt.divisibility", 16]]

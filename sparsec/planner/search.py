@@ -36,6 +36,7 @@ from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.measured import COST_MODEL, Measured
 from sparsec.planner.parts import heavy_rows_apart, residue_part
 from sparsec.planner.plans import Candidate, Group, Plan, Refusal, Step
+from sparsec.planner.shortlist import shortlist
 from sparsec.planner.works import IDENTITY, build_work, heads_sharing, span_of
 from sparsec.records import NEAR_TIE, Direction, RecordBase, Served, database
 from sparsec.score import ScoreMod
@@ -446,7 +447,10 @@ class _Search:
             if reason is not None:
                 self._refusals.append(Refusal(title, reason))
                 continue
-            for config in _shortlist(each, name) if served is None else [served.config]:
+            worth_costing, unfit = shortlist(each, name, self._problem, self._device)
+            for refusal in unfit:
+                self._refuse(refusal)
+            for config in worth_costing if served is None else [served.config]:
                 work = self._work(each, config, bound, profile, ordering)
                 cost = self._estimate(each, work)
                 if measured_us is not None:
@@ -490,6 +494,11 @@ class _Search:
         if served is None or measured_us is None:
             return Candidate(each.name, name, each.default(name), ordering.name, None, rough_us, 0)
         return Candidate(each.name, name, served.config, ordering.name, None, measured_us, 0, str(served))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Notes a refusal once, however many orders of tokens meet it."""
+        if refusal not in self._refusals:
+            self._refusals.append(refusal)
 
     def _estimate(self, each: Template, work: Work) -> Estimate:
         if each.layout == "none":
@@ -587,17 +596,3 @@ class _Search:
 
 def _moving(us: float) -> Estimate:
     return Estimate(us, 0.0, 0.0, us, 0.0, 0.0)
-
-
-def _shortlist(each: Template, name: str) -> list[Config]:
-    """The default, and for tiles the other heights: what changes the work most."""
-    default = each.default(name)
-    if each.layout != "tiles" or name == "reference":
-        return [default]
-    heights = next((t.values for t in each.tunables[name] if t.name == "block_q"), ())
-    others = [
-        Config(tuple((key, height if key == "block_q" else value) for key, value in default.items))
-        for height in heights
-    ]
-    legal = [config for config in others if config != default and each.violation(name, config) is None]
-    return [default, *legal]

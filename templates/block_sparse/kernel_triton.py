@@ -30,9 +30,9 @@ def forward(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     lse_batch, lse_head,
     batches, heads, item_unit, item_slot, item_tile, item_full, item_partial, tile_column, tile_pattern, patterns,
-    q_order, kv_order,
+    q_order, kv_order, score_tables, mask_tables,
     n_items, n_slots, n_heads, abreast, q_len, kv_len, scale,
-    GROUP: tl.constexpr, PACK: tl.constexpr, NEGATE: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, MODIFY: tl.constexpr, ATTENDS: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,8 @@ def forward(
     Strides count elements. Index arrays: item_* [n_items] (first tile, number of full and of partial tiles after it),
     tile_column and tile_pattern by tile, patterns [n, BLOCK_Q, words] as int64 words. DIMS is (head_dim, head_width,
     v_dim, v_width), a width being the power of two that holds a dimension; CHUNK is head_width, or what
-    goes at a time where there are no matrix units.
+    goes at a time where there are no matrix units. MODIFY and ATTENDS are generated functions or None: the score
+    modifier, whose `scale` is the scores' own, and the mask's predicate.
     """
     ROWS: tl.constexpr = BLOCK_Q * PACK
     item, copy, batch, first_head = locate(n_items, n_heads, abreast, batches, heads)
@@ -57,18 +58,22 @@ def forward(
     k_base = k + batch * k_batch + kv_head * k_head
     v_base = v + batch * v_batch + kv_head * v_head
 
+    # A modifier of several heads at once is told each row's.
+    row_head = first_head if PACK == 1 else head[:, None]
+    who = (batch, row_head, token[:, None], position[:, None], score_tables, mask_tables)
+
     first_tile = tl.load(item_tile + item)
     n_full = tl.load(item_full + item)
     peak, total, acc = empty_state(ROWS, DIMS[3])
     peak, total, acc = add_full_tiles(
         queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_tile, n_full, kv_order,
-        peak, total, acc, scale, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+        who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
     first_partial = first_tile + n_full
     peak, total, acc = add_partial_tiles(
         queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_partial,
         tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
-        peak, total, acc, scale, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+        who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
 
     slot = tl.load(item_slot + item)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ..shared.gradient_triton import add_up, backward, prepare
 from ..shared.kernel_triton import (
+    LOG2_E,
     add_full_tiles,
     add_partial_tiles,
     attend,
@@ -18,6 +19,7 @@ from ..shared.kernel_triton import (
     load_rows,
     locate,
     merge,
+    modified,
     save,
     score,
     tokens_at,
@@ -30,8 +32,8 @@ __all__ = ["add_up", "backward", "forward", "merge", "prepare"]
 @triton.jit
 def add_columns(
     q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, lanes, n_columns, lane, kv_order,
-    peak, total, acc, scale,
-    NEGATE: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    who, peak, total, acc, scale,
+    MODIFY: tl.constexpr, NEGATE: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The state after gathered columns; bit `i` of a column's lanes says that query `i` of the block attends it."""
     for done in range(0, n_columns, STEP_KV):
@@ -42,7 +44,11 @@ def add_columns(
         v = load_rows(v_base, token * v_row, live, DIMS[2], DIMS[3])
         bits = tl.load(lanes + nth, mask=live, other=0)
         attended = ((bits[None, :] >> lane[:, None].to(tl.int64)) & 1) != 0
-        peak, total, acc = attend(scores, v, attended, peak, total, acc, scale)
+        if MODIFY is None:
+            peak, total, acc = attend(scores, v, attended, peak, total, acc, scale, False)
+        else:
+            scores = modified(scores, scale, who, who[2], token[None, :], MODIFY)
+            peak, total, acc = attend(scores, v, attended, peak, total, acc, LOG2_E, True)
     return peak, total, acc
 
 
@@ -54,9 +60,9 @@ def forward(
     batches, heads, item_unit, item_slot, item_tile, item_full, item_partial, item_column, item_column_stop,
     item_edge, item_edge_stop, tile_column, tile_pattern, patterns, gathered_columns, gathered_lanes,
     row_indptr, row_first,
-    q_order, kv_order,
+    q_order, kv_order, score_tables, mask_tables,
     n_items, n_slots, n_heads, abreast, q_len, kv_len, scale,
-    GROUP: tl.constexpr, NEGATE: tl.constexpr,
+    GROUP: tl.constexpr, MODIFY: tl.constexpr, ATTENDS: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +70,7 @@ def forward(
 
     Index arrays: as in `block_sparse`, `GatheredTiles` and `RowLists` (edges). DIMS is (head_dim, head_width, v_dim,
     v_width), a width being the power of two that holds a dimension; CHUNK is head_width, or what goes at a time where
-    there are no matrix units.
+    there are no matrix units. MODIFY and ATTENDS are generated functions or None, as in `block_sparse`.
     """
     item, copy, batch, head = locate(n_items, n_heads, abreast, batches, heads)
     kv_head = head // GROUP
@@ -77,6 +83,8 @@ def forward(
     k_base = k + batch * k_batch + kv_head * k_head
     v_base = v + batch * v_batch + kv_head * v_head
 
+    who = (batch, head, token[:, None], position[:, None], score_tables, mask_tables)
+
     # Single edges come first: their state then needs no place beside that of the tiles.
     peak, total, acc = empty_state(BLOCK_Q, DIMS[3])
     edge, edge_stop = tl.load(item_edge + item), tl.load(item_edge_stop + item)
@@ -88,7 +96,8 @@ def forward(
         singles = load_rows(q_base, q_offsets, inside, DIMS[0], DIMS[1]).to(tl.float32)
         peak, total, acc = walk(
             singles, k_base, k_row, v_base, v_row, position.to(tl.int64), start, stop, row_indptr, row_first, None,
-            None, 0, kv_order, kv_len, scale, "edges", BLOCK_Q, KEYS, NEGATE, DIMS,
+            None, 0, kv_order, kv_len, (batch, head, token, None, score_tables), scale, "edges", BLOCK_Q, KEYS,
+            MODIFY, NEGATE, DIMS,
         )  # fmt: skip
 
     queries = load_queries(q_base, q_offsets, inside, DIMS, CHUNK)
@@ -96,19 +105,20 @@ def forward(
     n_full = tl.load(item_full + item)
     peak, total, acc = add_full_tiles(
         queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_tile, n_full, kv_order,
-        peak, total, acc, scale, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+        who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
     first_partial = first_tile + n_full
     peak, total, acc = add_partial_tiles(
         queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_partial,
         tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
-        peak, total, acc, scale, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+        who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
     column = tl.load(item_column + item)
     n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
     peak, total, acc = add_columns(
         queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, gathered_columns + column,
-        gathered_lanes + column, n_columns, lane, kv_order, peak, total, acc, scale, NEGATE, STEP_KV, DIMS, CHUNK,
+        gathered_lanes + column, n_columns, lane, kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, STEP_KV,
+        DIMS, CHUNK,
     )  # fmt: skip
 
     slot = tl.load(item_slot + item)

@@ -4,6 +4,8 @@ With P the probabilities, dP = dO·Vᵀ and dS = P ∘ (dP - delta), where delta
 
     dQ = scale · dS·K      dK = scale · dSᵀ·Q      dV = Pᵀ·dO
 
+A score modifier's derivative is a factor of dS.
+
 One kernel makes either side. Its programs own a block of *rows* and run through the other side, the *stream*: queries
 own rows for dQ and stream keys; keys own rows for dK and dV and stream queries, over the transposed lists. So each
 result row has one owner, there are no atomics, and the order of sums is fixed. This file must not know how the lists
@@ -15,7 +17,7 @@ Source: Dao et al., "FlashAttention", NeurIPS 2022, algorithm 4 and appendix B.
 import triton
 import triton.language as tl
 
-from .kernel_triton import LOG2_E, NEG_INF, degrees, load_rows, n_progressions, progression, score, tokens_at
+from .kernel_triton import LOG2_E, NEG_INF, degrees, load_rows, modified, n_progressions, progression, score, tokens_at
 
 
 @triton.jit(do_not_specialize=["n_heads", "q_len"])
@@ -51,14 +53,15 @@ def statistics(lse, delta, offsets, delta_offsets, inside):
 
 @triton.jit
 def add_tile(
-    rows, row_base, row_delta, stream, token, live, attended, acc_1, acc_2, scale,
-    IS_DQ: tl.constexpr, NEGATE: tl.constexpr, STEP: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNK_2: tl.constexpr,
+    rows, row_base, row_delta, stream, token, live, attended, who, acc_1, acc_2, scale,
+    MODIFY: tl.constexpr, SLOPE: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, STEP: tl.constexpr,
+    DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
 ):  # fmt: skip
     """The gradients after a block of the stream, on matrix units.
 
     rows: (first, second, first pointer, first offsets, second pointer, second offsets, inside); stream: (first pointer,
-    first stride, second pointer, second stride, lse, delta, their offsets of token 0).
+    first stride, second pointer, second stride, lse, delta, their offsets of token 0); who: (batch element, query head,
+    tokens and positions of the own rows as columns, tables of the modifier, tables of the mask).
     """
     one_offsets, two_offsets = token * stream[1], token * stream[3]
     scores = score(rows[0], rows[2], rows[3], rows[6], stream[0], one_offsets, live, NEGATE, STEP, DIMS, CHUNK)
@@ -70,10 +73,18 @@ def add_tile(
     else:
         stream_base, stream_delta = statistics(stream[4], stream[5], stream[6] + token, stream[7] + token, live)
         base, delta = stream_base[None, :], stream_delta[None, :]
-    weights = tl.exp2(scores * scale - base)
+    if MODIFY is None:
+        weights = tl.exp2(scores * scale - base)
+    else:
+        q_token, kv_token = (who[2], token[None, :]) if IS_DQ else (token[None, :], who[2])
+        weights = tl.exp2(modified(scores, scale, who, q_token, kv_token, MODIFY) * LOG2_E - base)
     if attended is not None:
         weights = tl.where(attended, weights, 0.0)
     d_scores = weights * (d_weights - delta)
+    if SLOPE is not None:
+        # Where nothing is attended, a slope without a value changes nothing.
+        slope = modified(scores, scale, who, q_token, kv_token, SLOPE)
+        d_scores = tl.where(weights == 0.0, 0.0, d_scores * slope)
     one = load_rows(stream[0], one_offsets, live, DIMS[0], DIMS[1])
     acc_1 = tl.dot(d_scores.to(one.dtype), one, acc_1, input_precision="ieee")
     if not IS_DQ:
@@ -84,11 +95,13 @@ def add_tile(
 
 @triton.jit
 def add_tiles(
-    rows, row_base, row_delta, stream, columns, which, n_tiles, patterns, lane, order, length, acc_1, acc_2, scale,
-    IS_PARTIAL: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr,
-    STEP: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
+    rows, row_base, row_delta, stream, columns, which, n_tiles, patterns, lane, order, length, who, acc_1, acc_2,
+    scale,
+    ATTENDS: tl.constexpr, MODIFY: tl.constexpr, SLOPE: tl.constexpr, IS_PARTIAL: tl.constexpr, IS_DQ: tl.constexpr,
+    NEGATE: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr, STEP: tl.constexpr, DIMS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
 ):  # fmt: skip
-    """The gradients after tiles of BLOCK rows and STREAM tokens of the stream, full or by pattern."""
+    """The gradients after tiles of BLOCK rows and STREAM tokens of the stream, full, by predicate or by pattern."""
     steps: tl.constexpr = STREAM // STEP
     words: tl.constexpr = (STREAM + 63) // 64
     within = tl.arange(0, STEP)
@@ -97,24 +110,26 @@ def add_tiles(
         position = tl.load(columns + i // steps) * STREAM + offset + within
         live = position < length
         token = tokens_at(order, position, live)
-        if IS_PARTIAL:
+        if IS_PARTIAL and ATTENDS is not None:
+            attended = ATTENDS(who[3], position[None, :], who[5]) & live[None, :]
+        elif IS_PARTIAL:
             at = patterns + (tl.load(which + i // steps).to(tl.int64) * BLOCK + lane) * words + offset // 64
             bit = (offset % 64 + within)[None, :]
             attended = ((tl.load(at)[:, None] >> bit.to(tl.int64)) & 1) != 0
         else:
             attended = None
         acc_1, acc_2 = add_tile(
-            rows, row_base, row_delta, stream, token, live, attended, acc_1, acc_2, scale,
-            IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
+            rows, row_base, row_delta, stream, token, live, attended, who, acc_1, acc_2, scale,
+            MODIFY, SLOPE, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
         )  # fmt: skip
     return acc_1, acc_2
 
 
 @triton.jit
 def add_columns(
-    rows, row_base, row_delta, stream, columns, lanes, n_columns, lane, order, acc_1, acc_2, scale,
-    IS_DQ: tl.constexpr, NEGATE: tl.constexpr, STEP: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNK_2: tl.constexpr,
+    rows, row_base, row_delta, stream, columns, lanes, n_columns, lane, order, who, acc_1, acc_2, scale,
+    MODIFY: tl.constexpr, SLOPE: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, STEP: tl.constexpr,
+    DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
 ):  # fmt: skip
     """The gradients after gathered columns."""
     for done in range(0, n_columns, STEP):
@@ -124,8 +139,8 @@ def add_columns(
         bits = tl.load(lanes + nth, mask=live, other=0)
         attended = ((bits[None, :] >> lane[:, None].to(tl.int64)) & 1) != 0
         acc_1, acc_2 = add_tile(
-            rows, row_base, row_delta, stream, token, live, attended, acc_1, acc_2, scale,
-            IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
+            rows, row_base, row_delta, stream, token, live, attended, who, acc_1, acc_2, scale,
+            MODIFY, SLOPE, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
         )  # fmt: skip
     return acc_1, acc_2
 
@@ -133,12 +148,14 @@ def add_columns(
 @triton.jit
 def add_singly(
     one, two, row_base, row_delta, stream, position, live, start, stop, indptr, first, last, step, n_offsets, order,
-    length, acc_1, acc_2, scale,
-    FORM: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
+    length, who, acc_1, acc_2, scale,
+    MODIFY: tl.constexpr, SLOPE: tl.constexpr, FORM: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr,
+    KEYS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """The gradients after rows met their partners `start … stop - 1`, KEYS at a time, without matrix units.
 
-    one, two: fp32 rows of both operands. Partners are numbered in the order of a row's progressions.
+    one, two: fp32 rows of both operands. Partners are numbered in the order of a row's progressions. who: as above,
+    the tokens as a row.
     """
     nth = tl.arange(0, KEYS).to(tl.int64)[:, None]
     column_1, column_2 = tl.arange(0, DIMS[1])[None, None, :], tl.arange(0, DIMS[3])[None, None, :]
@@ -174,8 +191,16 @@ def add_singly(
                 base, delta = row_base[None, :], row_delta[None, :]
             else:
                 base, delta = statistics(stream[4], stream[5], stream[6] + token, stream[7] + token, is_here)
-            weights = tl.where(is_here, tl.exp2(scores * scale - base), 0.0)
+            if MODIFY is None:
+                weights = tl.exp2(scores * scale - base)
+            else:
+                q_token, kv_token = (who[2], token) if IS_DQ else (token, who[2])
+                weights = tl.exp2(modified(scores, scale, who, q_token, kv_token, MODIFY) * LOG2_E - base)
+            weights = tl.where(is_here, weights, 0.0)
             d_scores = weights * (tl.sum(two[None, :, :] * other_2, 2) - delta)
+            if SLOPE is not None:
+                slope = modified(scores, scale, who, q_token, kv_token, SLOPE)
+                d_scores = tl.where(weights == 0.0, 0.0, d_scores * slope)
             acc_1 += tl.sum(d_scores[:, :, None] * other_1, 0)
             if not IS_DQ:
                 acc_2 += tl.sum(weights[:, :, None] * other_2, 0)
@@ -193,8 +218,9 @@ def backward(
     item_tile, item_full, item_partial, tile_column, tile_pattern, patterns,
     item_column, item_column_stop, gathered_columns, gathered_lanes,
     item_start, item_stop, row_indptr, row_first, row_last, row_step,
-    order, stream_order,
+    order, stream_order, score_tables, mask_tables,
     n_items, n_slots, n_heads, length, stream_length, n_offsets, scale, plain_scale,
+    ATTENDS: tl.constexpr, MODIFY: tl.constexpr, SLOPE: tl.constexpr,
     FORM: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr,
     STEP: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +228,8 @@ def backward(
 
     Own and stream operands are (q, dO) and (k, v) for dQ, the other way round for dK and dV. A program serves one own
     head and all stream heads that meet it, in their order. None arrays mean that there is no such list; FORM None
-    that there are no single edges.
+    that there are no single edges. ATTENDS is the mask's predicate, MODIFY and SLOPE the score modifier and its
+    derivative: generated functions, or None. `scale` takes scores to units of log 2, or, modified, to their own.
     """
     program = tl.program_id(0)
     item = program % n_items
@@ -241,6 +268,7 @@ def backward(
             stream_2 + batch * stream_2_batch + other_head * stream_2_head, stream_2_row,
             lse, delta, batch * lse_batch + query_head * lse_head, batch * delta_batch + query_head * delta_head,
         )  # fmt: skip
+        who = (batch, query_head, token[:, None], position[:, None], score_tables, mask_tables)
         if FORM is not None:
             start, stop = tl.load(item_start + item), tl.load(item_stop + item)
             if start < stop or item_tile is None:
@@ -249,31 +277,33 @@ def backward(
                 before = tl.cumsum(degree, 0) - degree
                 low = tl.minimum(tl.maximum(start - before, 0), degree)
                 high = tl.minimum(tl.maximum(stop - before, 0), degree)
+                row_who = (batch, query_head, token[None, :], None, score_tables)
                 one = load_rows(base_1, offsets_1, inside, DIMS[0], DIMS[1]).to(tl.float32)
                 two = load_rows(base_2, offsets_2, inside, DIMS[2], DIMS[3]).to(tl.float32)
                 acc_1, acc_2 = add_singly(
                     one, two, row_base, row_delta, stream, row, inside, low, high, row_indptr, row_first, row_last,
-                    row_step, n_offsets, stream_order, stream_length, acc_1, acc_2, scale, FORM, IS_DQ, NEGATE, KEYS,
-                    DIMS,
+                    row_step, n_offsets, stream_order, stream_length, row_who, acc_1, acc_2, scale, MODIFY, SLOPE,
+                    FORM, IS_DQ, NEGATE, KEYS, DIMS,
                 )  # fmt: skip
         if item_tile is not None:
             first_tile, n_full = tl.load(item_tile + item), tl.load(item_full + item)
             acc_1, acc_2 = add_tiles(
                 rows, row_base, row_delta, stream, tile_column + first_tile, None, n_full, None, lane, stream_order,
-                stream_length, acc_1, acc_2, scale, False, IS_DQ, NEGATE, BLOCK, STREAM, STEP, DIMS, CHUNK, CHUNK_2,
+                stream_length, who, acc_1, acc_2, scale, ATTENDS, MODIFY, SLOPE, False, IS_DQ, NEGATE, BLOCK, STREAM,
+                STEP, DIMS, CHUNK, CHUNK_2,
             )  # fmt: skip
             first_partial = first_tile + n_full
             acc_1, acc_2 = add_tiles(
                 rows, row_base, row_delta, stream, tile_column + first_partial, tile_pattern + first_partial,
-                tl.load(item_partial + item), patterns, lane, stream_order, stream_length, acc_1, acc_2, scale,
-                True, IS_DQ, NEGATE, BLOCK, STREAM, STEP, DIMS, CHUNK, CHUNK_2,
+                tl.load(item_partial + item), patterns, lane, stream_order, stream_length, who, acc_1, acc_2,
+                scale, ATTENDS, MODIFY, SLOPE, True, IS_DQ, NEGATE, BLOCK, STREAM, STEP, DIMS, CHUNK, CHUNK_2,
             )  # fmt: skip
         if item_column is not None:
             column = tl.load(item_column + item)
             n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
             acc_1, acc_2 = add_columns(
                 rows, row_base, row_delta, stream, gathered_columns + column, gathered_lanes + column, n_columns, lane,
-                stream_order, acc_1, acc_2, scale, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
+                stream_order, who, acc_1, acc_2, scale, MODIFY, SLOPE, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
             )  # fmt: skip
 
     acc_1 *= plain_scale

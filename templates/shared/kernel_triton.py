@@ -101,17 +101,23 @@ def score(
 
 
 @triton.jit
-def attend(scores, v, attended, peak, total, acc, scale):
+def modified(scores, scale, who, q_token, kv_token, FUNCTION: tl.constexpr):
+    """What a generated function makes of scores, in natural units; who: (batch element, heads, ..., tables)."""
+    return FUNCTION(scores * scale, who[0], who[1], q_token, kv_token, who[4])
+
+
+@triton.jit
+def attend(scores, v, attended, peak, total, acc, scale, IS_MODIFIED: tl.constexpr):
     """The state after a block of keys on matrix units.
 
     scores: fp32 [queries, keys], v: [keys, v_dim], attended: bool [queries, keys] or None for all; scale > 0 takes
-    scores to units of log 2.
+    scores to units of log 2. Modified scores may all be -inf.
     """
     if attended is not None:
         scores = tl.where(attended, scores, NEG_INF)
     highest = tl.maximum(peak, tl.max(scores, 1) * scale)
     base = highest
-    if attended is not None:
+    if IS_MODIFIED or attended is not None:
         # A query without a key so far: -inf less -inf is not a number, -inf less 0 is a weight of 0.
         base = tl.where(highest == NEG_INF, 0.0, highest)
     weights = tl.exp2(scores * scale - base[:, None])
@@ -123,10 +129,16 @@ def attend(scores, v, attended, peak, total, acc, scale):
 
 @triton.jit
 def add_full_tiles(
-    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, n_tiles, kv_order, peak, total, acc, scale,
-    NEGATE: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, n_tiles, kv_order, who, peak, total, acc,
+    scale,
+    MODIFY: tl.constexpr, NEGATE: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The state after tiles whose every pair is attended, all inside the key sequence."""
+    """The state after tiles whose every pair is attended, all inside the key sequence.
+
+    who: what generated functions are told: (batch element, head of each row, tokens and positions of the queries, all
+    but the first as columns, tables of the modifier, tables of the mask).
+    """
     steps: tl.constexpr = BLOCK_KV // STEP_KV
     within = tl.arange(0, STEP_KV)
     for i in range(n_tiles * steps):
@@ -140,18 +152,23 @@ def add_full_tiles(
             token = tl.load(kv_order + first + within).to(tl.int64)
         scores = score(q, q_base, q_offsets, inside, k_tile, token * k_row, None, NEGATE, STEP_KV, DIMS, CHUNK)
         v = load_rows(v_tile, token * v_row, None, DIMS[2], DIMS[3])
-        peak, total, acc = attend(scores, v, None, peak, total, acc, scale)
+        if MODIFY is None:
+            peak, total, acc = attend(scores, v, None, peak, total, acc, scale, False)
+        else:
+            key = first + within if kv_order is None else token
+            scores = modified(scores, scale, who, who[2], key[None, :], MODIFY)
+            peak, total, acc = attend(scores, v, None, peak, total, acc, LOG2_E, True)
     return peak, total, acc
 
 
 @triton.jit
 def add_partial_tiles(
     q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, which, n_tiles, patterns, lane, kv_order,
-    kv_len, peak, total, acc, scale,
-    NEGATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    kv_len, who, peak, total, acc, scale,
+    ATTENDS: tl.constexpr, MODIFY: tl.constexpr, NEGATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    STEP_KV: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The state after tiles that attend by pattern.
+    """The state after tiles that attend by ATTENDS, the mask's predicate, or where that is None by pattern.
 
     lane: which query of the block each row is. A pattern has for each query the words of 64 keys; keys beyond the
     sequence have no bit.
@@ -166,21 +183,28 @@ def add_partial_tiles(
         token = tokens_at(kv_order, key, live)
         scores = score(q, q_base, q_offsets, inside, k_base, token * k_row, live, NEGATE, STEP_KV, DIMS, CHUNK)
         v = load_rows(v_base, token * v_row, live, DIMS[2], DIMS[3])
-        at = patterns + (tl.load(which + i // steps).to(tl.int64) * BLOCK_Q + lane) * words + offset // 64
-        bit = (offset % 64 + within)[None, :]
-        word = tl.load(at)[:, None]
-        if STEP_KV > 64:
-            word = tl.where(bit < 64, word, tl.load(at + 1)[:, None])
-            bit = bit % 64
-        attended = ((word >> bit.to(tl.int64)) & 1) != 0
-        peak, total, acc = attend(scores, v, attended, peak, total, acc, scale)
+        if ATTENDS is not None:
+            attended = ATTENDS(who[3], key[None, :], who[5]) & live[None, :]
+        else:
+            at = patterns + (tl.load(which + i // steps).to(tl.int64) * BLOCK_Q + lane) * words + offset // 64
+            bit = (offset % 64 + within)[None, :]
+            word = tl.load(at)[:, None]
+            if STEP_KV > 64:
+                word = tl.where(bit < 64, word, tl.load(at + 1)[:, None])
+                bit = bit % 64
+            attended = ((word >> bit.to(tl.int64)) & 1) != 0
+        if MODIFY is None:
+            peak, total, acc = attend(scores, v, attended, peak, total, acc, scale, False)
+        else:
+            scores = modified(scores, scale, who, who[2], token[None, :], MODIFY)
+            peak, total, acc = attend(scores, v, attended, peak, total, acc, LOG2_E, True)
     return peak, total, acc
 
 
 @triton.jit
 def attend_singly(
-    q, k_base, k_row, v_base, v_row, tokens, live, peak, total, acc, scale,
-    NEGATE: tl.constexpr, DIMS: tl.constexpr,
+    q, k_base, k_row, v_base, v_row, tokens, live, who, peak, total, acc, scale,
+    MODIFY: tl.constexpr, NEGATE: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """The state after each query met keys of its own, without matrix units.
 
@@ -197,10 +221,14 @@ def attend_singly(
     scores = tl.sum(q[None, :, :] * k.to(tl.float32), 2)
     if NEGATE:
         scores = -scores
+    unit = scale
+    if MODIFY is not None:
+        scores = modified(scores, scale, who, who[2][None, :], tokens, MODIFY)
+        unit = LOG2_E
     scores = tl.where(live, scores, NEG_INF)
-    highest = tl.maximum(peak, tl.max(scores, 0) * scale)
+    highest = tl.maximum(peak, tl.max(scores, 0) * unit)
     base = tl.where(highest == NEG_INF, 0.0, highest)
-    weights = tl.exp2(scores * scale - base[None, :])
+    weights = tl.exp2(scores * unit - base[None, :])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weights, 0)
     acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * v.to(tl.float32), 0)
@@ -263,10 +291,14 @@ def degrees(rows, live, indptr, first, last, step, n_offsets, kv_len, FORM: tl.c
 
 @triton.jit
 def walk(
-    q, k_base, k_row, v_base, v_row, rows, start, stop, indptr, first, last, step, n_offsets, kv_order, kv_len, scale,
-    FORM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, NEGATE: tl.constexpr, DIMS: tl.constexpr,
+    q, k_base, k_row, v_base, v_row, rows, start, stop, indptr, first, last, step, n_offsets, kv_order, kv_len, who,
+    scale,
+    FORM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MODIFY: tl.constexpr, NEGATE: tl.constexpr,
+    DIMS: tl.constexpr,
 ):  # fmt: skip
     """The state of rows that meet their keys `start … stop - 1`, KEYS at a time.
+
+    who: (batch element, head, tokens of the rows, None, tables of the modifier), for generated functions.
 
     q: fp32 [ROWS, head_width]; rows, start, stop: int64 [ROWS]. The keys of a row are numbered in the order of its
     progressions; FORM "edges" has them in `first`.
@@ -282,7 +314,7 @@ def walk(
             position = tl.load(first + begin[None, :] + (nth + done), mask=is_key, other=0)
             tokens = tokens_at(kv_order, position, is_key)
             peak, total, acc = attend_singly(
-                q, k_base, k_row, v_base, v_row, tokens, is_key, peak, total, acc, scale, NEGATE, DIMS
+                q, k_base, k_row, v_base, v_row, tokens, is_key, who, peak, total, acc, scale, MODIFY, NEGATE, DIMS
             )
     else:
         passed = rows * 0
@@ -297,7 +329,7 @@ def walk(
                 position = tl.where(is_key, begin[None, :] + key * by[None, :], 0)
                 tokens = tokens_at(kv_order, position, is_key)
                 peak, total, acc = attend_singly(
-                    q, k_base, k_row, v_base, v_row, tokens, is_key, peak, total, acc, scale, NEGATE, DIMS
+                    q, k_base, k_row, v_base, v_row, tokens, is_key, who, peak, total, acc, scale, MODIFY, NEGATE, DIMS
                 )
     return peak, total, acc
 

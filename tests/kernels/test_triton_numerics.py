@@ -22,8 +22,10 @@ from sparsec import masks as m
 from sparsec.backends import reference
 from sparsec.backends import triton as triton_backend
 from sparsec.backends.base import Launch, Work
+from sparsec.backends.reference import Modifier
 from sparsec.device import device
 from sparsec.layout import Ordering, reordered, row_lists, schedule
+from sparsec.score import ScoreMod, alibi, as_score_mod, relative_bias, soft_cap
 from sparsec.template import Config, template
 
 # Not `importorskip`: the interpreter's process imports this file, and must not import Triton before it chose.
@@ -66,8 +68,19 @@ def _launch(name: str, tried: Case, values: dict[str, int] | None = None, **opti
 
 def _checked(made: Launch, tried: Case) -> None:
     out, lse = running.poisoned(tried, is_partial=made.is_partial)
-    triton_backend.backend().lower(made)(*running.inputs(tried), out, lse)
-    running.check(tried, out, lse)
+    q, k, v = running.inputs(tried)
+    triton_backend.backend().lower(made)(q, k, v, out, lse)
+    if made.score is None:
+        running.check(tried, out, lse)
+        return
+    group = tried.problem.q_heads // tried.problem.kv_heads
+    for b, h in np.ndindex(lse.shape[:2]):
+        heads = tuple(t.double().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group]))
+        modifier = Modifier(made.score, b, h)
+        wanted = reference.attention(*heads, tried.bound, made.scale, modifier=modifier)
+        allowed = reference.tolerances(*heads, tried.bound, made.scale, tried.problem.dtype, modifier)
+        running.check_close(out[b, h], wanted[0], allowed[0], f"output of head {h}, batch element {b}")
+        running.check_close(lse[b, h], wanted[1], allowed[1], f"log-sum-exp of head {h}, batch element {b}")
 
 
 # What runs in the interpreter's process.
@@ -137,6 +150,51 @@ def _run_gradient(name: str, tried: Case, values: dict[str, int] | None = None, 
     _check_gradient(replace(made, work=split(made.work)) if is_split else made, tried)
 
 
+def modifiers() -> dict[str, ScoreMod]:
+    """What a modifier may do: look up by head and distance, bend scores, depend on everything, or forbid pairs."""
+    rng = np.random.default_rng(4)
+    bias = rng.normal(size=(4, 33)).astype(np.float32)
+    chosen, shift = rng.random(50) < 0.7, rng.integers(-3, 4, 35)
+    return {
+        "alibi": alibi(rng.random(4)),
+        "soft-cap": soft_cap(1.5),
+        "relative-bias": relative_bias(bias),
+        "everything": as_score_mod(
+            lambda score, b, h, q, kv: (score * (h + 1) / (kv % 3 + 1) + shift[q] * 0.25 - b * kv / 64).where(
+                chosen[kv], score * -0.5
+            )
+        ),
+        "constant": as_score_mod(lambda score, b, h, q, kv: 0.5),
+        "forbids": as_score_mod(lambda score, b, h, q, kv: score.where(kv % 4 != 1, float("-inf"))),
+    }
+
+
+def _run_modified(name: str, tried: Case, modifier: str, direction: str) -> None:
+    made = replace(_launch(name, tried, {"pack_gqa": 2} if name == "block_sparse" else {}), score=modifiers()[modifier])
+    if direction == "forward":
+        _checked(made, tried)
+    else:
+        _check_gradient(made, tried)
+
+
+def _run_modified_shuffled(name: str, tried: Case) -> None:
+    """A modifier is told tokens, whatever their order."""
+    rng = np.random.default_rng(2)
+    orders = (rng.permutation(length).astype(np.int32) for length in tried.bound.shape)
+    ordering = Ordering("shuffled", *orders)
+    made = _launch(name, tried, ordering=ordering, bound=reordered(tried.bound, ordering))
+    made = replace(made, score=modifiers()["relative-bias"])
+    _checked(made, tried)
+    _check_gradient(made, tried)
+
+
+def _run_by_predicate(name: str, tried: Case) -> None:
+    made = _launch(name, tried, {"by_predicate": 1})
+    assert triton_backend.calls_of(made)[0].functions["ATTENDS"] is not None
+    _checked(made, tried)
+    _check_gradient(made, tried)
+
+
 def _run_gradient_split(name: str, tried: Case) -> None:
     _run_gradient(name, tried, is_split=True)
 
@@ -160,8 +218,8 @@ def _check_gradient(made: Launch, tried: Case, *, with_d_lse: bool = True) -> No
     # Coarse, so that scores are exact in any order of sums, and every error is the backward pass's own.
     q, k = (tensor.mul(8).round().div(8) for tensor in (q, k))
     out, lse = running.poisoned(tried)
-    whole = replace(_launch(made.template.name, tried), heads=tuple(range(p.q_heads)), batch=tuple(range(p.batch)))
-    reference.ReferenceKernel(whole)(q, k, v, out, lse)
+    everything = {"heads": tuple(range(p.q_heads)), "batch": tuple(range(p.batch)), "score": made.score}
+    reference.ReferenceKernel(replace(_launch(made.template.name, tried), **everything))(q, k, v, out, lse)
     generator = torch.Generator().manual_seed(13)
     d_out = torch.randn(out.shape, generator=generator).to(out.dtype)
     d_lse = torch.randn(lse.shape, generator=generator)
@@ -175,8 +233,9 @@ def _check_gradient(made: Launch, tried: Case, *, with_d_lse: bool = True) -> No
         for h in made.heads:
             heads = tuple(t.double().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group]))
             above = d_out[b, h].double().numpy(), d_lse[b, h].double().numpy() * with_d_lse
-            wanted = reference.gradients(*heads, tried.bound, scale, *above)
-            allowed = reference.gradient_tolerances(*heads, tried.bound, scale, *above, p.dtype)
+            modifier = None if made.score is None else Modifier(made.score, b, h)
+            wanted = reference.gradients(*heads, tried.bound, scale, *above, modifier)
+            allowed = reference.gradient_tolerances(*heads, tried.bound, scale, *above, p.dtype, modifier)
             running.check_close(dq[b, h], wanted[0], allowed[0], f"dq of head {h}, batch element {b}")
             written[b, h] = True
             expected_k[b, h // group] += wanted[1]
@@ -322,3 +381,22 @@ def test_gradients(interpreter, tried, name):
 @pytest.mark.parametrize("values", [{"block_q": 64, "block_kv": 32}, {"block_q": 16, "block_kv": 128}], ids=str)
 def test_gradients_in_tiles_of_other_sizes(interpreter, values):
     interpreter(_run_gradient, "block_sparse", GROUPED.with_dtype("fp32"), values)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("modifier", [*modifiers()])
+def test_modifiers(interpreter, modifier, name, direction):
+    dtype = "fp16" if modifier == "soft-cap" else "fp32"
+    interpreter(_run_modified, name, GROUPED.with_dtype(dtype), modifier, direction)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_modifiers_in_another_order_of_tokens(interpreter, name):
+    interpreter(_run_modified_shuffled, name, HARD.with_dtype("fp32"))
+
+
+@pytest.mark.parametrize("name", ["block_sparse", "hybrid"])
+@pytest.mark.parametrize("mask", [m.window(9, 2), m.documents([7, 21, 13]), m.dilated(30, 3) | m.prefix(5)], ids=str)
+def test_partial_tiles_by_predicate(interpreter, mask, name):
+    interpreter(_run_by_predicate, name, case("predicate", mask, 41, 41, 16, heads=(2, 1)).with_dtype("fp32"))
