@@ -1,6 +1,8 @@
 # `make demo` and `make test` need Python >= 3.11, a C++ compiler and the network, once; everything lands in .venv.
 
 VENV := .venv
+# Neighbouring tests share what they computed, so a process keeps its stretch until another has nothing left.
+PYTEST_FLAGS := --numprocesses auto --maxprocesses 8 --dist worksteal
 BIN := $(VENV)/bin
 WHEEL_VENV := .venv-wheel
 
@@ -10,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sparsec demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -29,7 +31,7 @@ wheel-test: $(VENV)/.installed-dev
 	    > "$$($(WHEEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
 	cd $(WHEEL_VENV) && bin/python -P -c 'import sys, sparsec; print("testing", sparsec.__file__); \
 	    assert sparsec.__file__.startswith(sys.prefix)'
-	cd $(WHEEL_VENV) && bin/python -P -m pytest --rootdir "$(CURDIR)" -c "$(CURDIR)/pyproject.toml" \
+	cd $(WHEEL_VENV) && bin/python -P -m pytest $(PYTEST_FLAGS) --rootdir "$(CURDIR)" -c "$(CURDIR)/pyproject.toml" \
 	    -o cache_dir="$(CURDIR)/$(WHEEL_VENV)/.pytest_cache" "$(CURDIR)/tests"
 
 # A broken reference is an error; the tests run the pages' code.

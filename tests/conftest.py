@@ -11,12 +11,13 @@ _numbers = itertools.count()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A cache directory that is set stays, so that whoever runs one file again and again compiles once.
-    if "SPARSEC_CACHE_DIR" in os.environ:
-        return
     worker = getattr(config, "workerinput", None)
-    if worker is not None:
-        os.environ["SPARSEC_CACHE_DIR"] = worker["sparsec_cache_dir"]
+    if worker is None:
+        return
+    # A cache directory that is set stays, so that whoever runs one file again and again compiles once.
+    os.environ.setdefault("SPARSEC_CACHE_DIR", worker["sparsec_cache_dir"])
+    # Several processes share the cores: a thread that waits must not keep one busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.hookimpl(optionalhook=True)

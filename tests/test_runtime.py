@@ -270,7 +270,11 @@ def test_lengths_that_can():
         sparsec.compile(m.documents([10, 11]), 20)
 
 
-@pytest.mark.parametrize("mask", [None, "causal()", np.ones((20, 20), bool), lambda b, h, q, kv: q >= kv], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [None, "causal()", np.ones((20, 20), bool), lambda b, h, q, kv: q >= kv],
+    ids=["none", "text", "array", "function"],
+)
 def test_what_is_no_mask(mask):
     with pytest.raises(MaskError, match=r"takes a mask of sparsec\.masks; got .*from_"):
         sparsec.compile(mask, 20)
