@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from sparsec.errors import SparsecError
 
@@ -226,20 +226,26 @@ def read_json(path: Path) -> Any:
         raise SparsecError(_at(path, None, str(error))) from None
 
 
+class TextLine(NamedTuple):
+    """One line of a file: its number, from 1, where it begins, and the line without its end."""
+
+    number: int
+    offset: int
+    text: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class JsonLine:
     """One line of a JSON Lines file.
 
     Attributes:
         number: From 1.
-        offset: Where it begins in the file.
-        text: The line itself, without its end.
+        text: The line, without its end.
         value: The object it holds, or None.
         problem: Why there is none, in one sentence that names file and line; "" where there is one.
     """
 
     number: int
-    offset: int
     text: bytes
     value: dict[str, Any] | None
     problem: str = ""
@@ -247,19 +253,13 @@ class JsonLine:
 
 @dataclass(frozen=True, slots=True)
 class JsonLines:
-    """What a JSON Lines file held from some place on.
+    """What a JSON Lines file held.
 
     Attributes:
-        lines: Every line that is not blank, good or bad.
-        torn: The last line where it has no end and is no object, which a writer may be about to finish; None otherwise.
-        next_offset: Where the next line begins.
-        next_number: Its number.
+        lines: Every line that is not blank, good or bad; the last one may be torn, and is then a bad one.
     """
 
     lines: tuple[JsonLine, ...]
-    torn: JsonLine | None
-    next_offset: int
-    next_number: int
 
     @property
     def rows(self) -> tuple[tuple[int, dict[str, Any]], ...]:
@@ -269,17 +269,27 @@ class JsonLines:
     @property
     def problems(self) -> tuple[str, ...]:
         """One sentence for every other line, a torn last line among them."""
-        torn = () if self.torn is None else (self.torn,)
-        return tuple(line.problem for line in (*self.lines, *torn) if line.value is None)
+        return tuple(line.problem for line in self.lines if line.value is None)
 
 
-def read_json_lines(path: Path, offset: int = 0, number: int = 1) -> JsonLines:
+def read_json_lines(path: Path) -> JsonLines:
     """Every object in a JSON Lines file; a line that is none is reported, and does not spoil the others.
+
+    Raises:
+        SparsecError: The file cannot be read.
+    """
+    whole, unfinished = read_text_lines(path)
+    lines = whole if unfinished is None else [*whole, unfinished]
+    return JsonLines(tuple(parse_json_line(str(path), line.number, line.text) for line in lines))
+
+
+def read_text_lines(path: Path, offset: int = 0, number: int = 1) -> tuple[list[TextLine], TextLine | None]:
+    """The lines of a file that are not blank, and what follows the last line's end, which a writer may be at.
 
     Args:
         path: The file.
-        offset: Where to begin: the `next_offset` of an earlier reading.
-        number: The number of the line there: its `next_number`.
+        offset: Where to begin: at the beginning of a line.
+        number: The number of the line there.
 
     Raises:
         SparsecError: The file cannot be read.
@@ -290,39 +300,24 @@ def read_json_lines(path: Path, offset: int = 0, number: int = 1) -> JsonLines:
             content = file.read()
     except OSError as error:
         raise SparsecError(f"cannot read {path} ({error.strerror})") from None
-    *whole, last = content.split(b"\n")
-    lines, torn = [], None
-    for text in whole:
-        if text.strip():
-            lines.append(_json_line(path, number, offset, text))
+    lines = []
+    for text in content.split(b"\n"):
+        lines.append(TextLine(number, offset, text))
         number, offset = number + 1, offset + len(text) + 1
-    if last.strip():
-        line = _json_line(path, number, offset, last)
-        if line.value is None:
-            torn = line
-        else:
-            # A file written by hand may lack the last line's end; a writer after us begins on a line of its own.
-            lines.append(line)
-            offset += len(last)
-    return JsonLines(tuple(lines), torn, offset, number)
+    last = lines.pop()
+    return [line for line in lines if line.text.strip()], last if last.text.strip() else None
 
 
-def _json_line(path: Path, number: int, offset: int, text: bytes) -> JsonLine:
+def parse_json_line(title: str, number: int, text: bytes) -> JsonLine:
+    """A line of the file `title`, with the object it holds or what is wrong with it."""
     try:
         value = json.loads(text, parse_constant=_refuse_json_constant)
     except (ValueError, RecursionError) as error:
-        return JsonLine(number, offset, text, None, _at(path, number, f"skipped, no JSON: {error}"))
+        return JsonLine(number, text, None, f"{title}:{number}: skipped, no JSON: {error}")
     if not isinstance(value, dict):
         what = f"skipped, a {type(value).__name__} where an object is needed"
-        return JsonLine(number, offset, text, None, _at(path, number, what))
-    return JsonLine(number, offset, text, value)
-
-
-def json_object(text: bytes) -> dict[str, Any]:
-    """The object in a line that `read_json_lines` found to hold one."""
-    value = json.loads(text)
-    assert isinstance(value, dict), "a line that holds no object"
-    return value
+        return JsonLine(number, text, None, f"{title}:{number}: {what}")
+    return JsonLine(number, text, value)
 
 
 def json_line(row: Mapping[str, object]) -> bytes:

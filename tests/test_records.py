@@ -169,6 +169,14 @@ def test_a_wrong_configuration_on_this_device_is_not_taken_from_its_kin(base):
     assert served(base).config == DEFAULT
 
 
+def test_of_several_kin_the_nearest_workload_answers(base):
+    for cores, config, workload in ((4, SMALL, WIDER), (8, WIDE, WINDOW), (16, SMALL, replace(WINDOW, nnz=9_000_000))):
+        kin = replace(KEY, device=f"cpu-x86-64-avx512-{cores}c")
+        base.extend([record(key=kin, workload=workload), record(config, (50.0,), key=kin, workload=workload)])
+    found = served(base)
+    assert (found.key.device, found.config, found.distance) == ("cpu-x86-64-avx512-8c", WIDE, 0.0)
+
+
 _CONFIGS = [
     Config(tuple(zip(("block_q", "block_kv"), values, strict=True)))
     for values in itertools.product((8, 16, 32, 64, 256), (16, 64, 128, 512))
@@ -222,7 +230,7 @@ def test_a_database_of_many_records_is_read_once_and_then_only_what_was_added(ba
     RecordBase([], file.parent).append(record(SMALL, (9.0,)))
     assert served(base).config == SMALL
     assert opened.n_readings == 2
-    assert opened._last[0] == len(line) + sum(map(len, rest))
+    assert opened._last.offset == len(line) + sum(map(len, rest))
 
 
 def test_garbage_torn_and_foreign_lines_are_skipped_and_reported(base, file):

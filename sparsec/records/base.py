@@ -10,6 +10,7 @@ write at once.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import os
 import re
@@ -25,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsec import data
-from sparsec.data import JsonLine
+from sparsec.data import TextLine
 from sparsec.device import family_of
 from sparsec.errors import RecordError, SparsecError
-from sparsec.records.record import Calibration, RecordKey, Settings, TuningRecord, Workload, key_of, settings_of
+from sparsec.records.record import Calibration, RecordKey, Row, Settings, TuningRecord, Workload, key_of, settings_of
 from sparsec.records.winners import Case, Standings, Winner, standings
 from sparsec.template import Config, Template, templates
 
@@ -102,6 +103,10 @@ def kernel_of(key: RecordKey, settings: Settings) -> _Kernel:
     return key.template, key.source, key.backend, key.direction, settings
 
 
+# Where the key of a line that this sparsec wrote ends, and what says that it did not fail.
+_AFTER_KEY, _UNFAILED = b',"mask":', b'"failure":null'
+
+
 class _Index:
     """Lines of one device sorted by what they speak of; each is understood in full only when it is asked for."""
 
@@ -112,41 +117,66 @@ class _Index:
 
     def clear(self) -> None:
         self.generation += 1
-        # Line numbers and texts: a dictionary for each line would take five times the memory.
+        # Numbers and texts: a dictionary for each line would take five times the memory.
         self.by_key: dict[RecordKey, list[tuple[int, bytes]]] = defaultdict(list)
         self.calibrations: list[Calibration] = []
         self.wrong: dict[_Kernel, set[str]] = defaultdict(set)
         self.problems: list[str] = []
+        self._keys: dict[bytes, RecordKey] = {}
 
-    def add(self, line: JsonLine) -> None:
-        row = line.value
-        if row is None:
+    def add(self, number: int, text: bytes) -> None:
+        # Lines that begin alike have the same key, and most do: they need not be parsed yet.
+        beginning = text.partition(_AFTER_KEY)[0]
+        key = self._keys.get(beginning)
+        if key is not None and _UNFAILED in text:
+            self.by_key[key].append((number, text))
+            return
+        line = data.parse_json_line(self.title, number, text)
+        if line.value is None:
             self.problems.append(line.problem)
             return
         try:
-            if row.get("device") != self.device:
-                raise RecordError(f"the record is of device {row.get('device')!r}; `sparsec db merge` puts it right")
-            if row.get("kind") == "calibration":
-                self.calibrations.append(Calibration.from_json(row))
-                return
-            key = key_of(row)
-            if row.get("failure") == "incorrect":
-                record = TuningRecord.from_json(row)
-                self.wrong[kernel_of(key, settings_of(record.config))].add(record.toolchain)
-            self.by_key[key].append((line.number, line.text))
+            key = self._add_parsed(line.value)
         except RecordError as error:
-            self._refuse(line.number, error)
+            self._refuse(number, error)
+            return
+        if key is not None:
+            self._keys[beginning] = key
+            self.by_key[key].append((number, text))
 
-    def records(self, key: RecordKey) -> Iterator[TuningRecord]:
-        unusable = []
-        for line in self.by_key.get(key, ()):
+    def _add_parsed(self, row: Row) -> RecordKey | None:
+        """The key of a measurement, or None for a calibration, which is taken in."""
+        if row.get("device") != self.device:
+            raise RecordError(f"the record is of device {row.get('device')!r}; `sparsec db merge` puts it right")
+        if row.get("kind") == "calibration":
+            self.calibrations.append(Calibration.from_json(row))
+            return None
+        key = key_of(row)
+        if row.get("failure") == "incorrect":
+            record = TuningRecord.from_json(row)
+            self.wrong[kernel_of(key, settings_of(record.config))].add(record.toolchain)
+        return key
+
+    def records(self, key: RecordKey) -> list[TuningRecord]:
+        """What the lines of a key say; one that turns out to say nothing is reported, and forgotten."""
+        found, usable = [], []
+        for number, text in self.by_key.get(key, ()):
+            line = data.parse_json_line(self.title, number, text)
             try:
-                yield TuningRecord.from_json(data.json_object(line[1]))
+                if line.value is None:
+                    self.problems.append(line.problem)
+                    continue
+                record = TuningRecord.from_json(line.value)
+                if record.key != key:
+                    raise RecordError(f"the record has two keys: {key} and {record.key}")
             except RecordError as error:
-                unusable.append(line)
-                self._refuse(line[0], error)
-        for line in unusable:
-            self.by_key[key].remove(line)
+                self._refuse(number, error)
+                continue
+            found.append(record)
+            usable.append((number, text))
+        if usable or key in self.by_key:
+            self.by_key[key] = usable
+        return found
 
     def stamp(self, key: RecordKey) -> tuple[int, int]:
         """Equal as long as `records(key)` are."""
@@ -170,8 +200,7 @@ class _File:
         self.index.clear()
         self.torn = None
         self._stamp: tuple[int, int, int] | None = None
-        self._last = (0, 1, b"")  # offset, number and text of the last line that was read
-        self._next_offset = 0
+        self._last = TextLine(1, 0, b"")  # that was read
 
     def refresh(self) -> None:
         """Reads what was added; everything again where the file is another or was changed otherwise."""
@@ -184,7 +213,7 @@ class _File:
         stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
         if stamp == self._stamp:
             return
-        is_longer = self._stamp is not None and stamp[0] == self._stamp[0] and stamp[1] > self._next_offset
+        is_longer = self._stamp is not None and stamp[0] == self._stamp[0] and stamp[1] > self._stamp[1]
         if not (is_longer and self._read_on()):
             self._forget()
             self._read_on()
@@ -192,24 +221,28 @@ class _File:
 
     def _read_on(self) -> bool:
         """Reads from the last line known on; False where that line is not what it was."""
-        offset, number, text = self._last
         try:
-            found = data.read_json_lines(self._path, offset, number)
+            lines, unfinished = data.read_text_lines(self._path, self._last.offset, self._last.number)
         except SparsecError as error:
             self.index.problems.append(str(error))
             return True
         self.n_readings += 1
-        lines = found.lines
-        if text:
-            if not lines or lines[0].text != text:
+        self.torn = None
+        if unfinished is not None:
+            torn = data.parse_json_line(str(self._path), unfinished.number, unfinished.text)
+            if torn.value is None:
+                self.torn = torn.problem
+            else:
+                # Written by hand, without an end; a writer after us begins on a line of its own.
+                lines.append(unfinished)
+        if self._last.text:
+            if not lines or lines[0] != self._last:
                 return False
             lines = lines[1:]
         for line in lines:
-            self.index.add(line)
+            self.index.add(line.number, line.text)
         if lines:
-            self._last = (lines[-1].offset, lines[-1].number, lines[-1].text)
-        self._next_offset = found.next_offset
-        self.torn = None if found.torn is None else found.torn.problem
+            self._last = lines[-1]
         return True
 
 
@@ -222,23 +255,26 @@ class _Shelf:
         cases: One for each workload.
         points: `[cases, dimensions]`, where each workload lies.
         unrunnable: Configurations that did not compile or launch, with the toolchains.
+        timed_out: Configurations that ran out of time, by workload.
+        standings: How those of a case did, as far as it was asked.
     """
 
     stamp: tuple[tuple[int, int], ...]
     cases: tuple[Case, ...]
     points: npt.NDArray[np.float64]
     unrunnable: dict[Settings, set[str]]
+    timed_out: dict[Workload, set[Settings]]
     standings: dict[tuple[int, Config, str | None], Standings | None]
 
-    def by_distance(self, workload: Workload) -> Iterator[tuple[float, int]]:
-        """Distance and number of each case that is not too far, the nearest first."""
+    def by_distance(self, workload: Workload, n_shelf: int) -> Iterator[tuple[float, int, int]]:
+        """Distance, `n_shelf` and number of each case that is not too far, the nearest first."""
         if not self.cases:
             return
         distances = np.abs(self.points - np.array(workload.coordinates)).sum(axis=1)
         for number in np.argsort(distances, kind="stable").tolist():
             if distances[number] > MAX_DISTANCE:
                 return
-            yield float(distances[number]), number
+            yield float(distances[number]), n_shelf, number
 
     def standings_of(self, number: int, default: Config, toolchain: str | None) -> Standings | None:
         asked = (number, default, toolchain)
@@ -292,7 +328,7 @@ class RecordBase:
             self._pending[device] = pending
             index = self._memory.setdefault(device, _Index(f"records of {device} in memory", device))
             for line in lines:
-                index.add(JsonLine(len(pending), 0, line, data.json_object(line)))
+                index.add(len(pending), line)
             if not self._has_warned:
                 logger.warning("tuning records are kept for this process only: %s", error)
                 self._has_warned = True
@@ -394,18 +430,15 @@ class RecordBase:
 
     def _nearest(self, asked: _Question, keys: Sequence[RecordKey]) -> Served | None:
         shelves = [self._shelf(key) for key in keys]
-        nearest = sorted(
-            (distance, n_shelf, number)
-            for n_shelf, shelf in enumerate(shelves)
-            for distance, number in shelf.by_distance(asked.workload)
-            if not asked.is_held_out(shelf.cases[number].workload)
-        )
-        if not nearest:
+        if not any(shelf.cases for shelf in shelves):
             return None
         default = asked.template.default(asked.key.backend)
         may_serve = self._objections(asked, keys)
-        for distance, n_shelf, number in nearest:
+        walks = (shelf.by_distance(asked.workload, n_shelf) for n_shelf, shelf in enumerate(shelves))
+        for distance, n_shelf, number in heapq.merge(*walks):
             shelf, key = shelves[n_shelf], keys[n_shelf]
+            if asked.is_held_out(shelf.cases[number].workload):
+                continue
             stood = shelf.standings_of(number, default, asked.toolchain)
             won = None if stood is None else stood.winner(may_serve)
             if won is not None:
@@ -416,13 +449,7 @@ class RecordBase:
         """Whether a configuration may be served: it is legal, and nothing is known against it on any of the devices."""
         indexes = [index for key in {asked.key, *keys} for index in self._indexes(key.device)]
         own = self._shelf(asked.key)
-        timed_out = {
-            settings_of(record.config)
-            for case in own.cases
-            if case.workload == asked.workload
-            for record in case.records
-            if record.failure == "timeout"
-        }
+        timed_out = own.timed_out.get(asked.workload, set())
 
         def is_held_against(toolchains: Iterable[str]) -> bool:
             return any(asked.toolchain in (None, each) for each in toolchains)
@@ -446,16 +473,19 @@ class RecordBase:
         if shelf is None or shelf.stamp != stamp:
             by_workload: dict[Workload, list[TuningRecord]] = defaultdict(list)
             unrunnable: dict[Settings, set[str]] = defaultdict(set)
+            timed_out: dict[Workload, set[Settings]] = defaultdict(set)
             for index in indexes:
                 for record in index.records(key):
                     by_workload[record.workload].append(record)
                     if record.failure in ("constraint", "compile", "launch"):
                         unrunnable[settings_of(record.config)].add(record.toolchain)
+                    elif record.failure == "timeout":
+                        timed_out[record.workload].add(settings_of(record.config))
             cases = tuple(Case(key, workload, tuple(mine)) for workload, mine in by_workload.items())
             points = np.array([case.workload.coordinates for case in cases], np.float64)
             # An unusable line was taken out meanwhile.
             stamp = tuple(index.stamp(key) for index in indexes)
-            shelf = self._shelves[key] = _Shelf(stamp, cases, points, dict(unrunnable), {})
+            shelf = self._shelves[key] = _Shelf(stamp, cases, points, dict(unrunnable), dict(timed_out), {})
         return shelf
 
     def _indexes(self, device: str) -> list[_Index]:

@@ -62,8 +62,7 @@ def entries(path: Path) -> Iterator[Entry]:
         found = data.read_json_lines(path)
     except SparsecError as error:
         raise RecordError(f"record file: {error}") from None
-    torn = () if found.torn is None else (found.torn,)
-    for line in (*found.lines, *torn):
+    for line in found.lines:
         yield _entry(path, line)
 
 
