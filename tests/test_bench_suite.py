@@ -666,6 +666,32 @@ def test_plots_are_the_same_for_the_same_results(tmp_path, kind):
     for folder in (tmp_path / "one", tmp_path / "two"):
         done = CliRunner().invoke(bench_suite.main, ["plot", str(results_file), "--out", str(folder)])
         assert done.exit_code == 0, done.output
-        assert sorted(path.name for path in folder.iterdir()) == ["mine.png", "mine.svg"]
+        assert sorted(path.suffix for path in folder.iterdir()) == [".png", ".svg"]
+        assert all(path.name.startswith("mine-") for path in folder.iterdir())
         contents.append([path.read_bytes() for path in sorted(folder.iterdir())])
     assert contents[0] == contents[1]
+
+
+# What is committed
+
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+def test_the_tables_of_the_readme_are_those_of_the_committed_results():
+    arguments = ["table", *map(str, COMMITTED), "--write", str(ROOT / "README.md"), "--check"]
+    checked = CliRunner().invoke(bench_suite.main, arguments)
+    assert checked.exit_code == 0, checked.output
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_the_committed_plots_are_of_the_committed_results(path):
+    run = results.read_run(path)
+    if not any(row.case.measure == "attention" for row in run.cases):
+        return
+    for suffix in ("svg", "png"):
+        drawn = ROOT / "benchmarks" / "plots" / f"{run.grid}-{run.provenance.device}.{suffix}"
+        assert f"results {run.digest}".encode() in drawn.read_bytes(), (
+            f"{drawn.name} is out of date: run `make figures`"
+        )

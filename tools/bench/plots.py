@@ -36,9 +36,10 @@ def plot(run: Run, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix in ("png", "svg"):
-        path = folder / f"{run.grid}.{suffix}"
-        # Without a date, the same results give the same file.
+        path = folder / f"{run.grid}-{at.device}.{suffix}"
+        # Without a date, the same results give the same file; the digest tells which results they were.
         stamps: dict[str, Any] = {"Date": None} if suffix == "svg" else {"Software": None}
+        stamps["Description"] = f"results {run.digest}"
         figure.savefig(path, dpi=150, metadata=stamps)
         written.append(path)
     import matplotlib.pyplot as plt

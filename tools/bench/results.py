@@ -6,6 +6,7 @@ must not know how anything is measured or shown.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import types
@@ -261,6 +262,11 @@ class Run:
     ceilings: tuple[Ceiling, ...]
     goals: tuple[Goal, ...]
     cases: tuple[CaseRow, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of everything in it, so that a plot can say what it was made from."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         content = asdict(self)
