@@ -36,7 +36,7 @@ from sparsec.backends.cuda_calls import (
 from sparsec.backends.cuda_gradients import GradientArguments, Side, gradient_program, prepared_blocks, sides
 from sparsec.device import Device
 from sparsec.errors import CompileError, UnsupportedError
-from sparsec.template import Template
+from sparsec.template import Config, Template
 
 if TYPE_CHECKING:
     import torch
@@ -370,6 +370,9 @@ class CudaBackend:
             return "its kernels apply no score modifier yet"
         if device.kind == "nvidia" and int(device.arch.removeprefix("sm_")) < _OLDEST:
             return f"its kernels need sm_{_OLDEST} or newer, and {device.name} is {device.arch}"
+        return None
+
+    def config_refusal(self, template: Template, config: Config, problem: Problem, device: Device) -> str | None:
         return None
 
     def missing(self, device: Device) -> str | None:
