@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,15 +31,14 @@ import numpy as np
 from sparsec import data
 from sparsec import masks as m
 from sparsec.backends import reference
-from sparsec.backends.base import DTYPES, Launch, Problem, backend
+from sparsec.backends.base import BACKENDS, DTYPES, Launch, Problem, backend
 from sparsec.device import Device, detect_gpu
 from sparsec.masks.mask import Mask
 from sparsec.planner.works import build_work
-from sparsec.template import Template, templates
+from sparsec.template import KERNEL_FILES, Template, templates
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "gpu"
-BACKEND = "triton"
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DIRECTIONS = ("forward", "backward")
 
@@ -92,12 +92,13 @@ class Record:
         import torch
 
         self.path = RESULTS / f"{device.key}.json"
+        names = dict.fromkeys(name for _, name in own_kernels(device))
         self.about = {
             "device": device.key,
             "label": torch.cuda.get_device_name(),
             "arch": device.arch,
             "commit": commit(),
-            "toolchain": f"{backend(BACKEND).toolchain()}, torch {torch.__version__}",
+            "toolchain": ", ".join([*(backend(name).toolchain() for name in names), f"torch {torch.__version__}"]),
         }
         kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
         is_same = all(kept.get(key) == value for key, value in self.about.items())
@@ -130,28 +131,38 @@ def commit() -> str:
 # Part "verify": every template, dtype and direction on the hard cases.
 
 
-def own_templates() -> list[Template]:
-    return [each for each in templates().values() if BACKEND in each.backends()]
+def own_kernels(device: Device) -> list[tuple[Template, str]]:
+    """Every template with every GPU back end that has kernels for it and runs here."""
+    return [
+        (each, name)
+        for name in BACKENDS
+        if device.kind != "cpu" and backend(name).serves(device)
+        for each in templates().values()
+        if name in KERNEL_FILES and name in each.backends() and backend(name).missing(device) is None
+    ]
 
 
-def launch_of(each: Template, case: Case, dtype: str, device: Device) -> Launch:
+def launch_of(each: Template, name: str, case: Case, dtype: str, device: Device) -> Launch:
     problem = replace(case.problem, dtype=dtype)
     bound = case.mask.bind(problem.q_len, problem.kv_len)
-    config = each.default(BACKEND)
+    config = each.default(name)
     work = build_work(each, config, bound, problem, device, heads=problem.q_heads)
     heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
     scale = problem.head_dim**-0.5 if case.scale is None else case.scale
-    return Launch(each, BACKEND, config, problem, device, work, heads, batch, scale)
+    return Launch(each, name, config, problem, device, work, heads, batch, scale)
 
 
 def verifications(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
     """`(key, check)`; a check raises where something is wrong."""
     for case in hard_cases():
         for direction in DIRECTIONS:
-            for each in own_templates():
+            for each, name in own_kernels(device):
                 for dtype in reversed(DTYPES):
-                    key = f"verify/{each.name}/{dtype}/{direction}/{case.name}"
-                    yield key, lambda e=each, c=case, t=dtype, d=direction: verify(launch_of(e, c, t, device), d)
+                    key = f"verify/{each.name}/{name}/{dtype}/{direction}/{case.name}"
+                    yield (
+                        key,
+                        lambda e=each, n=name, c=case, t=dtype, d=direction: verify(launch_of(e, n, c, t, device), d),
+                    )
 
 
 def verify(launch: Launch, direction: str) -> None:
@@ -180,12 +191,12 @@ def verify(launch: Launch, direction: str) -> None:
     on = [tensor.cuda() for tensor in (q, k, v)]
     if direction == "forward":
         device_out, device_lse = out.cuda(), lse.cuda()
-        backend(BACKEND).lower(launch)(*on, device_out, device_lse)
+        backend(launch.backend).lower(launch)(*on, device_out, device_lse)
         out, lse = device_out.cpu(), device_lse.cpu()
     else:
         reference.ReferenceKernel(launch)(q, k, v, out, lse)
         dq, dk, dv = torch.full_like(on[0], float("nan")), torch.zeros(k.shape).cuda(), torch.zeros(v.shape).cuda()
-        kernel = backend(BACKEND).lower_backward(launch)
+        kernel = backend(launch.backend).lower_backward(launch)
         kernel(*on, out.cuda(), lse.cuda(), d_out.cuda(), d_lse.cuda(), dq, dk, dv)
         dq, dk, dv = dq.cpu(), dk.cpu(), dv.cpu()
     for b, kv_head in np.ndindex(p.batch, p.kv_heads):
@@ -223,26 +234,24 @@ def hold(what: str, tensor: Any, expected: Any, allowed: float) -> None:
 
 
 def far_offsets(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
-    for each in own_templates():
+    kernels = own_kernels(device)
+    for each, name in kernels:
         for dtype in ("bf16", "fp16"):
-            yield f"offsets/{each.name}/{dtype}/forward/far-rows", lambda e=each, t=dtype: far_rows(e, t, device)
-    yield (
-        "offsets/block_sparse/bf16/forward/17-million-tokens",
-        lambda: many_tokens(templates()["block_sparse"], device),
-    )
-    yield (
-        "offsets/row_traversal/bf16/forward/17-million-tokens",
-        lambda: many_tokens(templates()["row_traversal"], device),
-    )
+            key = f"offsets/{each.name}/{name}/{dtype}/forward/far-rows"
+            yield key, lambda e=each, n=name, t=dtype: far_rows(e, n, t, device)
+    for each, name in kernels:
+        if each.layout != "hybrid":
+            key = f"offsets/{each.name}/{name}/bf16/forward/17-million-tokens"
+            yield key, lambda e=each, n=name: many_tokens(e, n, device)
 
 
-def far_rows(each: Template, dtype: str, device: Device) -> None:
+def far_rows(each: Template, name: str, dtype: str, device: Device) -> None:
     """A few rows, heads and batch elements that lie 2^28 elements apart and more."""
     import torch
 
     apart = 2**28
     case = Case("far-rows", m.from_dense(np.tri(5, 5, dtype=bool)), Problem(5, 5, 2, 2, 8, 8, batch=2))
-    launch = launch_of(each, case, dtype, device)
+    launch = launch_of(each, name, case, dtype, device)
     storage = torch.empty(20 * apart, dtype=getattr(torch, TORCH_NAMES[dtype]), device="cuda")
     generator = torch.Generator().manual_seed(3)
     near = [torch.randn(2, 2, 5, 8, generator=generator).to(storage.dtype) for _ in range(4)]
@@ -252,7 +261,7 @@ def far_rows(each: Template, dtype: str, device: Device) -> None:
         view.copy_(tensor)
         views.append(view)
     lse = torch.full((2, 2, 5), float("nan"), device="cuda")
-    backend(BACKEND).lower(launch)(*views, lse)
+    backend(launch.backend).lower(launch)(*views, lse)
     for b, h in np.ndindex(2, 2):
         heads = tuple(t[b, h].double().numpy() for t in near[:3])
         wanted = reference.attention(*heads, launch.work.bound, launch.scale)
@@ -261,17 +270,17 @@ def far_rows(each: Template, dtype: str, device: Device) -> None:
         hold("lse", lse[b, h].cpu(), wanted[1], allowed[1])
 
 
-def many_tokens(each: Template, device: Device) -> None:
+def many_tokens(each: Template, name: str, device: Device) -> None:
     """One head of 17 million tokens of 128 dimensions: 2.2 · 10^9 elements a tensor. Rows at both ends are checked."""
     import torch
 
     length, dim, reach = 17_000_000, 128, 40
     case = Case("many", m.window(reach, reach), Problem(length, length, 1, 1, dim, dim))
-    launch = launch_of(each, case, "bf16", device)
+    launch = launch_of(each, name, case, "bf16", device)
     q, k, v = (torch.randn(1, 1, length, dim, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     out = torch.full_like(q, float("nan"))
     lse = torch.full((1, 1, length), float("nan"), device="cuda")
-    backend(BACKEND).lower(launch)(q, k, v, out, lse)
+    backend(launch.backend).lower(launch)(q, k, v, out, lse)
     assert not torch.isnan(lse).any()
     for first in (0, 2**31 // dim - 100, length - 200):
         piece = slice(first, first + 200)
@@ -306,9 +315,9 @@ def bench_cases() -> Iterator[tuple[str, Mask, Problem]]:
 
 def benchmarks(device: Device) -> Iterator[tuple[str, Callable[[], Result]]]:
     for name, mask, problem in bench_cases():
-        for each in own_templates():
-            key = f"bench/{name}/{each.name}"
-            yield key, lambda e=each, n=name, a=mask, p=problem: time_own(e, Case(n, a, p), device)
+        for each, server in own_kernels(device):
+            key = f"bench/{name}/{each.name} on {server}"
+            yield key, lambda e=each, s=server, n=name, a=mask, p=problem: time_own(e, s, Case(n, a, p), device)
         yield f"bench/{name}/flex_attention", lambda a=mask, p=problem: time_flex(a, p)
         if name == "causal":
             yield f"bench/{name}/sdpa", lambda p=problem: time_sdpa(p)
@@ -324,12 +333,12 @@ def bench_inputs(p: Problem) -> tuple[Any, Any, Any]:
     return q, k, v
 
 
-def time_own(each: Template, case: Case, device: Device) -> Result:
+def time_own(each: Template, name: str, case: Case, device: Device) -> Result:
     import torch
 
     p = case.problem
-    launch = launch_of(each, case, p.dtype, device)
-    kernel = backend(BACKEND).lower(launch)
+    launch = launch_of(each, name, case, p.dtype, device)
+    kernel = backend(launch.backend).lower(launch)
     q, k, v = bench_inputs(p)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device="cuda")
     kernel(q, k, v, out, lse)
@@ -416,12 +425,36 @@ def gpu_tests(device: Device) -> Iterator[tuple[str, Callable[[], Result]]]:
     yield "tests/pytest-m-gpu", run_pytest
 
 
+# Part "sanitize": memory errors and races, under a tool that not every machine has.
+
+
+def sanitized(device: Device) -> Iterator[tuple[str, Callable[[], Result]]]:
+    for each, name in own_kernels(device):
+        if name != "cuda":
+            continue
+        for direction in DIRECTIONS:
+            for tool in ("memcheck", "racecheck", "synccheck"):
+                key = f"verify/{each.name}/{name}/bf16/{direction}/long-rows"
+                yield f"sanitize/{each.name}/{name}/{direction}/{tool}", lambda t=tool, k=key: sanitize(t, k)
+
+
+def sanitize(tool: str, key: str) -> Result:
+    if shutil.which("compute-sanitizer") is None:
+        return {"status": "skipped", "why": "compute-sanitizer is not on the PATH"}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "once", key]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode:
+        raise AssertionError(f"compute-sanitizer --tool {tool}: {(done.stdout + done.stderr)[-1500:]}")
+    return {}
+
+
 # Part, its tasks, and the share of the budget it may take.
 PARTS: dict[str, tuple[Callable[[Device], Iterator[tuple[str, Callable[[], Any]]]], float]] = {
     "verify": (verifications, 0.4),
     "offsets": (far_offsets, 0.15),
     "bench": (benchmarks, 0.25),
-    "tests": (gpu_tests, 0.2),
+    "tests": (gpu_tests, 0.15),
+    "sanitize": (sanitized, 0.05),
 }
 
 
@@ -460,6 +493,14 @@ def run(budget_s: float, parts: tuple[str, ...]) -> None:
     click.echo(json.dumps({**record.about, **counts, "record": str(record.path.relative_to(ROOT))}))
     if counts["failed"]:
         raise SystemExit(1)
+
+
+@main.command()
+@click.argument("key")
+def once(key: str) -> None:
+    """Runs one verification, for a tool that watches it."""
+    device = detect_gpu()
+    dict(verifications(device))[key]()
 
 
 def outcome(task: Callable[[], Any]) -> Result:
@@ -504,15 +545,16 @@ def gpu_md() -> str:
 
 def lowered_rows() -> Iterator[tuple[tuple[str, ...], str]]:
     """What the lowering tests compile, by the ids pytest collects."""
-    target = "tests/kernels/test_triton_lowering.py"
-    command = [sys.executable, "-m", "pytest", "--collect-only", target, "-k", "test_the_default_does_not_spill"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if found.returncode or "test_the_default_does_not_spill[" not in found.stdout:
-        raise click.ClickException(f"{target} could not be collected (is triton installed?):\n{found.stdout}")
     arches = {device.name: device.arch for device in all_devices()}
-    pattern = r"\[(\w+)-((?:nvidia|amd)-[\w-]+?)-(fp32|fp16|bf16)-(forward|backward)-d\d+\]"
-    for name, gpu, dtype, direction in re.findall(pattern, found.stdout):
-        yield (name, BACKEND, direction, dtype, arches[gpu]), "lowered"
+    pattern = r"\[(\w+)-((?:nvidia|amd)-[\w-]+?|sm_\d+)-(fp32|fp16|bf16)-(forward|backward)-d\d+"
+    for server in ("triton", "cuda"):
+        target = f"tests/kernels/test_{server}_lowering.py"
+        command = [sys.executable, "-m", "pytest", "--collect-only", target, "-k", "test_the_default_does_not_spill"]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if found.returncode or "test_the_default_does_not_spill" not in found.stdout:
+            raise click.ClickException(f"{target} could not be collected (is {server} installed?):\n{found.stdout}")
+        for name, gpu, dtype, direction in re.findall(pattern, found.stdout):
+            yield (name, server, direction, dtype, arches.get(gpu, gpu)), "lowered"
 
 
 def all_devices() -> Iterator[Device]:
@@ -528,8 +570,8 @@ def verified_rows(record: Result) -> Iterator[tuple[tuple[str, ...], str]]:
     for key, result in record["results"].items():
         part, *rest = key.split("/")
         if part == "verify":
-            name, dtype, direction, _ = rest
-            by_row.setdefault((name, BACKEND, direction, dtype, record["arch"]), []).append(result["status"])
+            name, server, dtype, direction, _ = rest
+            by_row.setdefault((name, server, direction, dtype, record["arch"]), []).append(result["status"])
     for row, statuses in by_row.items():
         passed = statuses.count("passed")
         if "failed" in statuses:

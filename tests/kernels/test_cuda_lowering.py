@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
-pytest.importorskip("cuda.bindings.nvrtc")
-
 import running
 from cases import by_degree, case, scattered
 
@@ -18,8 +15,7 @@ from sparsec.device import device
 from sparsec.errors import CompileError
 from sparsec.template import Config, template
 
-if cuda_compile.missing() is not None:
-    pytest.skip(cuda_compile.missing(), allow_module_level=True)
+pytestmark = pytest.mark.skipif(cuda_compile.missing() is not None, reason=str(cuda_compile.missing()))
 
 # sm_80, sm_86, sm_89, sm_90, sm_100.
 GPUS = {
@@ -50,7 +46,10 @@ def lowered(arch: str, dtype: str, tried, values=(), direction="forward") -> lis
     return [cuda_compile.lowered(replace(program, arch=arch)) for program, _ in programs]
 
 
-@pytest.mark.parametrize(("direction", "arch", "dtype", "head_dim", "heads"), SPREAD)
+@pytest.mark.parametrize(
+    ("direction", "arch", "dtype", "head_dim", "heads"),
+    [pytest.param(*each, id="row_traversal-{1}-{2}-{0}-d{3}".format(*each)) for each in SPREAD],
+)
 def test_the_default_does_not_spill_and_loads_sixteen_bytes(direction, arch, dtype, head_dim, heads):
     tried = case("lowered", scattered(150, 300, 0.05), 150, 300, head_dim, heads=heads)
     # A lane fetches its part of its own rows once a packed head, and of four rows of K and of V; dK and dV are of one.
