@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparsec.device import Device
     from sparsec.masks import BoundMask, Mask
     from sparsec.planner import Plan
-    from sparsec.planner.search import Reorder
+    from sparsec.planner.search import PlanTune, Reorder
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])  # Any: a command as click takes it
 
@@ -42,6 +42,7 @@ class Asked:
     backend: str | None
     reorder: Reorder
     needs_grad: bool
+    tune: PlanTune
 
     @property
     def device(self) -> Device:
@@ -108,6 +109,7 @@ class Asked:
             template=self.template,
             backend=self.backend,
             reorder=self.reorder,
+            tune=self.tune,
         )
 
 
@@ -147,6 +149,13 @@ def planning_options(command: _Command) -> _Command:
             help="Whether other orders of tokens compete, or must win.",
         ),
         click.option("--needs-grad", is_flag=True, help="For a forward pass that a backward pass will follow."),
+        click.option(
+            "--tune",
+            type=click.Choice(["cached", "off"]),
+            default="cached",
+            show_default=True,
+            help="Whether to go by tuning records where there are any, or by the cost model alone.",
+        ),
     )
     for option in reversed(options):
         command = option(command)

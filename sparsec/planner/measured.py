@@ -51,10 +51,10 @@ class Measured:
         if self._base is None:
             return None
 
-        refusal = getattr(backend(backend_name), "config_refusal", None)
+        server = backend(backend_name)
 
         def is_allowed(config: Config) -> bool:
-            return refusal is None or refusal(each, config, self._problem, self._device) is None
+            return server.config_refusal(each, config, self._problem, self._device) is None
 
         return self._base.lookup(
             RecordKey.of(each, backend_name, self._problem, self._device, direction),

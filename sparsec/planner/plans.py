@@ -161,6 +161,11 @@ class Plan:
         return total
 
     @property
+    def us(self) -> float:
+        """What it should take: by records where they say, else by the cost model."""
+        return sum(group.us for group in self.groups)
+
+    @property
     def config_source(self) -> str:
         """Where the configurations came from: records, and how near, or the cost model."""
         return "; ".join(dict.fromkeys(group.config_source for group in self.groups))

@@ -89,7 +89,7 @@ class Served:
         count = f"{n} measurement{'' if n == 1 else 's'}"
         if self.nearness == "exact":
             return f"records of such a mask on this device ({count})"
-        far = f"distance {self.distance:.1f}, {count}"
+        far = f"distance {self.distance:.2g}, {count}"
         if self.nearness == "near":
             return f"nearest records on this device ({far})"
         return f"nearest records of {self.key.device}, of the same architecture ({far})"
