@@ -134,6 +134,14 @@ def test_a_slow_configuration_measured_without_the_default_is_not_served(base):
     assert served(base) is None
 
 
+def test_where_the_default_does_not_fit_another_takes_its_part(base):
+    """On a device with little shared memory, what would run without records is not the template's default."""
+    base.extend([record(SMALL, (50.0,)), record(WIDE, (49.5,))])
+    assert served(base) is None
+    assert served(base, default=SMALL).config == SMALL
+    assert served(base, default=SMALL, is_allowed=lambda config: config != SMALL).config == WIDE
+
+
 def test_interleaved_measurements_outweigh_a_busy_day(base):
     # Alone, the default met a busy machine and looks slow; side by side it is the faster one.
     base.extend([record(us=(200.0,)), record(us=(210.0,)), record(SMALL, (100.0,))])

@@ -16,6 +16,7 @@ from sparsec.backends.base import Problem, backend
 from sparsec.device import Device
 from sparsec.errors import BackendMissingError
 from sparsec.layout import Ordering
+from sparsec.planner.shortlist import shortlist
 from sparsec.records import Direction, RecordBase, RecordKey, Served, Workload
 from sparsec.template import Config, Template
 
@@ -60,6 +61,7 @@ class Measured:
             RecordKey.of(each, backend_name, self._problem, self._device, direction),
             self._workload(profile, ordering),
             toolchain=_toolchain(backend_name),
+            default=next(iter(shortlist(each, backend_name, self._problem, self._device)[0]), None),
             is_allowed=is_allowed,
         )
 

@@ -402,6 +402,7 @@ class RecordBase:
         workload: Workload,
         *,
         toolchain: str | None = None,
+        default: Config | None = None,
         is_allowed: Callable[[Config], bool] = lambda config: True,
         is_held_out: Callable[[Workload], bool] = lambda workload: False,
     ) -> Served | None:
@@ -415,6 +416,7 @@ class RecordBase:
             workload: On what.
             toolchain: What would compile it; measurements with it are preferred, and failures with others forgotten.
                 None where it is not known: all failures count.
+            default: What would run without records; the template's default, unless that does not suit the device.
             is_allowed: Whether a legal configuration suits the device and problem.
             is_held_out: Which workloads are left out of account, for judging how well the others stand in for them.
         """
@@ -422,7 +424,8 @@ class RecordBase:
         if kernel is None or kernel.digest_of(key.backend) != key.source:
             return None
         with self._lock:
-            asked = _Question(kernel, key, workload, toolchain, is_allowed, is_held_out)
+            base = default or kernel.default(key.backend)
+            asked = _Question(kernel, key, workload, toolchain, base, is_allowed, is_held_out)
             found = self._nearest(asked, [key])
             if found is None:
                 found = self._nearest(asked, [replace(key, device=kin) for kin in self._kin(key.device)])
@@ -432,14 +435,13 @@ class RecordBase:
         shelves = [self._shelf(key) for key in keys]
         if not any(shelf.cases for shelf in shelves):
             return None
-        default = asked.template.default(asked.key.backend)
         may_serve = self._objections(asked, keys)
         walks = (shelf.by_distance(asked.workload, n_shelf) for n_shelf, shelf in enumerate(shelves))
         for distance, n_shelf, number in heapq.merge(*walks):
             shelf, key = shelves[n_shelf], keys[n_shelf]
             if asked.is_held_out(shelf.cases[number].workload):
                 continue
-            stood = shelf.standings_of(number, default, asked.toolchain)
+            stood = shelf.standings_of(number, asked.default, asked.toolchain)
             won = None if stood is None else stood.winner(may_serve)
             if won is not None:
                 return _served(asked, won, key, shelf.cases[number], distance)
@@ -532,6 +534,7 @@ class _Question:
     key: RecordKey
     workload: Workload
     toolchain: str | None
+    default: Config
     is_allowed: Callable[[Config], bool]
     is_held_out: Callable[[Workload], bool]
 

@@ -2,7 +2,8 @@
 
 This file decides what a contest between configurations is and who wins it. In a user's words:
 
-- A configuration wins only over the default: where the default was not measured beside it, nothing wins.
+- A configuration wins only over the default (what would run without records): where that was not measured beside it,
+  nothing wins.
 - Measurements made interleaved (one contest) are compared with the default of their own contest, so that a machine that
   was busy on one day does not decide; where there are none, medians of medians are.
 - What is nearer than noise goes to the default.
