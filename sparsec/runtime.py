@@ -19,7 +19,8 @@ from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.expr import Expr
 from sparsec.handles import register
 from sparsec.masks.mask import BoundMask, Mask
-from sparsec.planner import Plan, plan
+from sparsec.planner import Plan, plan, renewed
+from sparsec.planner.renewal import check_structure
 from sparsec.planner.search import Reorder
 from sparsec.score import ScoreFunction, ScoreMod, as_score_mod
 from sparsec.specialisation import Specialisation
@@ -303,17 +304,22 @@ class Attention:
         }
 
     def update(self, mask: Mask | BoundMask) -> None:
-        """Takes another mask of the same lengths, for the same kernels: nothing is compiled again.
+        """Takes another mask of the same lengths and structure: only index arrays are made, for the kernels at hand.
+
+        The structure is how a mask is built: the same constructors, combined in the same way, with other numbers or
+        edges (all explicit edges count as one constructor). Templates, configurations, orders of tokens and which parts
+        run apart stay those of the first mask, whether or not they would be chosen for this one.
 
         Raises:
-            MaskError: Its lengths are others.
+            MaskError: Its lengths or its structure are others; the mask before stays.
         """
         bound = mask if isinstance(mask, BoundMask) else mask.bind(*self._bound.shape)
         if bound.shape != self._bound.shape:
             raise MaskError(f"update takes a mask of shape {self._bound.shape}; this one has {bound.shape}")
+        check_structure(self._bound.mask, bound.mask)
         with self._lock:
             # Made before anything is replaced: where the new mask cannot be served, the old one stays.
-            made = {key: self._made(bound, *key) for key in self._specialised}
+            made = {key: old.renewed(renewed(old.plan, bound)) for key, old in self._specialised.items()}
             self._bound, self._specialised = bound, made
             self._stepper = Stepper(bound, self._planned)
             self._latest = next(reversed(made.values()), None)

@@ -6,6 +6,7 @@ several are joined. It must not know how a plan is chosen or when one is made, n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,6 +29,21 @@ class Specialisation:
         self._gradients: list[list[GradientKernel]] | None = None
         if made.problem.needs_grad:
             self._gradients = self._lowered_gradients()
+
+    def renewed(self, made: Plan) -> Specialisation:
+        """The same with a plan that differs in index arrays, heads and batch elements alone: nothing is compiled."""
+        again = copy.copy(self)
+        again.plan = made
+        rebind = {
+            (launch.template.name, launch.backend): rebinding(launch, kernel) for launch, kernel in self.kernels()
+        }
+        again._kernels = [
+            [rebind[step.launch.template.name, step.launch.backend](step.launch) for step in group.steps]
+            for group in made.groups
+        ]
+        if self._gradients is not None:
+            again._gradients = again._lowered_gradients()
+        return again
 
     def kernels(self) -> list[tuple[Launch, Kernel]]:
         return [

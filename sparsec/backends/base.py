@@ -178,7 +178,7 @@ class Rebindable(Protocol):
     """A kernel, or gradient kernel, that can be had for another launch in microseconds."""
 
     def rebound(self, launch: Launch) -> Self:
-        """The kernel of a launch that differs from its own in its work and in what query 0 is called."""
+        """The kernel of a launch that differs in its work, heads, batch elements and in what query 0 is called."""
         ...
 
 

@@ -5,9 +5,10 @@ Every constructor checks here, once, so that a wrong argument is named with its 
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 
 from sparsec.errors import MaskError
 from sparsec.masks.ranges import IntArray
@@ -39,6 +40,15 @@ def int_array(values: object, name: str, what: str) -> IntArray:
     Raises:
         MaskError: Not a flat sequence of integers.
     """
+    return flat_ints(values, name, what).astype(np.int64)
+
+
+def flat_ints(values: object, name: str, what: str) -> npt.NDArray[np.integer[Any]]:
+    """What the user gave as a one-dimensional array of integers, of its own dtype; not copied where it is one.
+
+    Raises:
+        MaskError: Not a flat sequence of integers.
+    """
     try:
         array = np.asarray(values)
     except (TypeError, ValueError) as error:
@@ -49,4 +59,4 @@ def int_array(values: object, name: str, what: str) -> IntArray:
         raise MaskError(
             f"{name}: {what} must be a flat sequence of ints, and is {array.dtype} with shape {array.shape}"
         )
-    return array.astype(np.int64)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

@@ -139,7 +139,7 @@ class BoundMask:
 
     def to_csr(self) -> scipy.sparse.csr_array:
         """All edges as a SciPy CSR array of bool, columns sorted."""
-        return derive.to_csr(self._body, self.shape)
+        return self._body._to_csr(self.shape)
 
     def to_dense(self) -> npt.NDArray[np.bool_]:
         """bool `[q_len, kv_len]`, for small masks.

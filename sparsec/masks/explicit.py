@@ -10,16 +10,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsec.errors import MaskError
 from sparsec.masks import ranges
-from sparsec.masks.arguments import checked_int, int_array, is_int
+from sparsec.masks.arguments import checked_int, flat_ints, int_array, is_int
 from sparsec.masks.mask import Axis, Mask, Shape, call_text
 from sparsec.masks.ranges import IntArray, RowRanges
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 # int32, or int64 where keys do not fit it.
 Columns = npt.NDArray[np.signedinteger[Any]]
@@ -51,6 +54,16 @@ class Edges(Mask):
 
     def _nnz(self, shape: Shape) -> int:
         return len(self.indices)
+
+    def _to_csr(self, shape: Shape) -> scipy.sparse.csr_array:
+        import scipy.sparse
+
+        # The edges as they lie: nothing is looked at again.
+        csr = scipy.sparse.csr_array(shape, dtype=np.bool_)
+        csr.data, csr.indices = np.ones(len(self.indices), np.bool_), self.indices
+        csr.indptr = self.indptr.astype(self.indices.dtype) if len(self.indices) < 2**31 else self.indptr
+        csr.has_sorted_indices = csr.has_canonical_format = True
+        return csr
 
     def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
         if axis == "q":
@@ -105,7 +118,8 @@ def from_csr(indptr: object, indices: object, kv_len: int) -> Mask:
         MaskError: `indptr` does not begin at 0, decreases, or does not end at `len(indices)`; columns that are
             negative, too large, unsorted or repeated. The message names the row.
     """
-    pointers, columns = int_array(indptr, "from_csr", "indptr"), int_array(indices, "from_csr", "indices")
+    pointers = int_array(indptr, "from_csr", "indptr")
+    columns = flat_ints(indices, "from_csr", "indices")
     kv_len = checked_int(kv_len, "from_csr", "kv_len")
     if len(pointers) < 2 or pointers[0] != 0:
         raise MaskError(
@@ -123,6 +137,19 @@ def from_csr(indptr: object, indices: object, kv_len: int) -> Mask:
         raise MaskError(
             f"from_csr: indptr ends at {pointers[-1]}, and there are {len(columns)} indices; they must agree"
         )
+    # Three passes over the indices: one finds those out of range (as unsigned, negative ones are large), one those that
+    # do not rise, one copies them.
+    first = pointers[1:-1][(pointers[1:-1] > 0) & (pointers[1:-1] < len(columns))]
+    rises = columns[1:] > columns[:-1]
+    rises[first - 1] = True
+    is_inside = not len(columns) or int(columns.view(f"u{columns.itemsize}").max()) < kv_len
+    if not (is_inside and rises.all()):
+        _raise_disorder(pointers, columns, kv_len)
+    return Edges(pointers, _compact(columns, kv_len), kv_len)
+
+
+def _raise_disorder(pointers: IntArray, columns: npt.NDArray[np.integer[Any]], kv_len: int) -> NoReturn:
+    """Names the first index of a CSR that is out of range, out of order or repeated."""
     row_of = np.repeat(np.arange(len(pointers) - 1, dtype=np.int64), np.diff(pointers))
     _check_columns(row_of, columns, kv_len, "from_csr")
     same_row = row_of[1:] == row_of[:-1]
@@ -133,7 +160,7 @@ def from_csr(indptr: object, indices: object, kv_len: int) -> Mask:
         if wrong.any():
             at = int(np.argmax(wrong))
             raise MaskError(f"from_csr: row {row_of[at]} has {what}: {columns[at]}, then {columns[at + 1]}; {way_out}")
-    return Edges(pointers, _compact(columns, kv_len), kv_len)
+    raise AssertionError("an index of from_csr is out of order, and none was found")
 
 
 def is_sparse(array: object) -> bool:
@@ -243,7 +270,7 @@ def from_pairs(row: IntArray, column: IntArray, shape: Shape, name: str) -> Mask
     return _from_sorted(row[first], column[first], shape)
 
 
-def _check_columns(row: IntArray, column: IntArray, kv_len: int, name: str) -> None:
+def _check_columns(row: IntArray, column: npt.NDArray[np.integer[Any]], kv_len: int, name: str) -> None:
     wrong = (column < 0) | (column >= kv_len)
     if wrong.any():
         at = int(np.argmax(wrong))
@@ -259,7 +286,7 @@ def _from_sorted(row: IntArray, column: Columns, shape: Shape) -> Edges:
     return Edges(indptr, _compact(column, shape[1]), shape[1])
 
 
-def _compact(column: Columns, kv_len: int) -> Columns:
+def _compact(column: npt.NDArray[np.integer[Any]], kv_len: int) -> Columns:
     compact: Columns = column.astype(np.int32 if kv_len < 2**31 else np.int64)
     return compact
 

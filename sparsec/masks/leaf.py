@@ -22,6 +22,8 @@ from sparsec.masks.ranges import IntArray, RowRanges
 from sparsec.masks.tilemap import Grid, TileBits, TileMap, TilePatterns
 
 if TYPE_CHECKING:
+    import scipy.sparse
+
     from sparsec.masks.mask import Mask
 
 Shape = tuple[int, int]
@@ -78,6 +80,9 @@ class Leaf:
     def _bits_at(self, grid: Grid, keys: IntArray) -> TileBits:
         """The contents of the tiles `keys` (ascending)."""
         return derive.bits_at(self, grid, keys)
+
+    def _to_csr(self, shape: Shape) -> scipy.sparse.csr_array:
+        return derive.to_csr(self, shape)
 
     def _patterns(self, shape: Shape, tile_map: TileMap) -> TilePatterns:
         return derive.patterns(self, tile_map)

@@ -1,7 +1,7 @@
-"""Masks taken apart: a few heavy rows by themselves, or the part of a union that residue classes make dense.
+"""Masks taken apart: heads with masks of their own, heavy rows, the part of a union that residue classes make dense.
 
-This file decides when a mask has such parts and what they are; each pair of parts is disjoint and together the mask. It
-must not know whether running them apart pays.
+This file decides which heads and batch elements are planned together, when a mask has parts, and what they are; each
+pair of parts is disjoint and together the mask. It must not know whether running them apart pays.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from functools import reduce
 from operator import or_
 
 import numpy as np
+import numpy.typing as npt
 
 from sparsec.analysis import MaskProfile
+from sparsec.backends.base import Problem
 from sparsec.layout import Ordering
 from sparsec.masks import from_csr, full, ranges
 from sparsec.masks.mask import BoundMask, Mask, Named, Or
@@ -36,16 +38,21 @@ def heavy_rows_apart(bound: BoundMask, profile: MaskProfile) -> tuple[BoundMask,
     blocks_saved = blocks_in_place - -(-len(rows) // _LANES)
     if blocks_saved * bound.kv_len < _MIN_SHARE * profile.fill(_LANES).n_tiles * _LANES:
         return None
-    heavy = _selected(bound, rows)
-    if heavy is None:
+    parts = rows_apart(bound, rows)
+    return None if parts is None else (*parts, Ordering("heavy rows together", rows.astype(np.int32), None))
+
+
+def rows_apart(bound: BoundMask, rows: npt.NDArray[np.int64]) -> tuple[BoundMask, BoundMask] | None:
+    """`(rest, rows)`: every query, these without keys; and these alone. None where their edges are too many to list."""
+    alone = _selected(bound, rows)
+    if alone is None:
         return None
     one_row = ranges.from_csr(np.array([0, len(rows)]), rows)
     none = ranges.from_csr(np.array([0, 0]), rows[:0])
-    rest = (bound.mask - Tokens(one_row, none, False, "")).bind(*bound.shape)
-    return rest, heavy, Ordering("heavy rows together", rows.astype(np.int32), None)
+    return (bound.mask - Tokens(one_row, none, False, "")).bind(*bound.shape), alone
 
 
-def _selected(bound: BoundMask, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> BoundMask | None:
+def _selected(bound: BoundMask, rows: npt.NDArray[np.int64]) -> BoundMask | None:
     """Only the queries `rows`; None where their edges are too many to list."""
     parts = [bound.rows(int(row), int(row) + 1) for row in rows]
     nnz = sum(part.nnz for part in parts)
@@ -82,3 +89,28 @@ def _period(mask: Mask, bound: BoundMask) -> int:
         return 1
     several = offsets.stop - offsets.start > 1
     return int(np.gcd.reduce(np.concatenate((offsets.start, offsets.step[several]))))
+
+
+def distinct_masks(bound: BoundMask, problem: Problem) -> list[tuple[BoundMask, tuple[int, ...], tuple[int, ...]]]:
+    """`(mask, heads, batch elements)` for as few launches as the masks allow."""
+    heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
+    if not bound.varies_by_head and not bound.varies_by_batch:
+        return [(bound, heads, batch)]
+    masks: dict[str, BoundMask] = {}
+    heads_of: dict[tuple[int, str], list[int]] = {}
+    for b in batch if bound.varies_by_batch else batch[:1]:
+        for h in heads if bound.varies_by_head else heads[:1]:
+            chosen = bound.select(b, h)
+            masks.setdefault(chosen.digest, chosen)
+            heads_of.setdefault((b, chosen.digest), []).append(h)
+    batch_of: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for (b, digest), members in heads_of.items():
+        batch_of.setdefault((digest, tuple(members)), []).append(b)
+    return [
+        (
+            masks[digest],
+            members if bound.varies_by_head else heads,
+            tuple(elements) if bound.varies_by_batch else batch,
+        )
+        for (digest, members), elements in batch_of.items()
+    ]

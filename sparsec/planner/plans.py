@@ -6,9 +6,10 @@ This file decides what a plan says, as text and as a dictionary. It must not kno
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from sparsec.analysis import MaskProfile
+from sparsec.analysis import MaskProfile, analyse
 from sparsec.backends.base import Launch, Problem
 from sparsec.cost import Estimate
 from sparsec.device import Device
@@ -85,7 +86,7 @@ class Group:
         heads: Which query heads.
         batch: Which batch elements.
         is_whole_batch: Whether every batch element is in it, however many there will be.
-        profile: What their mask looks like.
+        known_profile: What their mask looks like, where planning found out.
         steps: Run one after the other. More than one is either joined by log-sum-exp (all partial), or each writes rows
             of its own and later ones overwrite earlier ones.
         estimate: Of all steps.
@@ -101,7 +102,7 @@ class Group:
     heads: tuple[int, ...]
     batch: tuple[int, ...]
     is_whole_batch: bool
-    profile: MaskProfile
+    known_profile: MaskProfile | None
     steps: tuple[Step, ...]
     estimate: Estimate
     config_source: str
@@ -122,6 +123,11 @@ class Group:
         return self.estimate.us if self.expected_us is None else self.expected_us
 
     @property
+    def profile(self) -> MaskProfile:
+        """What their mask looks like."""
+        return _profile(self.bound) if self.known_profile is None else self.known_profile
+
+    @property
     def is_joined(self) -> bool:
         """Whether the steps' results are joined by log-sum-exp."""
         return any(step.launch.is_partial for step in self.steps)
@@ -129,6 +135,11 @@ class Group:
     @property
     def layout_bytes(self) -> int:
         return sum(step.launch.work.nbytes for step in self.steps)
+
+
+@lru_cache(maxsize=16)
+def _profile(bound: BoundMask) -> MaskProfile:
+    return analyse(bound)
 
 
 @dataclass(frozen=True, slots=True)

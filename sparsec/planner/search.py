@@ -34,7 +34,7 @@ from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.layout import Ordering, reordered
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.measured import COST_MODEL, Measured
-from sparsec.planner.parts import heavy_rows_apart, residue_part
+from sparsec.planner.parts import distinct_masks, heavy_rows_apart, residue_part
 from sparsec.planner.plans import Candidate, Group, Plan, Refusal, Step
 from sparsec.planner.shortlist import shortlist
 from sparsec.planner.works import IDENTITY, build_work, heads_sharing, span_of
@@ -107,7 +107,7 @@ def plan(
     base = None if tune == "off" else database() if records is None else records
     groups = [
         _Search(each, problem, target, heads, batch, wanted, base).group()
-        for each, heads, batch in _distinct_masks(bound, problem)
+        for each, heads, batch in distinct_masks(bound, problem)
     ]
     return Plan(bound, problem, target, tuple(groups), (time.perf_counter() - started) * 1e6)
 
@@ -136,31 +136,6 @@ def _check(bound: BoundMask, problem: Problem) -> None:
     ):
         if members is not None and members != wanted:
             raise MaskError(f"the mask has one member for each of {members} {name}, and the problem has {wanted}")
-
-
-def _distinct_masks(bound: BoundMask, problem: Problem) -> list[tuple[BoundMask, tuple[int, ...], tuple[int, ...]]]:
-    """`(mask, heads, batch elements)` for as few launches as the masks allow."""
-    heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
-    if not bound.varies_by_head and not bound.varies_by_batch:
-        return [(bound, heads, batch)]
-    masks: dict[str, BoundMask] = {}
-    heads_of: dict[tuple[int, str], list[int]] = {}
-    for b in batch if bound.varies_by_batch else batch[:1]:
-        for h in heads if bound.varies_by_head else heads[:1]:
-            chosen = bound.select(b, h)
-            masks.setdefault(chosen.digest, chosen)
-            heads_of.setdefault((b, chosen.digest), []).append(h)
-    batch_of: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for (b, digest), members in heads_of.items():
-        batch_of.setdefault((digest, tuple(members)), []).append(b)
-    return [
-        (
-            masks[digest],
-            members if bound.varies_by_head else heads,
-            tuple(elements) if bound.varies_by_batch else batch,
-        )
-        for (digest, members), elements in batch_of.items()
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +292,7 @@ class _Search:
             heads=self._heads,
             batch=self._batch,
             is_whole_batch=self._batch == tuple(range(self._problem.batch)),
-            profile=self._profile,
+            known_profile=self._profile,
             steps=tuple(self._steps(winner)),
             estimate=winner.estimate,
             config_source=winner.config_source,

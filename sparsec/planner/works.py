@@ -14,7 +14,7 @@ from sparsec.analysis import MaskProfile
 from sparsec.backends.base import MAX_HEADS_SHARING, Problem, Work
 from sparsec.cost import CostModel, cost_model
 from sparsec.device import Device
-from sparsec.layout import Ordering, block_tiles, hybrid_split, row_lists, schedule
+from sparsec.layout import Ordering, RowForm, block_tiles, hybrid_split, row_lists, schedule
 from sparsec.masks.mask import BoundMask
 from sparsec.template import Config, Template
 
@@ -37,6 +37,7 @@ def build_work(
     heads: int,
     ordering: Ordering = IDENTITY,
     span_keys: float | None = None,
+    row_form: RowForm | None = None,
 ) -> Work:
     """The index arrays of a launch.
 
@@ -49,13 +50,14 @@ def build_work(
         heads: How many heads run it.
         ordering: Which token stands at each position of `bound`.
         span_keys: Among how many keys a row's keys lie, for the cost of fetching them; all by default.
+        row_form: How rows are stored, where that is known to suit; the smallest form that fits is found otherwise.
     """
     model = cost_model(problem, device)
     copies = heads * problem.batch
     span = float(bound.kv_len) if span_keys is None else span_keys
     if template.layout == "rows":
         shared = heads_sharing(problem, device, heads)
-        return _row_work(bound, config, model, (copies // shared, shared), ordering, span)
+        return _row_work(bound, config, model, (copies // shared, shared), ordering, span, row_form)
     if template.layout == "tiles":
         return _tile_work(bound, config, model, copies, ordering)
     if template.layout == "hybrid":
@@ -86,11 +88,17 @@ def heads_sharing(problem: Problem, device: Device, heads: int) -> int:
 
 
 def _row_work(
-    bound: BoundMask, config: Config, model: CostModel, copies: tuple[int, int], ordering: Ordering, span: float
+    bound: BoundMask,
+    config: Config,
+    model: CostModel,
+    copies: tuple[int, int],
+    ordering: Ordering,
+    span: float,
+    row_form: RowForm | None,
 ) -> Work:
     """`copies`: how often the list is run, and the heads that walk it together each time."""
     n_copies, shared = copies
-    rows = row_lists(bound)
+    rows = row_lists(bound, row_form)
     block_q = config.get("block_q", _COSTED_ROWS)
     before = np.concatenate(([0], np.cumsum(rows.degrees())))
     n_units = -(-bound.q_len // block_q)

@@ -1,0 +1,127 @@
+"""The plan of another mask of the same structure: what was chosen stays, only index arrays are made.
+
+This file decides which masks have the same structure, and how each launch of a plan is taken over: its template, back
+end, configuration and order of tokens, over the same part of the mask. Nothing is analysed or weighed; whatever the new
+mask's edges, the result is exact. It must not know how the choice was made.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from sparsec.cost import estimate
+from sparsec.errors import MaskError
+from sparsec.layout import reordered
+from sparsec.masks.mask import BoundMask, Mask
+from sparsec.planner.parts import distinct_masks, residue_part, rows_apart
+from sparsec.planner.plans import Group, Plan, Step
+from sparsec.planner.works import build_work
+
+
+def structure(mask: Mask) -> tuple[object, ...]:
+    """How a mask is built: its constructors and how they are combined, whatever their arguments.
+
+    Edges are edges, whether they came from CSR, a dense or sparse array, or a graph.
+    """
+    return type(mask).__name__, *(structure(operand) for operand in mask._operands())
+
+
+def check_structure(old: Mask, new: Mask) -> None:
+    """Raises where two masks are built in different ways.
+
+    Raises:
+        MaskError: Says both.
+    """
+    if structure(old) != structure(new):
+        raise MaskError(
+            f"update takes a mask built as {old} is, with other numbers or edges; {new} is built otherwise: compile it "
+            "on its own"
+        )
+
+
+def renewed(plan: Plan, bound: BoundMask) -> Plan:
+    """The plan with another mask of the same structure and lengths in place of its own.
+
+    Raises:
+        MaskError: The mask has another structure, or the plan rests on what the new mask lacks.
+    """
+    started = time.perf_counter()
+    check_structure(plan.mask.mask, bound.mask)
+    group_of = {(b, h): group for group in plan.groups for b in group.batch for h in group.heads}
+    groups = tuple(
+        _renewed_group(plan, group_of[batch[0], heads[0]], each, heads, batch)
+        for each, heads, batch in distinct_masks(bound, plan.problem)
+    )
+    return replace(plan, mask=bound, groups=groups, planning_us=(time.perf_counter() - started) * 1e6)
+
+
+def _renewed_group(plan: Plan, group: Group, bound: BoundMask, heads: tuple[int, ...], batch: tuple[int, ...]) -> Group:
+    parts = _parts(group, bound)
+    steps = tuple(_renewed_step(plan, step, part, heads, batch) for step, part in zip(group.steps, parts, strict=True))
+    total = steps[0].estimate
+    for step in steps[1:]:
+        total = total + step.estimate
+    return replace(
+        group,
+        bound=bound,
+        heads=heads,
+        batch=batch,
+        is_whole_batch=batch == tuple(range(plan.problem.batch)),
+        known_profile=None,
+        steps=steps,
+        estimate=total,
+        config_source=f"{group.config_source.removesuffix(_KEPT)}{_KEPT}",
+    )
+
+
+_KEPT = ", kept for another mask"
+
+
+def _renewed_step(plan: Plan, step: Step, part: BoundMask, heads: tuple[int, ...], batch: tuple[int, ...]) -> Step:
+    launch, problem = step.launch, plan.problem
+    if launch.template.layout == "none":
+        if part.nnz != launch.work.bound.nnz or part != launch.work.bound:
+            raise MaskError(
+                f"this plan runs {launch.work.bound.mask} as dense attention, which {part.mask} is not: compile it on "
+                "its own"
+            )
+        return replace(step, launch=replace(launch, heads=heads, batch=batch))
+    rows = launch.work.rows
+    work = build_work(
+        launch.template,
+        launch.config,
+        part,
+        problem,
+        plan.device,
+        heads=len(heads),
+        ordering=launch.work.ordering,
+        row_form=rows.form if rows is not None and rows.form == "edges" else None,
+    )
+    cost = estimate(work, problem, plan.device, len(heads))
+    return replace(step, launch=replace(launch, work=work, heads=heads, batch=batch), estimate=cost)
+
+
+def _parts(group: Group, bound: BoundMask) -> tuple[BoundMask, ...]:
+    """The mask of each step, in its order of tokens: the same parts that the group's own mask was taken apart into."""
+    orders = [step.launch.work.ordering for step in group.steps]
+    if len(group.steps) == 1:
+        return (bound if orders[0].q_order is None and orders[0].kv_order is None else reordered(bound, orders[0]),)
+    if not group.is_joined:
+        rows = orders[1].q_order
+        assert rows is not None, "heavy rows have an order of their own"
+        apart = rows_apart(bound, rows.astype(np.int64))
+        if apart is not None:
+            return apart
+        what = "rows apart that now have too many edges to list"
+    else:
+        split = residue_part(bound)
+        before = residue_part(group.bound)
+        if split is not None and before is not None and split[2] == before[2]:
+            return reordered(split[0], orders[0]), split[1]
+        what = "a part of another period"
+    raise MaskError(
+        f"this plan runs {group.bound.mask} in two parts, and {bound.mask} has {what}: compile it on its own"
+    )
