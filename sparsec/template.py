@@ -71,7 +71,12 @@ class Constraint:
     backend: str | None
 
     def holds(self, names: Mapping[str, int]) -> bool:
-        return bool(_evaluate(ast.parse(self.require, mode="eval").body, names))
+        return bool(_evaluate(_parsed(self.require), names))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tunables it speaks of."""
+        return frozenset(node.id for node in ast.walk(_parsed(self.require)) if isinstance(node, ast.Name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +192,8 @@ def _read(folder: Path, shared: list[Path]) -> Template:
         Constraint(entry["require"], entry["because"], entry.get("backend"))
         for entry in declared.get("constraints", ())
     )
+    for constraint in constraints:
+        _check(constraint, tunables, folder / "template.yaml")
     sources = [*sorted(path for path in folder.iterdir() if path.suffix in _SOURCE_SUFFIXES), *shared]
     return Template(
         name=str(declared["name"]),
@@ -205,6 +212,20 @@ def _read(folder: Path, shared: list[Path]) -> Template:
     )
 
 
+def _check(constraint: Constraint, tunables: Mapping[str, tuple[Tunable, ...]], path: Path) -> None:
+    """Raises where a constraint cannot be evaluated for a back end it holds for."""
+    for backend, mine in tunables.items():
+        if constraint.backend not in (None, backend):
+            continue
+        unknown = constraint.names - {tunable.name for tunable in mine}
+        if unknown:
+            raise SparsecError(
+                f"{path}: the constraint {constraint.require!r} holds for {backend}, whose tunables are "
+                f"{', '.join(tunable.name for tunable in mine)}; it names {', '.join(sorted(unknown))}"
+            )
+        constraint.holds({tunable.name: tunable.default for tunable in mine})
+
+
 def _digest(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
@@ -212,11 +233,11 @@ def _digest(paths: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-# What the kernels of each back end can include; a header may be written for both compilers of C++.
+# What the kernels of each back end are written in, and include: a change of one leaves the records of the others alone.
 _BACKEND_SUFFIXES: Final[Mapping[str, frozenset[str]]] = {
     "cpu": frozenset({".cpp", ".hpp"}),
     "triton": frozenset({".py"}),
-    "cuda": frozenset({".cu", ".cuh", ".hpp"}),
+    "cuda": frozenset({".cu", ".cuh"}),
 }
 _SOURCE_SUFFIXES: Final = frozenset({".yaml"}).union(*_BACKEND_SUFFIXES.values())
 
@@ -235,6 +256,14 @@ _OPERATORS: Final[Mapping[type[ast.AST], Callable[[Any, Any], Any]]] = {
 }
 
 
+@cache
+def _parsed(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise SparsecError(f"a constraint is an expression over tunables; {text!r} is none ({error.msg})") from None
+
+
 def _evaluate(node: ast.expr, names: Mapping[str, int]) -> Any:  # int or bool, as Python has it
     """The value of a constraint: arithmetic, comparisons, `and`, `or` over tunables."""
     match node:
@@ -242,9 +271,9 @@ def _evaluate(node: ast.expr, names: Mapping[str, int]) -> Any:  # int or bool, 
             return value
         case ast.Name(id=name):
             return names[name]
-        case ast.BinOp(left, op, right):
+        case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_evaluate(left, names), _evaluate(right, names))
-        case ast.Compare(left, [op], [right]):
+        case ast.Compare(left, [op], [right]) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_evaluate(left, names), _evaluate(right, names))
         case ast.BoolOp(op, values):
             combine = all if isinstance(op, ast.And) else any

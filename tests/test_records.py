@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsec import data
 from sparsec.analysis.signatures import MaskSignature
 from sparsec.backends.base import Problem
 from sparsec.device import device
@@ -270,30 +272,61 @@ def test_a_file_that_is_replaced_or_shortened_is_read_anew(base, file):
 
 
 _WRITER = """
-import sys
+import json, sys
+from dataclasses import replace
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_records import record
-from sparsec.records import RecordBase
-base = RecordBase([], Path(sys.argv[1]))
-for n in range(30):
-    base.append(record(us=[float(n + 1)] * 200, contest=sys.argv[2]))
+from sparsec.records import RecordBase, TuningRecord
+base, record = RecordBase([], Path(sys.argv[1])), TuningRecord.from_json(json.loads(sys.argv[3]))
+for n in range(25):
+    base.append(replace(record, timings_us=(float(n + 1),) * 200, contest=sys.argv[2]))
 """
 
 
 def test_many_processes_write_at_once_and_nothing_is_lost(tmp_path, file):
     file.parent.mkdir()
     file.write_bytes(b'{"schema": 1, "a writer died he')
-    writers = [
-        subprocess.Popen([sys.executable, "-c", _WRITER, str(file.parent), name, str(Path(__file__).parent)])
-        for name in "abcd"
-    ]
-    assert [writer.wait(60) for writer in writers] == [0] * 4
+    like = json.dumps(record().to_json())
+    writers = [subprocess.Popen([sys.executable, "-c", _WRITER, str(file.parent), name, like]) for name in "abc"]
+    assert [writer.wait(60) for writer in writers] == [0] * 3
     base = RecordBase([], file.parent)
     assert sorted((each.contest, each.timings_us[0]) for each in base.records()) == [
-        (name, float(n + 1)) for name in "abcd" for n in range(30)
+        (name, float(n + 1)) for name in "abc" for n in range(25)
     ]
     assert len(base.problems()) == 1
+
+
+def test_threads_write_and_ask_at_once(base):
+    base.append(record())
+    faults = []
+
+    def work(n):
+        try:
+            for m in range(15):
+                base.append(record(SMALL, (50.0 + m,), contest=f"{n}"))
+                assert served(base).config == SMALL
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert len(list(base.records())) == 1 + 6 * 15
+
+
+def test_records_wait_in_memory_while_another_writer_holds_the_lock(base, file, monkeypatch, caplog):
+    base.append(record())
+    monkeypatch.setattr("sparsec.records.base._LOCK_TIMEOUT_S", 0.05)
+    with data.entry_lock(file):
+        base.append(record(SMALL, (50.0,)))
+        assert served(base).config == SMALL
+        assert base.n_unwritten == 1
+    base.append(record(WIDE, (70.0,)))
+    assert base.n_unwritten == 0
+    assert len(file.read_bytes().splitlines()) == 3
+    assert "was held by another process" in caplog.text
 
 
 def test_a_full_disk_leaves_no_half_line_and_loses_nothing(base, file, monkeypatch, caplog):

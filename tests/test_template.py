@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +79,14 @@ def test_constraints():
             Constraint(text, "", None).holds({"a": 1, "b": 2, "c": 3})
 
 
+def test_values_make_a_configuration_in_declared_order():
+    tiles = template("block_sparse")
+    made = tiles.config_of("cpu", {"block_kv": 32, "block_q": 16})
+    assert made == Config.of(block_q=16, block_kv=32)
+    for values in ({"block_q": 16}, {"block_q": 16, "block_kv": 33}, {"block_q": 16, "block_kv": 32, "x": 1}):
+        assert tiles.config_of("cpu", values) is None
+
+
 def test_configurations():
     config = Config.of(block_q=64, block_kv=32)
     assert config["block_q"] == 64
@@ -115,6 +125,49 @@ def test_the_digest_is_of_everything_a_kernel_is_made_from(file, own_templates):
     assert before["row_traversal"].source_digest != after["row_traversal"].source_digest
     is_shared = file.startswith("shared")
     assert (before["block_sparse"].source_digest != after["block_sparse"].source_digest) == is_shared
+
+
+def test_a_back_end_has_a_digest_of_its_own_sources(own_templates):
+    before = template("row_traversal")
+    with (own_templates / "row_traversal" / "kernel_triton.py").open("a") as source:
+        source.write("\n")
+    with (own_templates / "row_traversal" / "template.yaml").open("a") as declared:
+        declared.write("\n")
+    templates.cache_clear()
+    after = template("row_traversal")
+    assert before.digest_of("triton") != after.digest_of("triton")
+    assert before.digest_of("cpu") == after.digest_of("cpu") != after.digest_of("triton")
+    with (own_templates / "shared" / "simd.hpp").open("a") as source:
+        source.write("\n")
+    templates.cache_clear()
+    assert template("row_traversal").digest_of("cpu") != after.digest_of("cpu")
+
+
+def test_kernels_include_nothing_that_their_digest_leaves_out():
+    for path in [*data.templates_dir().rglob("*.cu"), *data.templates_dir().rglob("*.cuh")]:
+        included = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+        assert {Path(name).suffix for name in included} <= {".cuh"}, path
+    for path in [*data.templates_dir().rglob("*.cpp"), *data.templates_dir().rglob("*.hpp")]:
+        included = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+        assert {Path(name).suffix for name in included} <= {".hpp"}, path
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        ("block_q <= 64 + nonsense", "it names nonsense"),
+        ("fetch <= 64", r"holds for cpu, whose tunables are block_q; it names fetch"),
+        ("block_q <=", "is none"),
+        ("abs(block_q)", "it names abs"),
+        ("block_q ** 2 > 1", "cannot say"),
+    ],
+)
+def test_a_constraint_that_means_nothing_is_refused_when_read(constraint, message, own_templates):
+    declared = own_templates / "row_traversal" / "template.yaml"
+    declared.write_text(f"{declared.read_text()}  - require: {constraint}\n    because: of nothing\n")
+    templates.cache_clear()
+    with pytest.raises(SparsecError, match=message):
+        templates()
 
 
 def test_a_readme_is_no_source(own_templates):
