@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _EXAMPLES: Final = """\b
 Examples:
   sparsec explain 'window(255, 0) | global_tokens(16)' --seq-len 65536
-  sparsec explain graph.npz --heads 8 --dtype bf16 --png sheet.png
+  sparsec explain graph.npz --heads 8 --dtype bf16 --html page.html
   sparsec explain 'causal()' --seq-len 8192 --device nvidia-h100 --json
   sparsec explain 'window(1023, 0)' --at 4k,16k,64k,1m --device nvidia-h100
   sparsec explain 'dilated(512, 8)' --seq-len 16384 --compare 'window(64, 64)'
@@ -35,6 +35,7 @@ Examples:
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 @click.option("--source", "has_source", is_flag=True, help="Also print each launch's source and how it is compiled.")
 @click.option("--png", type=click.Path(dir_okay=False), metavar="FILE", help="Draw mask, degrees and ceilings.")
+@click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page to explore the plan with.")
 def explain(mask: str, **options: Any) -> None:  # Any: click's options
     """Says what would run for MASK, what else was weighed, and what could not run and why.
 
@@ -60,13 +61,14 @@ def _check_options(asked: Asked, options: dict[str, Any]) -> None:  # Any: click
         "--at": bool(options["at"]),
     }
     named = [name for name, is_given in several.items() if is_given]
-    single = [f"--{name}" for name in ("source", "png") if options.get(name) or options.get(f"has_{name}")]
+    single = [f"--{name}" for name in ("source", "png", "html") if options.get(name) or options.get(f"has_{name}")]
     if len(named) > 1 or (named and single):
         raise click.UsageError(f"{' and '.join([*named, *single][:2])} do not go together: ask for one at a time")
     if options["at"] and (asked.seq_len or asked.kv_len):
         raise click.UsageError("--at names the lengths; leave out --seq-len and --kv-len")
-    if options["png"] is not None:
-        _check_writable(Path(options["png"]))
+    for name in ("png", "html"):
+        if options[name] is not None:
+            _check_writable(Path(options[name]))
 
 
 def _check_writable(path: Path) -> None:
@@ -96,9 +98,9 @@ def _one(text: str, asked: Asked, options: dict[str, Any]) -> None:  # Any: clic
             if options["is_json"]:
                 click.echo(json_text(_refused(bound, asked, error)))
             raise
-    sources = plan_sources(made) if options["has_source"] else {}
+    sources = plan_sources(made) if options["has_source"] or options["html"] else {}
     with waiting("drawing"):
-        _draw(made, options)
+        _draw(made, sources, options)
     if options["is_json"]:
         document = made.to_dict()
         click.echo(json_text(document | {"source": sources} if options["has_source"] else document))
@@ -111,12 +113,17 @@ def _one(text: str, asked: Asked, options: dict[str, Any]) -> None:  # Any: clic
             click.echo(f"\n{launch}: {name}\n\n{source.rstrip()}")
 
 
-def _draw(made: Plan, options: dict[str, Any]) -> None:  # Any: click's options
+def _draw(made: Plan, sources: dict[str, dict[str, str]], options: dict[str, Any]) -> None:  # Any: click's options
     if options["png"] is not None:
         from sparsec.report.figure import write_png
 
         write_png(made, Path(options["png"]))
         click.echo(f"drawn: {options['png']}", err=True)
+    if options["html"] is not None:
+        from sparsec.report.page import write_page
+
+        write_page(made, sources, Path(options["html"]))
+        click.echo(f"written: {options['html']}", err=True)
 
 
 def _refused(bound: BoundMask, asked: Asked, error: UnsupportedError) -> dict[str, Any]:  # Any: JSON values

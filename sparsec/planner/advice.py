@@ -109,7 +109,8 @@ def _on_scatter(made: Plan) -> Iterator[str]:
     profile = made.groups[0].profile
     by_rows = all(step.launch.template.layout == "rows" for step in made.steps)
     if by_rows and profile.fill(64).fill < 0.1:
+        fill = f"{profile.fill(64).fill:.1%}" if profile.fill(64).fill >= 0.001 else "less than 0.1%"
         yield (
-            f"Tiles of 64 would be {profile.fill(64).fill:.1%} full, so edges are walked one by one: keys nearer to "
+            f"Tiles of 64 would be {fill} full, so edges are walked one by one: keys nearer to "
             "each other, in blocks of 16 or more, would bring matrix units into use."
         )

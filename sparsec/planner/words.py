@@ -8,8 +8,11 @@ from __future__ import annotations
 
 def duration(us: float) -> str:
     """Microseconds as a person reads them."""
+    # Three digits; 999.6 of a unit are 1 of the next.
+    if us >= 999.5e6:
+        return f"{us / 1e6:,.0f} s"
     for unit, scale in (("s", 1e6), ("ms", 1e3)):
-        if us >= scale:
+        if us >= 0.9995 * scale:
             return f"{us / scale:.3g} {unit}"
     return f"{us:.3g} µs"
 

@@ -48,7 +48,7 @@ def territory(group: Group) -> Territory:
     total = cells(group.bound, block)
     counts = np.zeros((len(KINDS), *total.shape), np.int64)
     # At most one launch has its keys in another order as a whole; it does what the others leave.
-    moved = [step for step in group.steps if step.launch.work.ordering.kv_order is not None and not _is_listed(step)]
+    moved = [step for step in group.steps if step.launch.work.ordering.kv_order is not None and not is_listed(step)]
     for step in group.steps:
         if step in moved[:1]:
             continue
@@ -78,7 +78,7 @@ def _main_kind(step: Step) -> str:
     return {"rows": "rows", "tiles": "tiles", "none": "dense"}.get(step.launch.template.layout, "tiles")
 
 
-def _is_listed(step: Step) -> bool:
+def is_listed(step: Step) -> bool:
     """Whether its edges are few enough to be listed one by one: the planner sorts no others into a hybrid."""
     return step.launch.template.layout == "hybrid"
 
