@@ -18,7 +18,7 @@ from sparsec.layout.tiles import BlockTiles
 from sparsec.masks import BoundMask, ranges
 from sparsec.masks.ranges import IntArray
 from sparsec.planner import Group, Plan, Step
-from sparsec.planner.works import is_scattered, span_of
+from sparsec.planner.works import heads_sharing, is_scattered, span_of
 from sparsec.report.runs import Runs, pack, runs_of_edges, runs_of_mask
 from sparsec.report.territory import KINDS, cell_size, cells, is_listed, territory
 
@@ -59,10 +59,11 @@ def step_costs(made: Plan, step: Step, group: Group) -> Json:
     launch, work = step.launch, step.launch.work
     model = cost_model(made.problem, made.device)
     is_rows = launch.template.layout == "rows"
+    shared = heads_sharing(made.problem, made.device, len(launch.heads)) if is_rows else 1
     costs: Json = {
         "unit": round(model.unit(work.block_q, is_rows=is_rows, is_scattered=is_scattered(work.ordering)), 2),
         "blockQ": work.block_q,
-        "edge": round(model.edge(span_of(group.profile)), 3),
+        "edge": round(model.edge(span_of(group.profile), shared), 3),
     }
     if work.gathered is not None:
         costs["column"] = round(model.columns(work.gathered), 3)
