@@ -122,14 +122,33 @@ def forced_tune_mode() -> str | None:
     return mode
 
 
+def is_distributed_job() -> bool:
+    """Whether a launcher started this process as one of several ranks: `$WORLD_SIZE`, as torchrun sets it."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return size.isdigit() and int(size) > 1
+
+
 def forced_isa() -> str | None:
     """The instruction set that `$SPARSEC_ISA` puts as the highest to use, or None. `device.py` knows the names."""
     return os.environ.get(ISA_VARIABLE) or None
 
 
+# Where each value of a document stands: keys and indices from the top, and the line.
+Lines = dict[tuple[str | int, ...], int]
+
+
 # What these files hold is only known to the caller, who checks it: hence `Any`.
 def read_yaml(path: Path) -> Any:
     """The one document in a YAML file, made of plain lists, scalars, and dictionaries with string keys.
+
+    Raises:
+        SparsecError: As `read_yaml_with_lines`.
+    """
+    return read_yaml_with_lines(path)[0]
+
+
+def read_yaml_with_lines(path: Path) -> tuple[Any, Lines]:
+    """The document in a YAML file, as `read_yaml` has it, and the line of each value in it.
 
     Raises:
         SparsecError: The file cannot be read, is no YAML, holds more than one document, a tag beyond plain data, a key
@@ -145,7 +164,10 @@ def read_yaml(path: Path) -> Any:
         loader = loader_type(text)
         node = loader.get_single_node()
         _check_yaml_node(path, node)
-        return None if node is None else loader.construct_document(node)
+        if node is None:
+            return None, {}
+        lines = dict(_yaml_lines(node, ()))
+        return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = ", ".join(part for part in (error.context, error.problem) if part)
@@ -191,6 +213,19 @@ def _check_yaml_node(path: Path, root: Any) -> None:
         if node.id == "mapping":
             _check_yaml_keys(path, node)
         stack.extend((child, False) for child in _yaml_children(node))
+
+
+def _yaml_lines(node: Any, place: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    """Where each value below a node stands; that of a dictionary's entry is where its key does."""
+    yield place, node.start_mark.line + 1
+    if node.id == "sequence":
+        for index, child in enumerate(node.value):
+            yield from _yaml_lines(child, (*place, index))
+    elif node.id == "mapping":
+        for key, child in node.value:
+            inner = _yaml_lines(child, (*place, key.value))
+            yield next(inner)[0], key.start_mark.line + 1
+            yield from inner
 
 
 def _yaml_children(node: Any) -> list[Any]:

@@ -6,10 +6,11 @@ a caller may change afterwards. It must not know how a plan is chosen or run, no
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, overload
 
 from sparsec import data
 from sparsec.backends.base import DTYPES, Dtype, Problem
@@ -100,7 +101,11 @@ def compile(
         layout: Of q, k, v and the output: `"bhsd"` is `[batch, heads, length, dim]`, `"bshd"` has heads and length
             swapped, `"thd"` is `[length, heads, dim]`: sequences packed into one, which the mask keeps apart
             (`masks.documents`).
-        tune: `"off"`, `"cached"` or `"auto"` choose by records and the cost model; `SPARSEC_TUNE` sets the default.
+        tune: `"off"` goes by the cost model, `"cached"` by records where there are any near. `"auto"`, the default,
+            does so too, and where none is near lets the first call measure a short list, for a second at most, once
+            per machine; never in a distributed job, nor under tracing or graph capture. `"quick"` (about ten seconds)
+            and `"full"` (minutes) measure before anything runs, in a process of their own. What was measured is
+            remembered. `SPARSEC_TUNE` sets the default.
         reorder: `"auto"` lets orders of tokens compete, `"off"` keeps the tokens' own, `"force"` takes another.
 
     Raises:
@@ -113,10 +118,6 @@ def compile(
     check_choice("layout", layout, get_args(Layout))
     check_choice("tune", chosen_tune, get_args(Tune))
     check_choice("reorder", reorder, get_args(Reorder))
-    if chosen_tune in ("quick", "full"):
-        raise UnsupportedError(
-            f"tune={chosen_tune!r}: tuning by measurement is not built yet; use 'off', 'cached', 'auto'"
-        )
     bound = _bound(mask, seq_len, kv_len)
     request = Request(
         q_heads,
@@ -423,7 +424,12 @@ class Attention:
             return found
 
     def _made(self, bound: BoundMask, problem: Problem, device_name: str) -> Specialisation:
-        return Specialisation(self._planned(bound, problem, device_name, self._request.template))
+        request = self._request
+        planned = self._planned(bound, problem, device_name, request.template)
+        may_measure = request.tune in ("auto", "quick", "full")
+        if may_measure and _tuner().improve(planned, request, device_name):
+            planned = self._planned(bound, problem, device_name, request.template)
+        return Specialisation(planned)
 
     def _planned(self, bound: BoundMask, problem: Problem, device_name: str, template: str | None) -> Plan:
         request = self._request
@@ -438,6 +444,20 @@ class Attention:
             score=request.score,
             tune="off" if request.tune == "off" else "cached",
         )
+
+
+class Tuner(Protocol):
+    """Measures, so that records say more: a layer above this one, found by name like a back end."""
+
+    def improve(self, made: Plan, request: Request, where: str) -> bool:
+        """Measures for a plan as `request.tune` says; whether another plan by the records may be better."""
+        ...
+
+
+def _tuner() -> Tuner:
+    module: Any = importlib.import_module("sparsec.tuning.tuner")  # found by name, so a module object it is
+    made: Tuner = module.tuner()
+    return made
 
 
 def _bound(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None, kv_len: int | None) -> BoundMask:

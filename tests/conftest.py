@@ -41,6 +41,8 @@ def no_records(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     number = next(_numbers)
     own = RecordBase([], tmp_path_factory.getbasetemp() / f"records-{number}")
     monkeypatch.setattr(base, "_database", lambda shipped, own_folder: own)
+    # Nothing is measured unless a test asks for it.
+    monkeypatch.setenv("SPARSEC_TUNE", os.environ.get("SPARSEC_TUNE", "cached"))
     return own
 
 

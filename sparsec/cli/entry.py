@@ -23,6 +23,7 @@ from sparsec.cli.doctor import doctor
 from sparsec.cli.explain import explain
 from sparsec.cli.masks import masks
 from sparsec.cli.names import nearest
+from sparsec.cli.tune import tune
 
 INTERRUPTED: Final = 130
 CLOSED_PIPE: Final = 141
@@ -82,7 +83,7 @@ def sparsec() -> None:
     """
 
 
-for _command in (demo, explain, masks, devices, db, doctor):
+for _command in (demo, explain, tune, masks, devices, db, doctor):
     sparsec.add_command(_command)
 
 

@@ -1,0 +1,458 @@
+"""`sparsec tune`: measures a mask, or a fleet of them, and remembers what was fastest.
+
+This file decides the options, which storage a job has by default, and how progress and results are shown. Several
+workers are this same program, started again, telling what they do in lines of JSON. It must not know how anything is
+searched or measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import click
+
+from sparsec.cli.arguments import DTYPES, read_mask
+from sparsec.cli.console import err, out, show, waiting
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparsec.device import Device
+    from sparsec.tuning.fleet import Progress, Terms
+    from sparsec.tuning.jobs import Fleet
+
+_UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_TRIALS: Final = 60
+# Tasks that a live table shows.
+_SHOWN: Final = 12
+_REFRESH_S: Final = 0.25
+_EXAMPLES: Final = """\b
+Examples:
+  sparsec tune 'window(255, 0) | global_tokens(16)' --seq-len 16384 --heads 8 --dtype bf16
+  sparsec tune tools/jobs/cpu.yaml --budget 30m
+  sparsec tune tools/jobs/h100.yaml --workers 8 --storage postgresql://tuner@host/tuning
+  sparsec tune --calibrate
+"""
+
+
+class _Duration(click.ParamType[float]):
+    """Seconds, written as `90s`, `30m`, `2h`."""
+
+    name = "duration"
+
+    # Any: as click has it.
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"{value!r} is no time; write 90s, 30m or 2h", parameter, context)
+        return float(match[1]) * _UNITS_S[match[2] or "s"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """The command's options, as they were given."""
+
+    seq_len: int | None
+    kv_len: int | None
+    heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    v_dim: int | None
+    batch: int | None
+    dtype: str
+    needs_grad: bool
+    device: str | None
+    budget: float
+    trials: int
+    timeout: float
+    workers: int
+    storage: str | None
+    resume: bool
+    is_dry: bool
+    is_calibration: bool
+    worker: str | None
+
+
+def _count(name: str, text: str) -> Callable[[Any], Any]:  # Any: a command as click takes it
+    return click.option(name, type=click.IntRange(1), metavar="N", help=text)
+
+
+def _time(name: str, default: str, text: str) -> Callable[[Any], Any]:  # Any: a command as click takes it
+    return click.option(name, type=_Duration(), default=default, show_default=True, metavar="TIME", help=text)
+
+
+@click.command(short_help="Measure what is fastest, and remember it.", epilog=_EXAMPLES)
+@click.argument("what", metavar="[MASK|JOBS.yaml]", required=False)
+@_count("--seq-len", "Queries; may be left out where the mask knows its lengths.")
+@_count("--kv-len", "Keys, where they are not as many.")
+@_count("--heads", "Query heads; as many as the mask has, or 1, by default.")
+@_count("--kv-heads", "Key and value heads; as many by default.")
+@_count("--head-dim", "Of q and k; 64 by default.")
+@_count("--v-dim", "Of v; as that of q and k by default.")
+@_count("--batch", "Batch elements; as many as the mask has, or 1, by default.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of q, k, v and out.")
+@click.option("--needs-grad", is_flag=True, help="Tune the backward pass too.")
+@click.option(
+    "--device", metavar="NAME", help="One of `sparsec devices`, which must be here; the job file's by default."
+)
+@_time("--budget", "10m", "In all: 90s, 30m, 2h.")
+@click.option("--trials", type=click.IntRange(1), default=_TRIALS, show_default=True, help="Of each task, at most.")
+@_time("--timeout", "2m", "Of one trial, compiling included.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes; one GPU each in turn."
+)
+@click.option(
+    "--storage",
+    metavar="FILE|URL",
+    help="Where workers share what they know: a file, sqlite://, postgresql:// or mysql://; one in the cache if none.",
+)
+@click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run of the job was."
+)
+@click.option(
+    "--dry-run", "is_dry", is_flag=True, help="Say what would be searched; needs neither torch nor the device."
+)
+@click.option(
+    "--calibrate", "is_calibration", is_flag=True, help="Measure the device's own ceilings for the cost model."
+)
+@click.option("--worker", hidden=True, help="Which of several workers this is: 2/8.")
+def tune(what: str | None, **options: Any) -> None:  # Any: click's options
+    """Measures what is fastest for MASK, or for every job of a file, and remembers it.
+
+    Every configuration is checked against the reference before it is timed, in a process that may crash or hang
+    without harm. The default is always a contestant, and what is nearer to it than noise loses to it.
+    """
+    told = _Options(**options)
+    if told.is_calibration:
+        from sparsec.cli.calibrate import calibrate
+
+        calibrate(told.device or "cpu")
+    if what is None:
+        if not told.is_calibration:
+            raise click.UsageError("say what to tune: a mask, or a job file such as tools/jobs/cpu.yaml")
+        return
+    fleet = _fleet(what, told)
+    if told.is_dry:
+        _show_plan(fleet)
+    elif told.worker is not None:
+        _work(fleet, told)
+    else:
+        _run(fleet, told)
+    if fleet.problems:
+        for problem in fleet.problems:
+            click.echo(f"Error: {problem}", err=True)
+        raise click.exceptions.Exit(1)
+
+
+def _fleet(what: str, told: _Options) -> Fleet:
+    from sparsec.device import device
+    from sparsec.errors import SparsecError
+    from sparsec.tuning.jobs import Fleet, one_job, read_jobs
+
+    try:
+        target = None if told.device is None else device(told.device)
+    except SparsecError as error:
+        raise click.BadParameter(str(error), param_hint="'--device'") from error
+    if _is_job_file(what):
+        return read_jobs(Path(what), target)
+    shape = {
+        "length": told.seq_len,
+        **{name: getattr(told, name) for name in ("kv_len", "heads", "kv_heads", "head_dim", "v_dim", "batch")},
+        "dtype": told.dtype,
+        "needs_grad": told.needs_grad,
+    }
+    entries = one_job(what, read_mask(what), shape)
+    return Fleet("", target or device("cpu"), tuple(entries), ())
+
+
+def _is_job_file(what: str) -> bool:
+    """Whether a YAML file holds jobs; one that holds a mask is a mask."""
+    path = Path(what)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return False
+    from sparsec import data
+
+    document = data.read_yaml(path)
+    return isinstance(document, dict) and "mask" not in document
+
+
+def _terms(told: _Options, device: Device) -> Terms:
+    from sparsec.tuning.fleet import Terms
+
+    number, _, count = (told.worker or "0/1").partition("/")
+    return Terms(
+        seconds=told.budget,
+        trials=told.trials,
+        timeout_s=told.timeout,
+        storage=told.storage or _own_storage(),
+        where=_where(device, int(number)),
+        offset=int(number) / int(count),
+        is_fresh=not told.resume,
+    )
+
+
+def _own_storage() -> str:
+    """One file for all jobs of this user's: a study is named by its task, whichever file asked for it."""
+    from sparsec import data
+
+    return str(data.cache_dir() / "studies.journal")
+
+
+def _where(device: Device, number: int) -> str:
+    """The torch device of a worker: the processor, or one GPU for each in turn."""
+    if device.kind == "cpu":
+        return "cpu"
+    import torch
+
+    return f"cuda:{number % max(torch.cuda.device_count(), 1)}"
+
+
+# What would be done.
+
+
+def _show_plan(fleet: Fleet) -> None:
+    from rich.table import Table
+
+    from sparsec.errors import SparsecError
+    from sparsec.tuning.fleet import spaces_in
+
+    table = Table(box=None, pad_edge=False)
+    for name, side in (("task", "left"), ("kernels", "right"), ("points", "right"), ("default", "left")):
+        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]  # one of rich's names
+    with waiting("planning"):
+        for entry in fleet.entries:
+            try:
+                for title, space in spaces_in(entry, fleet.device):
+                    table.add_row(title, str(len(space.arms)), str(space.size), str(space.default))
+            except SparsecError as error:
+                table.add_row(str(entry), "", "", str(error).splitlines()[0])
+    click.echo(f"{len(fleet.entries)} jobs for {fleet.device.name} ({fleet.device.key})")
+    show(out(), table)
+
+
+# Running.
+
+
+def _work(fleet: Fleet, told: _Options) -> None:
+    """One of several workers: progress goes to stdout, a line each."""
+    from sparsec.records import database
+    from sparsec.tuning.fleet import run_fleet
+
+    def tell(progress: Progress) -> None:
+        finite = {name: value for name, value in asdict(progress).items() if value != math.inf}
+        click.echo(json.dumps(finite))
+
+    run_fleet(fleet.entries, fleet.device, _terms(told, fleet.device), database(), tell)
+
+
+def _run(fleet: Fleet, told: _Options) -> None:
+    from sparsec.records import database
+    from sparsec.tuning.fleet import run_fleet
+
+    terms = _terms(told, fleet.device)
+    board = _Board([str(entry) for entry in fleet.entries], told.budget)
+    try:
+        with board.shown():
+            if told.workers == 1:
+                run_fleet(fleet.entries, fleet.device, terms, database(), board.take)
+            else:
+                _run_workers(fleet, terms, told.workers, board)
+    finally:
+        board.summary()
+    if not board.has_done and fleet.entries:
+        raise click.ClickException("nothing was tuned; see above")
+
+
+def _run_workers(fleet: Fleet, terms: Terms, workers: int, board: _Board) -> None:
+    """Starts workers and takes what they tell, until all have ended."""
+    from sparsec.tuning.fleet import prepared_storage
+
+    # What would stop every worker is said once, here.
+    prepared_storage(fleet.entries, fleet.device, terms)
+    command = [sys.executable, "-m", "sparsec.cli", *_without_workers(sys.argv[1:])]
+    processes = [
+        subprocess.Popen([*command, "--worker", f"{n}/{workers}"], stdout=subprocess.PIPE, text=True)
+        for n in range(workers)
+    ]
+    threads = [threading.Thread(target=_listen, args=(each.stdout, board), daemon=True) for each in processes]
+    try:
+        for thread in threads:
+            thread.start()
+        for number, process in enumerate(processes):
+            if process.wait() != 0:
+                board.note(f"worker {number} ended with status {process.returncode}; others go on with what it had")
+        for thread in threads:
+            thread.join()
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.terminate()
+
+
+def _without_workers(arguments: Sequence[str]) -> list[str]:
+    """The command line of one worker: studies that were to be forgotten are forgotten already."""
+    kept = [each for each in arguments if each != "--no-resume"]
+    if "--workers" in kept:
+        at = kept.index("--workers")
+        del kept[at : at + 2]
+    return [each for each in kept if not each.startswith("--workers=")]
+
+
+def _listen(lines: IO[str] | None, board: _Board) -> None:
+    from sparsec.tuning.fleet import Progress
+
+    names = {each.name for each in fields(Progress)}
+    for line in lines or ():
+        with suppress(json.JSONDecodeError):
+            told = json.loads(line)
+            if isinstance(told, dict) and told.keys() <= names:
+                board.take(Progress(**told))
+
+
+@dataclass
+class _Row:
+    """What is known of a task."""
+
+    state: str = "waiting"
+    measured: int = 0
+    failed: int = 0
+    default_us: float = math.inf
+    best_us: float = math.inf
+    note: str = ""
+    failures: list[str] = field(default_factory=list)
+
+
+class _Board:
+    """Progress as a live table on stderr, and as a summary on stdout when all is over."""
+
+    def __init__(self, titles: Sequence[str], budget_s: float) -> None:
+        self._rows = {title: _Row() for title in titles}
+        self._notes: list[str] = []
+        self._lock = threading.Lock()
+        self._started, self._budget_s = time.monotonic(), budget_s
+        self._latest: list[str] = []
+        self._is_live = False
+
+    def take(self, progress: Progress) -> None:
+        with self._lock:
+            row = self._rows.setdefault(progress.task, _Row())
+            row.state = {"begun": "tuning", "tried": "tuning", "done": "done", "failed": "failed"}[progress.stage]
+            if progress.stage != "begun":
+                row.measured, row.failed = max(row.measured, progress.measured), max(row.failed, progress.failed)
+                row.default_us, row.best_us = progress.default_us, progress.best_us
+                row.note = progress.note if progress.stage in ("done", "failed") else progress.best
+            if progress.stage == "tried" and progress.note:
+                row.failures.append(progress.note)
+            self._latest = [progress.task, *(each for each in self._latest if each != progress.task)]
+            is_told = progress.stage in ("done", "failed") and not self._is_live
+            line = f"{progress.task}: {_gain(row)}, {row.measured} measured" if is_told else ""
+        if line:
+            click.echo(line, err=True)
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            self._notes.append(text)
+        click.echo(text, err=True)
+
+    @property
+    def has_done(self) -> bool:
+        return any(row.state == "done" for row in self._rows.values())
+
+    def shown(self) -> Any:  # Any: a context of rich's, or none
+        from contextlib import nullcontext
+
+        console = err()
+        if not console.is_terminal:
+            return nullcontext()
+        from rich.live import Live
+
+        self._is_live = True
+        return Live(get_renderable=self._live, console=console, refresh_per_second=1 / _REFRESH_S, transient=True)
+
+    def _live(self) -> Table:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        with self._lock:
+            done = sum(row.state in ("done", "failed") for row in self._rows.values())
+            elapsed = time.monotonic() - self._started
+            table = _table(self._rows, [title for title in self._latest if title in self._rows][:_SHOWN])
+            whole = Table.grid(padding=(0, 1))
+            whole.add_row(
+                f"{done} of {len(self._rows)} tasks",
+                ProgressBar(total=self._budget_s, completed=min(elapsed, self._budget_s), width=30),
+                f"{elapsed:.0f} of {self._budget_s:.0f} s",
+            )
+        frame = Table.grid()
+        frame.add_row(whole)
+        frame.add_row(table)
+        return frame
+
+    def summary(self) -> None:
+        done = {title: row for title, row in self._rows.items() if row.state != "waiting"}
+        show(out(), _table(done, list(done)))
+        gains = [row.default_us / row.best_us for row in done.values() if row.state == "done" and _is_known(row)]
+        parts = []
+        if gains:
+            mean = math.exp(sum(math.log(gain) for gain in gains) / len(gains))
+            better = sum(gain > 1.0 for gain in gains)
+            parts.append(f"{better} of {len(gains)} tasks are faster than the default, {mean:.2f}× in the mean")
+        waiting_for = sum(row.state == "waiting" for row in self._rows.values())
+        if waiting_for:
+            parts.append(f"{waiting_for} not reached: start the same command again")
+        failed = sum(row.failed for row in done.values())
+        if failed:
+            parts.append(f"{failed} trials failed")
+        click.echo("; ".join(parts) or "nothing was measured")
+        for row in done.values():
+            for failure in row.failures[:3]:
+                click.echo(f"  {failure}", err=True)
+
+
+def _is_known(row: _Row) -> bool:
+    return math.isfinite(row.default_us) and math.isfinite(row.best_us)
+
+
+def _gain(row: _Row) -> str:
+    if row.state == "failed":
+        return row.note
+    if not _is_known(row):
+        return "the default was not measured"
+    gain = row.default_us / row.best_us
+    return f"{gain:.2f}× the default" if gain > 1.0 else "the default stays"
+
+
+def _table(rows: dict[str, _Row], titles: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("task", overflow="fold", min_width=24)
+    for name in ("state", "tried", "failed", "default", "best", "gain"):
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    table.add_column("best so far", overflow="fold")
+    for title in titles:
+        row = rows[title]
+        gain = f"{row.default_us / row.best_us:.2f}×" if _is_known(row) else ""
+        table.add_row(
+            title, row.state, str(row.measured), str(row.failed), _us(row.default_us), _us(row.best_us), gain, row.note
+        )
+    return table
+
+
+def _us(us: float) -> str:
+    if not math.isfinite(us):
+        return ""
+    return f"{us / 1e3:.2f} ms" if us >= 1e3 else f"{us:.0f} µs"

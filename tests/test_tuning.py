@@ -1,0 +1,410 @@
+"""Tuning: spaces, searches against recorded timings, processes that fail, studies that several processes share."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tuning_programs
+from tuning_programs import space, true_us
+
+from sparsec import masks as m
+from sparsec.backends.base import Problem
+from sparsec.device import detect_cpu
+from sparsec.errors import SparsecError
+from sparsec.records import NEAR_TIE, RecordBase
+from sparsec.template import Config, template
+from sparsec.tuning.exactness import Oracle, Result, make_inputs
+from sparsec.tuning.jobs import read_jobs
+from sparsec.tuning.measure import LocalMeasurer, Look, Measurement
+from sparsec.tuning.recording import Recorder, nearest_choices, recorded_results
+from sparsec.tuning.replay import ReplayMeasurer, replay
+from sparsec.tuning.search import Budget, search
+from sparsec.tuning.space import Choice, Space, Task
+from sparsec.tuning.studies import Settings, Study, open_storage
+from sparsec.tuning.worker import Limits, WorkerMeasurer
+
+CPU_TASK = Task(m.window(40, 3).bind(300), Problem(300, 300, 2, 1, 32, 32), detect_cpu())
+TPE = Settings(seed=1)
+
+
+def recorded(tried: Space) -> dict[Choice, Measurement]:
+    return {choice: Measurement((true_us(choice),) * 9) for choice in tried.choices()}
+
+
+def searched(tried: Space, results: dict[Choice, Measurement], trials: int = 40):
+    measurer = ReplayMeasurer(results)
+    study = Study(tried, open_storage(None), TPE)
+    return search(tried, measurer, study, Budget(trials=trials)), measurer
+
+
+# Spaces.
+
+
+def test_every_choice_is_legal_and_the_default_is_first():
+    tried = space(None)
+    choices = list(itertools.islice(tried.choices(), 2000))
+    assert choices[0] == tried.default
+    assert len(set(choices)) == len(choices)
+    for choice in choices:
+        assert tried.refusal(choice) is None
+        assert Choice.from_text(choice.to_text()) == choice
+    assert {choice.arm for choice in choices} == set(tried.arms)
+    illegal = replace(choices[0], config=Config.of(**choices[0].config.to_dict() | {"block_q": 128, "pack_gqa": 8}))
+    assert "registers" in tried.refusal(illegal)
+
+
+def test_seeds_are_the_default_and_each_kernels_own():
+    tried = space(None)
+    seeds = tried.seeds()
+    assert seeds[0] == tried.default
+    for arm in tried.arms:
+        assert Choice(arm, template(arm.template).default(arm.backend)) in seeds
+
+
+def test_a_task_is_named_by_all_that_it_is():
+    other = [
+        replace(CPU_TASK, direction="backward"),
+        replace(CPU_TASK, template="block_sparse"),
+        replace(CPU_TASK, problem=replace(CPU_TASK.problem, dtype="bf16")),
+        replace(CPU_TASK, bound=m.window(40, 4).bind(300)),
+    ]
+    assert len({task.digest for task in [CPU_TASK, *other]}) == 5
+    assert Task(m.window(40, 3).bind(300), CPU_TASK.problem, detect_cpu()).digest == CPU_TASK.digest
+
+
+# Searches.
+
+
+def test_a_search_comes_near_the_best_of_hundreds_in_40_trials():
+    tried = space()
+    results = recorded(tried)
+    assert len(results) > 400
+    regrets = [replay(tried, results, 40, Settings(seed=seed)).regret for seed in range(3)]
+    assert sorted(regrets)[1] <= 0.05
+
+
+def test_a_search_that_may_try_everything_finds_the_best_and_ends():
+    tried = Space(CPU_TASK)
+    tried = tried.only((tried.default.arm,))
+    outcome, measurer = searched(tried, recorded(tried), trials=10_000)
+    assert sorted(map(str, measurer.asked)) == sorted(map(str, tried.choices()))
+    assert true_us(outcome.winner) == min(map(true_us, tried.choices()))
+
+
+def test_a_wrong_or_failing_choice_never_wins():
+    tried = space()
+    results = recorded(tried)
+    best = min(results, key=true_us)
+    for kind in ("incorrect", "launch", "timeout", "compile", "constraint"):
+        outcome, _ = searched(tried, results | {best: Measurement(failure=kind, reason="planted")})
+        assert outcome.winner != best
+
+
+def test_a_near_tie_goes_to_the_default():
+    tried = space()
+    slow = {choice: Measurement((1000.0,) * 9) for choice in tried.choices()}
+    rival = next(choice for choice in tried.seeds()[1:] + list(tried.choices()) if choice != tried.default)
+    for rival_us, winner in ((1000.0 / NEAR_TIE * 1.001, tried.default), (1000.0 / NEAR_TIE * 0.99, rival)):
+        outcome, _ = searched(tried, slow | {rival: Measurement((rival_us,) * 9)}, trials=10_000)
+        assert outcome.winner == winner
+
+
+def test_a_contest_decides_and_not_a_lucky_first_measurement():
+    class Lucky(ReplayMeasurer):
+        def measure(self, choice, look):
+            found = super().measure(choice, look)
+            return replace(found, timings_us=(1.0,) * 5) if choice == lucky else found
+
+    tried = space()
+    results = recorded(tried)
+    lucky = max(results, key=true_us)
+    outcome = search(tried, Lucky(results), Study(tried, open_storage(None), TPE), Budget(trials=30), near=[lucky])
+    assert outcome.results[lucky].us == 1.0
+    assert outcome.winner != lucky
+    assert true_us(outcome.winner) <= true_us(tried.default)
+
+
+def test_what_is_hopeless_is_not_run_on_and_what_is_far_behind_not_at_all():
+    tried = space()
+    results = {
+        choice: Measurement((us := true_us(choice),) * 9, estimate_us=us if us < 150 else 1e6)
+        for choice in tried.choices()
+    }
+    outcome, _ = searched(tried, results)
+    runs = {len(found.timings_us) for choice, found in outcome.results.items()}
+    assert {2, 5} <= runs
+    passed_over = [choice for choice, found in outcome.results.items() if found.is_passed_over]
+    assert passed_over
+    assert all(results[choice].estimate_us == 1e6 for choice in passed_over)
+
+
+def test_a_failing_kernel_is_given_up_after_a_few_choices():
+    tried = Space(CPU_TASK)
+    failing = next(arm for arm in tried.arms if arm != tried.default.arm)
+    results = recorded(tried) | {
+        choice: Measurement(failure="compile", reason="planted") for choice in tried.choices() if choice.arm == failing
+    }
+    _, measurer = searched(tried, results, trials=10_000)
+    assert sum(choice.arm == failing for choice in measurer.asked) == 3
+
+
+def test_what_a_search_learns_is_in_the_records_and_where_the_next_one_begins(tmp_path):
+    tried = Space(CPU_TASK)
+    tried = tried.only((tried.default.arm,))
+    results = recorded(tried)
+    base = RecordBase([], tmp_path)
+    study = Study(tried, open_storage(None), TPE)
+    outcome = search(tried, ReplayMeasurer(results), study, Budget(trials=50), observers=[Recorder(tried, base)])
+    assert outcome.speedup > 1.0
+    assert outcome.winner in nearest_choices(tried, base)
+    again = recorded_results(tried, base.records())
+    assert set(again) == {choice for choice in results if choice in outcome.results}
+    assert all(again[choice].us == round(results[choice].us, 3) for choice in again)
+    near_task = Task(m.window(41, 3).bind(310), replace(CPU_TASK.problem, q_len=310, kv_len=310), CPU_TASK.device)
+    assert outcome.winner in nearest_choices(Space(near_task), base)
+
+
+# Exactness.
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_wrong_row_anywhere_is_seen(direction):
+    task = replace(CPU_TASK, direction=direction)
+    inputs = make_inputs(task, "cpu")
+    right = LocalMeasurer(Space(task), "cpu")._prepared(Space(task).default, inputs)[1]
+    oracle = Oracle(task, inputs)
+    assert oracle.error(right) is None
+    for name, tensor in right.parts.items():
+        for row in (0, 137, tensor.shape[2] - 1):
+            wrong = {each: part.clone() for each, part in right.parts.items()}
+            wrong[name][0, -1, row] += 0.01
+            assert oracle.error(Result(wrong)) is not None
+        wrong[name] = tensor.clone()
+        wrong[name][0, 0, 7] = float("nan")
+        assert oracle.error(Result(wrong)) is not None
+
+
+def test_a_configuration_with_wrong_results_is_not_timed(monkeypatch):
+    from sparsec.backends import cpu
+
+    tried = Space(CPU_TASK)
+    right = cpu.CpuBackend.lower
+    spoiled = next(choice for choice in tried.choices() if choice.arm == tried.default.arm and choice != tried.default)
+
+    def lower(self, launch):
+        kernel = right(self, launch)
+
+        def run(q, k, v, out, lse):
+            kernel(q, k, v, out, lse)
+            out[0, 0, 211] *= 1.05
+
+        return run if launch.config == spoiled.config else kernel
+
+    monkeypatch.setattr(cpu.CpuBackend, "lower", lower)
+    measurer = LocalMeasurer(tried, "cpu")
+    found = measurer.measure(spoiled, Look(runs=2, seconds=0.0))
+    assert (found.failure, found.timings_us) == ("incorrect", ())
+    assert measurer.measure(tried.default, Look(runs=2, seconds=0.0)).timings_us
+
+
+# Processes that fail.
+
+
+def test_a_crash_a_hang_and_too_much_memory_cost_one_trial_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEC_CACHE_DIR", str(tmp_path / "cache"))
+    tried = space()
+    base = RecordBase([], tmp_path / "records")
+    measurer = WorkerMeasurer(tried, "cpu", Limits(60.0, 400 << 20), program="tuning_programs")
+    monkeypatch.setattr("sparsec.tuning.worker._START_S", 2.0)
+    monkeypatch.setattr("sparsec.tuning.worker.default_limits", None)
+    found = {}
+    try:
+        for block_kv in (64, 16, 64, 32, 64, 128, 64):
+            config = Config.of(**tried.default.config.to_dict() | {"block_kv": block_kv})
+            choice = Choice(tried.default.arm, config)
+            found[block_kv] = measurer.measure(choice, Look(2, 0.0, timeout_s=1.0 if block_kv == 32 else 30.0))
+            Recorder(tried, base).tried(choice, found[block_kv])
+    finally:
+        measurer.close()
+    assert {each: found[each].failure for each in found} == {64: None, 16: "launch", 32: "timeout", 128: "launch"}
+    assert "SIGABRT" in found[16].reason
+    assert "memory" in found[128].reason
+    assert sorted(str(record.failure) for record in base.records()) == ["None"] * 4 + ["launch", "launch", "timeout"]
+
+
+# Studies that several processes share.
+
+
+def start(storage: str, trials: int) -> subprocess.Popen[str]:
+    folder = Path(tuning_programs.__file__).parent
+    path = os.pathsep.join([*sys.path, str(folder)])
+    return subprocess.Popen(
+        [sys.executable, str(folder / "tuning_programs.py"), "search", storage, str(trials)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def check_shared_study(storage: str) -> None:
+    """Two processes on one study, one of them ended by force in the middle of a trial."""
+    import optuna
+
+    trials = 24
+    doomed, other = start(storage, trials), start(storage, trials)
+    try:
+        measured = (line for line in doomed.stdout if line.startswith("measuring"))
+        last = [next(measured) for _ in range(4)][-1].removeprefix("measuring ").strip()
+        doomed.send_signal(signal.SIGKILL)
+        doomed.wait()
+        said, _ = other.communicate(timeout=120)
+    finally:
+        for each in (doomed, other):
+            each.kill()
+            each.wait()
+    assert other.returncode == 0
+    winner = Choice.from_text(said.splitlines()[-1].removeprefix("winner "))
+    tried = space()
+    study = Study(tried, open_storage(storage))
+    all_trials = study._study.get_trials()
+    states = optuna.trial.TrialState
+    # The last trial of the process that was killed was handed on; nothing is left hanging.
+    assert [each.number for each in all_trials if each.state == states.RUNNING] == []
+    left = [each for each in all_trials if each.state == states.FAIL and "outcome" not in each.user_attrs]
+    assert [each.user_attrs["choice"] for each in left] == [last]
+    assert {each.user_attrs.get("retry_of") for each in all_trials} >= {left[0].number}
+    results = study.results()
+    assert Choice.from_text(last) in results
+    assert len(results) >= trials
+    assert true_us(winner) <= min(found.us for found in results.values()) * NEAR_TIE
+    # Started again, it goes on where it was: there is nothing more to do.
+    measurer = ReplayMeasurer(recorded(tried))
+    outcome = search(tried, measurer, study, Budget(60.0, trials))
+    assert (measurer.asked, outcome.winner) == ([], winner)
+
+
+def test_a_journal_file_is_shared_and_a_killed_processs_trial_handed_on(tmp_path):
+    check_shared_study(str(tmp_path / "studies.journal"))
+
+
+def _postgres_programs() -> dict[str, str] | None:
+    folders = [
+        *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True),
+        *os.environ["PATH"].split(":"),
+    ]
+    found = {name: shutil.which(name, path=":".join(folders)) for name in ("initdb", "pg_ctl", "postgres")}
+    return found if all(found.values()) else None
+
+
+@pytest.fixture
+def postgres(tmp_path_factory):
+    """The URL of a server of this test's own, on a socket in a folder of its own."""
+    programs = _postgres_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server is installed (Debian: apt install postgresql)")
+    pytest.importorskip("psycopg")
+    # Sockets have short names; and the server refuses to run as root.
+    folder = Path(f"/tmp/sparsec-pg-{os.getpid()}")
+    folder.mkdir(mode=0o755)
+    as_other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    if as_other:
+        os.chown(folder, 65534, 65534)
+
+    def run(*command: str) -> None:
+        done = subprocess.run([*as_other, *command], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    data = str(folder / "data")
+    try:
+        run(programs["initdb"], "-D", data, "-U", "tuner", "--auth=trust", "--no-sync")
+        options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
+        run(programs["pg_ctl"], "-D", data, "-w", "-l", str(folder / "log"), "-o", options, "start")
+        yield f"postgresql://tuner@/postgres?host={folder}"
+        run(programs["pg_ctl"], "-D", data, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_postgresql_study_is_shared_and_a_killed_processs_trial_handed_on(postgres):
+    check_shared_study(postgres)
+
+
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [
+        ("postgresql://tuner:secret@127.0.0.1:1/none", "cannot be reached"),
+        ("/proc/nowhere/studies.journal", "cannot be written"),
+        ("oracle://host/db", "driver"),
+    ],
+)
+def test_a_storage_that_cannot_be_reached_is_named(storage, said):
+    with pytest.raises(SparsecError, match=said) as caught:
+        open_storage(storage)
+    assert "secret" not in str(caught.value)
+
+
+# Job files.
+
+
+def test_bad_jobs_are_named_with_their_line_and_the_others_kept(tmp_path):
+    path = tmp_path / "jobs.yaml"
+    path.write_text(
+        "device: nvidia-a100\n"
+        "defaults: {heads: 8}\n"
+        "jobs:\n"
+        '  - {name: good, mask: "window(63, 0)", length: [512, 1024], dtype: [fp16, bf16]}\n'
+        "  - name: typo\n"
+        "    mask: causal()\n"
+        "    lenght: 512\n"
+        '  - {name: bad mask, mask: "windw(63, 0)", length: 512}\n'
+        "  - {name: no length, mask: causal()}\n"
+        "  - {name: heads, mask: causal(), length: 512, kv_heads: 3}\n"
+        "  - {name: dims, mask: causal(), length: 512, head_dim: 512}\n"
+        "  - {name: shape, mask: documents([100, 100]), length: 512}\n"
+        "  - {name: none, mask: causal(), length: -5}\n"
+        "  - {name: file, mask: nowhere.npz}\n"
+    )
+    fleet = read_jobs(path)
+    assert fleet.device.name == "nvidia-a100"
+    assert [(each.problem.q_len, each.problem.dtype) for each in fleet.entries] == [
+        (512, "fp16"),
+        (512, "bf16"),
+        (1024, "fp16"),
+        (1024, "bf16"),
+    ]
+    lines = [int(problem.split(":")[1]) for problem in fleet.problems]
+    assert lines == [7, 8, 9, 10, 11, 12, 13, 14]
+    assert "did you mean 'length'" in fleet.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("jobs: 3\n", "list of `jobs`"),
+        ("about: x\njobz: []\njobs: []\n", ":2: .*'jobz'"),
+        ("device: nvidia-a10\njobs: []\n", ":1: .*nvidia-a100"),
+        ("jobs: []\ndefaults: {hedas: 3}\n", ":2: .*'heads'"),
+    ],
+)
+def test_a_file_that_holds_no_jobs_is_refused(tmp_path, text, said):
+    path = tmp_path / "jobs.yaml"
+    path.write_text(text)
+    with pytest.raises(SparsecError, match=said):
+        read_jobs(path)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "tools/jobs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_fleets_that_come_with_sparsec_make_sense(path):
+    fleet = read_jobs(path)
+    assert fleet.problems == ()
+    assert len(fleet.entries) >= 20
