@@ -9,7 +9,10 @@ Costs are nanoseconds on one worker (a core, a streaming multiprocessor); an `Es
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -92,9 +95,43 @@ class CostModel(Protocol):
         ...
 
 
+@cache
+def model_digest() -> str:
+    """Of this model: factors that were measured of another are not comparable."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+
+
 def cost_model(problem: Problem, device: Device) -> CostModel:
-    """The costs of a problem on a device."""
-    return _Cpu(problem, device) if device.kind == "cpu" else _Gpu(problem, device)
+    """The costs of a problem on a device, by its own calibration where it has one."""
+    model: CostModel = _Cpu(problem, device) if device.kind == "cpu" else _Gpu(problem, device)
+    if not device.factors:
+        return model
+    return _Calibrated(model, device.factor(f"tiles_{problem.dtype}"), device.factor(f"rows_{problem.dtype}"))
+
+
+class _Calibrated:
+    """A model times what was measured over what it estimated: for tiles and for single edges."""
+
+    def __init__(self, model: CostModel, tiles: float, rows: float) -> None:
+        self.workers = model.workers
+        self._model, self._tiles, self._rows = model, tiles, rows
+
+    def tiles(self, tiles: BlockTiles) -> FloatArray:
+        costs: FloatArray = self._model.tiles(tiles) * np.float32(self._tiles)
+        return costs
+
+    def rough_tiles(self, profile: MaskProfile) -> float:
+        return self._model.rough_tiles(profile) * self._tiles
+
+    def columns(self, gathered: GatheredTiles) -> float:
+        return self._model.columns(gathered) * self._tiles
+
+    def edge(self, span_keys: float) -> float:
+        return self._model.edge(span_keys) * self._rows
+
+    def unit(self, block_q: int, *, is_rows: bool, is_scattered: bool = False) -> float:
+        factor = self._rows if is_rows else self._tiles
+        return self._model.unit(block_q, is_rows=is_rows, is_scattered=is_scattered) * factor
 
 
 def estimate(work: Work, problem: Problem, device: Device, heads: int) -> Estimate:

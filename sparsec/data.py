@@ -144,11 +144,21 @@ def read_yaml(path: Path) -> Any:
     Raises:
         SparsecError: As `read_yaml_with_lines`.
     """
-    return read_yaml_with_lines(path)[0]
+    return _yaml_document(path)[0]
 
 
 def read_yaml_with_lines(path: Path) -> tuple[Any, Lines]:
     """The document in a YAML file, as `read_yaml` has it, and the line of each value in it.
+
+    Raises:
+        SparsecError: As `read_yaml`.
+    """
+    value, node = _yaml_document(path)
+    return value, {} if node is None else dict(_yaml_lines(node, (), set()))
+
+
+def _yaml_document(path: Path) -> tuple[Any, Any]:
+    """The value in a file and the node it was made from.
 
     Raises:
         SparsecError: The file cannot be read, is no YAML, holds more than one document, a tag beyond plain data, a key
@@ -165,9 +175,9 @@ def read_yaml_with_lines(path: Path) -> tuple[Any, Lines]:
         node = loader.get_single_node()
         _check_yaml_node(path, node)
         if node is None:
-            return None, {}
-        lines = dict(_yaml_lines(node, ()))
-        return loader.construct_document(node), lines
+            return None, None
+        # Making the value merges what is to be merged into the nodes.
+        return loader.construct_document(node), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = ", ".join(part for part in (error.context, error.problem) if part)
@@ -215,17 +225,21 @@ def _check_yaml_node(path: Path, root: Any) -> None:
         stack.extend((child, False) for child in _yaml_children(node))
 
 
-def _yaml_lines(node: Any, place: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], int]]:
-    """Where each value below a node stands; that of a dictionary's entry is where its key does."""
+def _yaml_lines(node: Any, place: tuple[str | int, ...], seen: set[int]) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    """Where each value below a node stands; what an alias stands for is told where it was first."""
     yield place, node.start_mark.line + 1
-    if node.id == "sequence":
-        for index, child in enumerate(node.value):
-            yield from _yaml_lines(child, (*place, index))
-    elif node.id == "mapping":
-        for key, child in node.value:
-            inner = _yaml_lines(child, (*place, key.value))
-            yield next(inner)[0], key.start_mark.line + 1
-            yield from inner
+    if id(node) in seen or node.id == "scalar":
+        return
+    seen.add(id(node))
+    for index, child in enumerate(node.value):
+        if node.id == "sequence":
+            yield from _yaml_lines(child, (*place, index), seen)
+            continue
+        key, value = child
+        below = _yaml_lines(value, (*place, key.value), seen)
+        # An entry stands where its key does.
+        yield next(below)[0], key.start_mark.line + 1
+        yield from below
 
 
 def _yaml_children(node: Any) -> list[Any]:

@@ -47,6 +47,7 @@ class Device:
         matrix_flops: Dense FLOP/s of all units by dtype (`fp32`, `fp16`, `bf16`), fp32 accumulation, no TF32.
         launch_us: Cost of one kernel launch, or of one parallel region.
         sources: Where the figures come from.
+        factors: Measured over estimated time by name (`tiles_fp32`, `rows_bf16`, …), where it was calibrated.
     """
 
     name: str
@@ -67,6 +68,11 @@ class Device:
     matrix_flops: Mapping[str, float] = field(hash=False)
     launch_us: float
     sources: tuple[str, ...]
+    factors: tuple[tuple[str, float], ...] = ()
+
+    def factor(self, name: str) -> float:
+        """What an estimate of that kind is to be multiplied by; 1 where it was not calibrated."""
+        return dict(self.factors).get(name, 1.0)
 
     @property
     def key(self) -> str:
@@ -92,6 +98,7 @@ class Device:
             "features": sorted(self.features),
             "matrix_flops": dict(self.matrix_flops),
             "sources": list(self.sources),
+            "factors": dict(self.factors),
         }
 
 
@@ -124,6 +131,35 @@ def device(name: str) -> Device:
 def devices() -> list[Device]:
     """The processor at hand, then every device of `devices.yaml` in its order."""
     return [detect_cpu(), *_described_devices().values()]
+
+
+# Rates further than this from what is known of the silicon are of a machine that was busy, or of another.
+_CREDIBLE: Final = 3.0
+_FACTORS: Final = re.compile(r"(tiles|rows)_(fp32|fp16|bf16)")
+
+
+def calibrated(found: Device, values: Mapping[str, float]) -> Device:
+    """A device with rates and factors that were measured on one; values that cannot be believed are left out."""
+
+    def believed(name: str, known: float) -> float:
+        value = values.get(name, known)
+        return value if known / _CREDIBLE <= value <= known * _CREDIBLE else known
+
+    matrix = {dtype: believed(f"{dtype}_flops", flops) for dtype, flops in found.matrix_flops.items()}
+    vector_flops = believed("vector_flops", found.vector_flops)
+    if found.kind == "cpu":
+        # fp16 is widened to fp32 for its sums.
+        matrix |= {"fp32": vector_flops, "fp16": vector_flops}
+    factors = {name: value for name, value in values.items() if _FACTORS.fullmatch(name)}
+    return replace(
+        found,
+        memory_bandwidth=believed("memory_bandwidth", found.memory_bandwidth),
+        vector_flops=vector_flops,
+        matrix_flops=matrix,
+        launch_us=believed("launch_us", found.launch_us),
+        sources=(*found.sources, "rates and factors measured by `sparsec tune --calibrate`"),
+        factors=tuple((name, min(max(value, 1 / _CREDIBLE), _CREDIBLE)) for name, value in factors.items()),
+    )
 
 
 # What devices.yaml says.

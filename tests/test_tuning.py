@@ -35,6 +35,11 @@ CPU_TASK = Task(m.window(40, 3).bind(300), Problem(300, 300, 2, 1, 32, 32), dete
 TPE = Settings(seed=1)
 
 
+def one_kernel() -> Space:
+    """A space that is soon exhausted."""
+    return Space(replace(CPU_TASK, template="block_sparse", reorder="off"))
+
+
 def recorded(tried: Space) -> dict[Choice, Measurement]:
     return {choice: Measurement((true_us(choice),) * 9) for choice in tried.choices()}
 
@@ -92,9 +97,8 @@ def test_a_search_comes_near_the_best_of_hundreds_in_40_trials():
 
 
 def test_a_search_that_may_try_everything_finds_the_best_and_ends():
-    tried = Space(CPU_TASK)
-    tried = tried.only((tried.default.arm,))
-    outcome, measurer = searched(tried, recorded(tried), trials=10_000)
+    tried = one_kernel()
+    outcome, measurer = searched(tried, recorded(tried), trials=300)
     assert sorted(map(str, measurer.asked)) == sorted(map(str, tried.choices()))
     assert true_us(outcome.winner) == min(map(true_us, tried.choices()))
 
@@ -109,11 +113,11 @@ def test_a_wrong_or_failing_choice_never_wins():
 
 
 def test_a_near_tie_goes_to_the_default():
-    tried = space()
+    tried = one_kernel()
     slow = {choice: Measurement((1000.0,) * 9) for choice in tried.choices()}
-    rival = next(choice for choice in tried.seeds()[1:] + list(tried.choices()) if choice != tried.default)
+    rival = next(choice for choice in tried.choices() if choice != tried.default)
     for rival_us, winner in ((1000.0 / NEAR_TIE * 1.001, tried.default), (1000.0 / NEAR_TIE * 0.99, rival)):
-        outcome, _ = searched(tried, slow | {rival: Measurement((rival_us,) * 9)}, trials=10_000)
+        outcome, _ = searched(tried, slow | {rival: Measurement((rival_us,) * 9)}, trials=100)
         assert outcome.winner == winner
 
 
@@ -149,16 +153,16 @@ def test_what_is_hopeless_is_not_run_on_and_what_is_far_behind_not_at_all():
 def test_a_failing_kernel_is_given_up_after_a_few_choices():
     tried = Space(CPU_TASK)
     failing = next(arm for arm in tried.arms if arm != tried.default.arm)
+    tried = tried.only((tried.default.arm, failing))
     results = recorded(tried) | {
         choice: Measurement(failure="compile", reason="planted") for choice in tried.choices() if choice.arm == failing
     }
-    _, measurer = searched(tried, results, trials=10_000)
+    _, measurer = searched(tried, results, trials=60)
     assert sum(choice.arm == failing for choice in measurer.asked) == 3
 
 
 def test_what_a_search_learns_is_in_the_records_and_where_the_next_one_begins(tmp_path):
-    tried = Space(CPU_TASK)
-    tried = tried.only((tried.default.arm,))
+    tried = one_kernel()
     results = recorded(tried)
     base = RecordBase([], tmp_path)
     study = Study(tried, open_storage(None), TPE)
@@ -368,7 +372,7 @@ def test_bad_jobs_are_named_with_their_line_and_the_others_kept(tmp_path):
         "  - {name: no length, mask: causal()}\n"
         "  - {name: heads, mask: causal(), length: 512, kv_heads: 3}\n"
         "  - {name: dims, mask: causal(), length: 512, head_dim: 512}\n"
-        "  - {name: shape, mask: documents([100, 100]), length: 512}\n"
+        '  - {name: shape, mask: "documents([100, 100])", length: 512}\n'
         "  - {name: none, mask: causal(), length: -5}\n"
         "  - {name: file, mask: nowhere.npz}\n"
     )

@@ -139,7 +139,8 @@ def tune(what: str | None, **options: Any) -> None:  # Any: click's options
     if told.is_calibration:
         from sparsec.cli.calibrate import calibrate
 
-        calibrate(told.device or "cpu")
+        target = _device(told) or _named_device("cpu")
+        calibrate(target, _where(target, 0))
     if what is None:
         if not told.is_calibration:
             raise click.UsageError("say what to tune: a mask, or a job file such as tools/jobs/cpu.yaml")
@@ -157,15 +158,26 @@ def tune(what: str | None, **options: Any) -> None:  # Any: click's options
         raise click.exceptions.Exit(1)
 
 
-def _fleet(what: str, told: _Options) -> Fleet:
-    from sparsec.device import device
+def _device(told: _Options) -> Device | None:
+    """The device that was named."""
     from sparsec.errors import SparsecError
-    from sparsec.tuning.jobs import Fleet, one_job, read_jobs
 
     try:
-        target = None if told.device is None else device(told.device)
+        return None if told.device is None else _named_device(told.device)
     except SparsecError as error:
         raise click.BadParameter(str(error), param_hint="'--device'") from error
+
+
+def _named_device(name: str) -> Device:
+    from sparsec.device import device
+
+    return device(name)
+
+
+def _fleet(what: str, told: _Options) -> Fleet:
+    from sparsec.tuning.jobs import Fleet, one_job, read_jobs
+
+    target = _device(told)
     if _is_job_file(what):
         return read_jobs(Path(what), target)
     shape = {
@@ -175,7 +187,7 @@ def _fleet(what: str, told: _Options) -> Fleet:
         "needs_grad": told.needs_grad,
     }
     entries = one_job(what, read_mask(what), shape)
-    return Fleet("", target or device("cpu"), tuple(entries), ())
+    return Fleet("", target or _named_device("cpu"), tuple(entries), ())
 
 
 def _is_job_file(what: str) -> bool:

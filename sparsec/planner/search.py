@@ -27,8 +27,8 @@ from typing import Literal, get_args
 
 from sparsec.analysis import MaskProfile, analyse, candidate_orderings, residue_ordering
 from sparsec.backends.base import BACKENDS, DTYPES, MAX_HEAD_DIM, Launch, Problem, Work, backend
-from sparsec.cost import CostModel, Estimate, cost_model, dense_estimate, estimate
-from sparsec.device import Device
+from sparsec.cost import CostModel, Estimate, cost_model, dense_estimate, estimate, model_digest
+from sparsec.device import Device, calibrated
 from sparsec.device import device as named_device
 from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.layout import Ordering, reordered
@@ -102,7 +102,7 @@ def plan(
     bound = mask if isinstance(mask, BoundMask) else mask.bind(problem.q_len, problem.kv_len)
     _check(bound, problem)
     problem = replace(problem, has_score_mod=score is not None)
-    target = named_device(device) if isinstance(device, str) else device
+    target = _calibrated(named_device(device) if isinstance(device, str) else device, records)
     wanted = _Wanted(template, backend, reorder, problem.head_dim**-0.5 if scale is None else scale, score)
     base = None if tune == "off" else database() if records is None else records
     groups = [
@@ -110,6 +110,13 @@ def plan(
         for each, heads, batch in distinct_masks(bound, problem)
     ]
     return Plan(bound, problem, target, tuple(groups), (time.perf_counter() - started) * 1e6)
+
+
+def _calibrated(found: Device, records: RecordBase | None) -> Device:
+    """With its own rates and factors, where they were measured of this cost model; the latest count."""
+    base = database() if records is None else records
+    known = [each for each in base.calibrations(found.key) if each.source == model_digest()]
+    return calibrated(found, dict(known[-1].values)) if known and not found.factors else found
 
 
 def _check(bound: BoundMask, problem: Problem) -> None:

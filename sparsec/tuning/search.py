@@ -158,7 +158,8 @@ class _Search:
         self._study.seed([*self._space.seeds(), *(each for each in near if self._space.refusal(each) is None)])
         n_before = len(self._study.results())
         try:
-            while not self._is_spent():
+            # What a process that died left behind is tried even when there were trials enough.
+            while self._left_s() > 0 and (not self._is_enough() or self._study.hand_on()):
                 trial = self._study.next()
                 if trial is None:
                     if not self._others_left():
@@ -170,6 +171,8 @@ class _Search:
                     # The budget ended it, which says nothing of the choice: it is given back.
                     break
                 self._study.tell(trial, found)
+                if self._has_given_up(trial.choice.arm):
+                    self._study.drop(trial.choice.arm)
                 for each in self._observers:
                     each.tried(trial.choice, found)
         finally:
@@ -186,9 +189,9 @@ class _Search:
     def _left_s(self) -> float:
         return self._budget.seconds - self._elapsed_s() - self._final_seconds
 
-    def _is_spent(self) -> bool:
+    def _is_enough(self) -> bool:
         n_measured = sum(not found.is_passed_over for found in self._study.results().values())
-        return self._left_s() <= 0 or n_measured >= self._budget.trials
+        return n_measured >= self._budget.trials
 
     def _others_left(self) -> bool:
         """Whether other processes are at work here, whose last trials may yet be left to this one."""
@@ -196,9 +199,6 @@ class _Search:
 
     def _looked_at(self, choice: Choice) -> Measurement:
         results = self._study.results()
-        given_up = self._given_up(choice.arm, results)
-        if given_up is not None:
-            return Measurement(reason=given_up, is_passed_over=True)
         best = min(results.values(), key=lambda found: found.us, default=Measurement())
         is_seed = choice == self._space.default
         limit_us = math.inf if is_seed or best.estimate_us is None else _TOO_FAR * best.estimate_us
@@ -211,12 +211,11 @@ class _Search:
         )
         return self._measurer.measure(choice, look)
 
-    def _given_up(self, arm: Arm, results: dict[Choice, Measurement]) -> str | None:
-        mine = [found for choice, found in results.items() if choice.arm == arm and not found.is_passed_over]
+    def _has_given_up(self, arm: Arm) -> bool:
+        """Whether several choices of a kernel failed, and none ever ran."""
+        mine = [found for choice, found in self._study.results().items() if choice.arm == arm]
         failed = [found for found in mine if found.failure is not None]
-        if len(failed) < _MOST_FAILURES or len(failed) < len(mine):
-            return None
-        return f"{arm} failed {len(failed)} times, and never ran ({failed[-1].failure}: {failed[-1].reason})"
+        return len(failed) >= _MOST_FAILURES and not any(found.timings_us for found in mine)
 
     def _contested(self) -> Outcome:
         results, default = self._study.results(), self._space.default

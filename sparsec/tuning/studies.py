@@ -41,7 +41,10 @@ DEAD_AFTER_S: Final = 45.0
 # A choice is queued again so often after its process died.
 _MOST_RETRIES: Final = 1
 # Proposals in a row that were known already, before untried ones are drawn at random.
-_PATIENCE: Final = 8
+_PATIENCE: Final = 3
+
+_TABLE_ATTEMPTS: Final = 5
+_TABLE_PAUSE_S: Final = 0.3
 
 Sampler = Literal["tpe", "random"]
 
@@ -99,6 +102,11 @@ def _open_database(url: str) -> optuna.storages.BaseStorage:
     # Not every driver that SQLAlchemy would take first is about; psycopg is the one that is tested.
     driven = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
     try:
+        # Two processes that find an empty database both make its tables, and one is refused: it finds them made.
+        for _ in range(_TABLE_ATTEMPTS):
+            with contextlib.suppress(sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+                return optuna.storages.RDBStorage(driven)
+            time.sleep(_TABLE_PAUSE_S)
         return optuna.storages.RDBStorage(driven)
     except ImportError as error:
         raise SparsecError(
@@ -173,6 +181,7 @@ class Study:
         self._results: dict[Choice, Measurement] = {}
         self._read: set[int] = set()
         self._seen_alive: dict[int, tuple[int, float]] = {}
+        self._dropped: set[Arm] = set()
         self._current: int | None = None
         self._heart = _Heart(self._beat)
         self._last_sweep = -float("inf")
@@ -194,15 +203,21 @@ class Study:
                 self._results[Choice.from_text(trial.user_attrs["choice"])] = _outcome(trial.user_attrs["outcome"])
         return self._results
 
+    def drop(self, arm: Arm) -> None:
+        """Proposes no more of a kernel."""
+        self._dropped.add(arm)
+
     def next(self) -> Trial | None:
         """A choice that nobody tried yet; None when there is none left."""
-        self._hand_on_dead()
+        if time.monotonic() - self._last_sweep >= BEAT_S:
+            self.hand_on()
         known, busy = self.results(), self._being_tried()
         for _ in range(_PATIENCE + self._n_waiting()):
             with _experiments_allowed():
                 asked = self._study.ask()
                 choice = self._suggested(asked)
-            if choice not in known and choice not in busy and self._space.refusal(choice) is None:
+            is_new = choice not in known and choice not in busy and choice.arm not in self._dropped
+            if is_new and self._space.refusal(choice) is None:
                 return self._taken(asked, choice)
             self._close_known(asked, known.get(choice))
         untried = next((choice for choice in self._shuffled() if choice not in known and choice not in busy), None)
@@ -292,7 +307,7 @@ class Study:
     def _shuffled(self) -> list[Choice]:
         import random
 
-        found = list(self._space.choices())
+        found = [choice for choice in self._space.choices() if choice.arm not in self._dropped]
         random.Random(self._settings.seed).shuffle(found)
         return found
 
@@ -334,12 +349,10 @@ class Study:
         study_id = self._storage.get_study_id_from_name(self.name)
         return self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
 
-    def _hand_on_dead(self) -> None:
-        """Queues again what processes that are gone were trying."""
+    def hand_on(self) -> bool:
+        """Queues again what processes that are gone were trying; whether any of that waits to be tried."""
         import optuna
 
-        if time.monotonic() - self._last_sweep < BEAT_S:
-            return
         self._last_sweep = time.monotonic()
         states = optuna.trial.TrialState
         for trial in self._study.get_trials(deepcopy=False, states=(states.RUNNING,)):
@@ -364,6 +377,8 @@ class Study:
             if self._space.refusal(choice) is None:
                 attributes = {"retry_of": trial.number, "retries": retries}
                 self._study.enqueue_trial(self._params(choice), user_attrs=attributes)
+        waiting = self._study.get_trials(deepcopy=False, states=(states.WAITING,))
+        return any("retry_of" in trial.user_attrs for trial in waiting)
 
     def _is_dead(self, trial: optuna.trial.FrozenTrial) -> bool:
         owner, count = trial.user_attrs.get("owner", ""), int(trial.user_attrs.get("beat", 0))
