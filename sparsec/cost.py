@@ -126,8 +126,8 @@ class _Calibrated:
     def columns(self, gathered: GatheredTiles) -> float:
         return self._model.columns(gathered) * self._tiles
 
-    def edge(self, span_keys: float) -> float:
-        return self._model.edge(span_keys) * self._rows
+    def edge(self, span_keys: float, heads_sharing: int = 1) -> float:
+        return self._model.edge(span_keys, heads_sharing) * self._rows
 
     def unit(self, block_q: int, *, is_rows: bool, is_scattered: bool = False) -> float:
         factor = self._rows if is_rows else self._tiles
