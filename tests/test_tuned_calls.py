@@ -1,0 +1,135 @@
+"""`compile(tune=...)` and `sparsec tune` from outside: what is measured, when, and what is remembered."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import sparsec
+from sparsec import masks as m
+from sparsec.cli import entry
+from sparsec.cli.entry import sparsec as program
+from sparsec.device import detect_cpu
+from sparsec.planner import plan
+from sparsec.records import Calibration
+from sparsec.tuning import first_call, tuner
+
+MASK, LENGTH = m.window(100, 0), 1500
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """First calls measure, however short they are."""
+    monkeypatch.setattr(first_call, "_LEAST_US", 0.0)
+    monkeypatch.setattr(first_call, "_CALLS", 1e9)
+
+
+def call(tune: str) -> sparsec.Attention:
+    attention = sparsec.compile(MASK, LENGTH, tune=tune)
+    q = torch.randn(1, 2, LENGTH, 32)
+    out = attention(q, q, q)
+    dense = torch.from_numpy(MASK.bind(LENGTH).to_dense())
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=dense)
+    assert torch.allclose(out, wanted, atol=1e-5)
+    return attention
+
+
+def test_a_first_call_measures_a_short_list_once_and_remembers(no_records, eager):
+    first = call("auto")
+    kept = list(no_records.records())
+    # A contest: the default beside others, all of one kernel.
+    assert len({record.contest for record in kept}) == 1
+    assert len({record.config for record in kept}) >= 2
+    assert {record.key.template for record in kept} == {first.plan.steps[0].launch.template.name}
+    again = call("auto")
+    assert len(list(no_records.records())) == len(kept)
+    assert again.plan.config_source != "cost model"
+
+
+def test_a_new_mask_of_the_same_attention_is_not_measured(no_records, eager):
+    attention = call("cached")
+    before = len(list(no_records.records()))
+    attention.update(m.window(300, 0))
+    assert len(list(no_records.records())) == before == 0
+
+
+@pytest.mark.parametrize("reason", ["short", "distributed", "traced", "cached", "off"])
+def test_a_first_call_measures_nothing_where_it_may_not(no_records, monkeypatch, request, reason):
+    if reason != "short":
+        request.getfixturevalue("eager")
+    if reason == "distributed":
+        monkeypatch.setenv("WORLD_SIZE", "8")
+    if reason == "traced":
+        monkeypatch.setattr(first_call, "_is_traced", lambda: True)
+    call(reason if reason in ("cached", "off") else "auto")
+    assert list(no_records.records()) == []
+
+
+def test_quick_tuning_measures_in_another_process_and_plans_by_it(no_records, monkeypatch):
+    monkeypatch.setattr(tuner, "_QUICK_SECONDS", 3.0)
+    attention = sparsec.compile(MASK, LENGTH, q_heads=2, head_dim=32, dtype="fp32", tune="quick")
+    kept = list(no_records.records())
+    assert any(record.timings_us for record in kept)
+    assert all(record.failure is None for record in kept)
+    assert isinstance(attention.plan.config_source, str)
+
+
+# The command.
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(program, ["tune", *arguments])
+
+
+def test_a_dry_run_needs_no_device_and_lists_what_would_be_searched():
+    done = run("window(63, 0)", "--seq-len", "4096", "--dtype", "bf16", "--device", "nvidia-h100", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "block_sparse on triton" in done.stdout
+    assert re.search(r"\b\d{3}\b", done.stdout)
+
+
+def test_bad_jobs_end_with_their_lines_and_the_others_are_planned(tmp_path):
+    path = tmp_path / "jobs.yaml"
+    path.write_text('jobs:\n  - {mask: "windo(3, 0)", length: 64}\n  - {mask: "window(3, 0)", length: 64}\n')
+    done = run(str(path), "--dry-run")
+    assert done.exit_code == 1
+    assert f"{path}:2:" in done.stderr
+    assert "window(3, 0)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ((), 2, "say what to tune"),
+        (("causal()",), 1, "length"),
+        (("causal()", "--seq-len", "64", "--budget", "soon"), 2, "30m"),
+        (("causal()", "--seq-len", "64", "--device", "nvidia-h1000"), 2, "nvidia-h100"),
+        (("causal()", "--seq-len", "64", "--storage", "postgresql://x@127.0.0.1:1/y"), 1, "cannot be reached"),
+        (("causal()", "--seq-len", "64", "--heads", "4", "--kv-heads", "3"), 1, "multiple"),
+    ],
+)
+def test_what_makes_no_sense_is_said(arguments, code, said, capfd):
+    assert entry.run(["tune", *arguments]) == code
+    assert said in capfd.readouterr().err
+
+
+# Calibration.
+
+
+def test_a_calibration_is_used_when_it_is_of_this_cost_model_and_can_be_believed(no_records):
+    from sparsec.cost import model_digest
+
+    cpu, problem = detect_cpu(), sparsec.Problem(LENGTH, LENGTH, 2, 2)
+    plain = plan(MASK, problem, cpu, template="block_sparse")
+    values = (("memory_bandwidth", cpu.memory_bandwidth * 1.5), ("vector_flops", 1e30), ("tiles_fp32", 1.7))
+    no_records.append(Calibration(cpu.key, "of another model", values))
+    assert plan(MASK, problem, cpu).device == cpu
+    no_records.append(Calibration(cpu.key, model_digest(), values))
+    made = plan(MASK, problem, cpu, template="block_sparse")
+    assert (made.device.memory_bandwidth, made.device.key) == (cpu.memory_bandwidth * 1.5, cpu.key)
+    assert made.device.vector_flops == cpu.vector_flops
+    # The factor is that of all tiles' work.
+    assert made.estimate.compute_us == pytest.approx(1.7 * plain.estimate.compute_us, rel=1e-5)
