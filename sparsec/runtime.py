@@ -455,7 +455,7 @@ class Tuner(Protocol):
 
 
 def _tuner() -> Tuner:
-    module: Any = importlib.import_module("sparsec.tuning.tuner")  # found by name, so a module object it is
+    module: Any = importlib.import_module("sparsec.tuning.calls")  # found by name, so a module object it is
     made: Tuner = module.tuner()
     return made
 

@@ -9,8 +9,10 @@
     replay      a search against recorded timings
     recording   measurements as records
     tuner       one call: a plan is tuned, forward and backward
+    calls       what `compile` knows of all this
     first_call  `tune="auto"`
     jobs        files of work for `sparsec tune`
+    fleet       one job after the other
     calibrate   the device's own ceilings
 
 Importing it loads neither torch nor optuna.

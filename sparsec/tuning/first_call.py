@@ -26,12 +26,11 @@ from sparsec import data
 from sparsec.planner import Plan
 from sparsec.records import NEAR_TIE, RecordBase
 from sparsec.template import template
-from sparsec.tuning.measure import LocalMeasurer, Look, Measurement
-from sparsec.tuning.recording import Recorder
-from sparsec.tuning.space import Choice, Space, Task
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from sparsec.tuning.space import Choice, Space
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +53,8 @@ def is_welcome(made: Plan) -> bool:
 
 def measure(made: Plan, where: str, base: RecordBase) -> bool:
     """Measures a short list in this process, and remembers it; whether something was better than the plan."""
-    if not is_welcome(made):
-        return False
+    from sparsec.tuning.space import Space, Task
+
     deadline = time.monotonic() + min(_MOST_S, _CALLS * made.estimate.us * 1e-6)
     group = made.groups[0]
     problem = replace(made.problem, has_score_mod=False)
@@ -66,6 +65,8 @@ def measure(made: Plan, where: str, base: RecordBase) -> bool:
 
 def short_list(space: Space) -> list[Choice]:
     """The default, its template's, and what is one step away from either."""
+    from sparsec.tuning.space import Choice
+
     default = space.default
     if default.arm.is_mixture or not space.tunables(default.arm):
         return [default]
@@ -75,6 +76,9 @@ def short_list(space: Space) -> list[Choice]:
 
 def _contest(space: Space, choices: Sequence[Choice], where: str, deadline: float, base: RecordBase) -> bool:
     """Those there is time for, in turns; whether the default lost."""
+    from sparsec.tuning.measure import LocalMeasurer, Look, Measurement
+    from sparsec.tuning.recording import Recorder
+
     measurer = LocalMeasurer(space, where, n_rows=4)
     recorder = Recorder(space, base)
     took: dict[Choice, Measurement] = {}

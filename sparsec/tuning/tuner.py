@@ -24,9 +24,7 @@ from sparsec.masks.mask import BoundMask
 from sparsec.planner import Plan, plan
 from sparsec.planner.search import Reorder
 from sparsec.records import RecordBase, database
-from sparsec.runtime import Request
 from sparsec.template import KERNEL_FILES, template
-from sparsec.tuning import first_call
 from sparsec.tuning.measure import Measurer
 from sparsec.tuning.recording import Recorder, nearest_choices
 from sparsec.tuning.search import Budget, Observer, Outcome, search
@@ -207,23 +205,3 @@ def _is_compiled(task: Task, arm: Arm) -> bool:
     if arm.is_mixture:
         return False
     return gate.is_passed(template(arm.template), arm.backend, task.problem.dtype, task.device, task.direction)
-
-
-class Tuner:
-    """What `compile` knows of this package."""
-
-    def improve(self, made: Plan, request: Request, where: str) -> bool:
-        """Measures for a plan as `request.tune` says; whether the records may say better afterwards.
-
-        A score modifier is left out of what is measured: it costs every configuration the same.
-        """
-        if request.tune == "auto":
-            return first_call.measure(made, where, database())
-        problem = replace(made.problem, has_score_mod=False)
-        job = Job(made.mask, problem, made.device, where, request.template, request.backend, request.reorder)
-        tune(job, "quick" if request.tune == "quick" else "full")
-        return True
-
-
-def tuner() -> Tuner:
-    return Tuner()
