@@ -9,8 +9,6 @@ import click
 from sparsec.cli.console import bar, out, show
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from sparsec.device import Device
     from sparsec.records import Calibration
 
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
 def calibrate(device: Device, where: str) -> None:
     """Measures, keeps and shows the ceilings of the device that is here."""
     from sparsec.records import database
+    from sparsec.report import Column, table
     from sparsec.tuning.calibrate import calibrate as measured
     from sparsec.tuning.tuner import check_is_here
 
@@ -27,13 +26,13 @@ def calibrate(device: Device, where: str) -> None:
         shown = progress.add_task("calibrating", total=None)
         found = measured(device, where, lambda what: progress.update(shown, description=f"measuring {what}"))
     database().append(found)
-    click.echo(f"{device.label} ({device.key}), as measured:")
-    show(out(), _table(found, device))
+    click.echo(f"{device.label} ({device.key}), as measured:\n")
+    console = out()
+    columns = [Column("what"), Column("measured", "right"), Column("described as", "right")]
+    show(console, table(columns, _rows(found, device), console))
 
 
-def _table(found: Calibration, device: Device) -> Table:
-    from rich.table import Table
-
+def _rows(found: Calibration, device: Device) -> list[tuple[str, str, str]]:
     known = {
         "vector_flops": device.vector_flops,
         "bf16_flops": device.matrix_flops.get("bf16"),
@@ -41,13 +40,11 @@ def _table(found: Calibration, device: Device) -> Table:
         "memory_bandwidth": device.memory_bandwidth,
         "launch_us": device.launch_us,
     }
-    table = Table(box=None, pad_edge=False)
-    for name, side in (("what", "left"), ("measured", "right"), ("described as", "right")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]  # one of rich's names
+    rows = []
     for name, value in found.values:
         described = known.get(name)
-        table.add_row(name.replace("_", " "), _text(name, value), "" if described is None else _text(name, described))
-    return table
+        rows.append((name.replace("_", " "), _text(name, value), "" if described is None else _text(name, described)))
+    return rows
 
 
 def _text(name: str, value: float) -> str:

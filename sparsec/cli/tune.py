@@ -46,6 +46,11 @@ Examples:
 """
 
 
+# Titles of the table of progress, and those whose cells are numbers.
+_TITLES: Final = ("task", "state", "tried", "failed", "default", "best", "gain", "best so far")
+_NUMBERS: Final = _TITLES[2:7]
+
+
 class _Duration(click.ParamType[float]):
     """Seconds, written as `90s`, `30m`, `2h`."""
 
@@ -236,23 +241,22 @@ def _where(device: Device, number: int) -> str:
 
 
 def _show_plan(fleet: Fleet) -> None:
-    from rich.table import Table
-
     from sparsec.errors import SparsecError
+    from sparsec.report import Column, table
     from sparsec.tuning.fleet import spaces_in
 
-    table = Table(box=None, pad_edge=False)
-    for name, side in (("task", "left"), ("kernels", "right"), ("points", "right"), ("default", "left")):
-        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]  # one of rich's names
+    rows: list[tuple[str, str, str, str]] = []
     with waiting("planning"):
         for entry in fleet.entries:
             try:
                 for title, space in spaces_in(entry, fleet.device):
-                    table.add_row(title, str(len(space.arms)), str(space.size), str(space.default))
+                    rows.append((title, str(len(space.arms)), str(space.size), str(space.default)))
             except SparsecError as error:
-                table.add_row(str(entry), "", "", str(error).splitlines()[0])
-    click.echo(f"{len(fleet.entries)} jobs for {fleet.device.name} ({fleet.device.key})")
-    show(out(), table)
+                rows.append((str(entry), "", "", str(error).splitlines()[0]))
+    console = out()
+    click.echo(f"{len(fleet.entries)} jobs for {fleet.device.name} ({fleet.device.key})\n")
+    columns = [Column("task"), Column("kernels", "right"), Column("points", "right"), Column("default")]
+    show(console, table(columns, rows, console))
 
 
 # Running.
@@ -401,7 +405,11 @@ class _Board:
         with self._lock:
             done = sum(row.state in ("done", "failed") for row in self._rows.values())
             elapsed = time.monotonic() - self._started
-            table = _table(self._rows, [title for title in self._latest if title in self._rows][:_SHOWN])
+            table = Table(box=None, pad_edge=False)
+            for title in _TITLES:
+                table.add_column(title, justify="right" if title in _NUMBERS else "left", no_wrap=title != _TITLES[-1])
+            for title in self._latest[:_SHOWN]:
+                table.add_row(*_cells(title, self._rows[title]))
             whole = Table.grid(padding=(0, 1))
             whole.add_row(
                 f"{done} of {len(self._rows)} tasks",
@@ -414,8 +422,12 @@ class _Board:
         return frame
 
     def summary(self) -> None:
+        from sparsec.report import Column, table
+
+        columns = [Column(title, "right" if title in _NUMBERS else "left") for title in _TITLES]
         done = {title: row for title, row in self._rows.items() if row.state != "waiting"}
-        show(out(), _table(done, list(done)))
+        console = out()
+        show(console, table(columns, [_cells(title, row) for title, row in done.items()], console))
         gains = [row.default_us / row.best_us for row in done.values() if row.state == "done" and _is_known(row)]
         parts = []
         if gains:
@@ -447,21 +459,10 @@ def _gain(row: _Row) -> str:
     return f"{gain:.2f}× the default" if gain > 1.0 else "the default stays"
 
 
-def _table(rows: dict[str, _Row], titles: Sequence[str]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("task", overflow="fold", min_width=24)
-    for name in ("state", "tried", "failed", "default", "best", "gain"):
-        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-    table.add_column("best so far", overflow="fold")
-    for title in titles:
-        row = rows[title]
-        gain = f"{row.default_us / row.best_us:.2f}×" if _is_known(row) else ""
-        table.add_row(
-            title, row.state, str(row.measured), str(row.failed), _us(row.default_us), _us(row.best_us), gain, row.note
-        )
-    return table
+def _cells(title: str, row: _Row) -> tuple[str, ...]:
+    gain = f"{row.default_us / row.best_us:.2f}×" if _is_known(row) else ""
+    times = (_us(row.default_us), _us(row.best_us))
+    return title, row.state, str(row.measured), str(row.failed), *times, gain, row.note
 
 
 def _us(us: float) -> str:
