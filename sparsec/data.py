@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,6 +127,12 @@ def is_distributed_job() -> bool:
     """Whether a launcher started this process as one of several ranks: `$WORLD_SIZE`, as torchrun sets it."""
     size = os.environ.get("WORLD_SIZE", "")
     return size.isdigit() and int(size) > 1
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """What a process started by this one is given, so that it finds the same packages: this environment, and `extra`."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return {**os.environ, "PYTHONPATH": paths, **extra}
 
 
 def forced_isa() -> str | None:

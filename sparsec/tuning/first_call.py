@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Calls that take less are left alone; and so many of them are spent, up to a second.
 _LEAST_US: Final = 2_000.0
-_CALLS: Final = 30
+_CALLS: Final = 15
 _MOST_S: Final = 1.0
 # What the planner says where it goes by no record.
 _NO_RECORD: Final = "cost model"

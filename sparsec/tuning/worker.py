@@ -144,10 +144,7 @@ class _Child:
     def __init__(self, program: str, limits: Limits) -> None:
         self._limits = limits
         reading, writing = os.pipe()
-        # The child finds this sparsec, and whatever else this process found, where this process did.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        if limits.threads:
-            environment["OMP_NUM_THREADS"] = str(limits.threads)
+        environment = data.child_environment({"OMP_NUM_THREADS": str(limits.threads)} if limits.threads else {})
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
         self._process = subprocess.Popen(
             [sys.executable, "-m", program, str(writing), str(os.getpid())],
