@@ -130,7 +130,7 @@ def is_distributed_job() -> bool:
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """What a process started by this one is given, so that it finds the same packages: this environment, and `extra`."""
+    """What a process started by this one is given, so that it finds the same packages; with `extra` beside it."""
     paths = os.pathsep.join(path for path in sys.path if path)
     return {**os.environ, "PYTHONPATH": paths, **extra}
 
