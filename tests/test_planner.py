@@ -214,6 +214,23 @@ def test_equal_masks_are_planned_together():
     _told(made)
 
 
+def test_equal_masks_share_index_arrays_whatever_their_heads():
+    a, b = m.random_edges(4, 0), m.random_edges(7, 1)
+    members = [m.per_head([a] * 4), m.per_head([a, b, a, b]), m.per_head([a] * 4)]
+    problem = replace(PROBLEM, batch=3)
+    made = sparsec.plan(m.per_batch(members), problem, template="row_traversal")
+    assert [(group.heads, group.batch) for group in made.groups] == [
+        ((0, 1, 2, 3), (0, 2)),
+        ((0, 2), (1,)),
+        ((1, 3), (1,)),
+    ]
+    rows = [step.launch.work.rows for step in made.steps]
+    assert rows[0] is rows[1]
+    assert rows[0] is not rows[2]
+    assert made.groups[1].estimate.flops * 4 == made.groups[0].estimate.flops * 2
+    _told(made)
+
+
 def test_a_predicate_of_heads_and_batch_elements():
     made = sparsec.plan(m.from_mask_mod(lambda b, h, q, kv: kv <= q + h // 2 + b), replace(PROBLEM, batch=2))
     covered = sorted((b, h) for group in made.groups for b in group.batch for h in group.heads)

@@ -35,6 +35,11 @@ PAIRS = {
         m.per_head([m.window(9, 3), m.window(3, 3), m.random_edges(4, 1), m.random_edges(4, 1)]),
         {},
     ),
+    "batch-of-heads": (
+        m.per_batch([m.per_head([m.random_edges(i, 0), m.random_edges(3, 0)]) for i in (3, 3, 4)]),
+        m.per_batch([m.per_head([m.random_edges(i, 1), m.random_edges(4, 1)]) for i in (3, 4, 4)]),
+        {"template": "row_traversal"},
+    ),
 }
 
 
@@ -61,7 +66,9 @@ def _forbid_search(monkeypatch):
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_result_is_that_of_the_new_mask(name, monkeypatch):
     before, after, options = PAIRS[name]
-    tried = case("after", after, 600, 600, 24, v_dim=40, heads=(4, 2) if name == "heads" else (2, 1))
+    tried = case(
+        "after", after, 600, 600, 24, v_dim=40, heads=(4, 2) if name == "heads" else (2, 1), batch=after.n_batch or 1
+    )
     q, k, v = (tensor.clone().requires_grad_() for tensor in running.inputs(tried))
     attn = sparsec.compile(before, 600, **options)
     attn(q, k, v)[0].sum().backward()

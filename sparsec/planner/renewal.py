@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import reduce
+from operator import add
 
 import numpy as np
 
+from sparsec.backends.base import Problem
 from sparsec.cost import estimate
+from sparsec.device import Device
 from sparsec.errors import MaskError
 from sparsec.layout import reordered
 from sparsec.masks.mask import BoundMask, Mask
@@ -51,19 +55,41 @@ def renewed(plan: Plan, bound: BoundMask) -> Plan:
     started = time.perf_counter()
     check_structure(plan.mask.mask, bound.mask)
     group_of = {(b, h): group for group in plan.groups for b in group.batch for h in group.heads}
-    groups = tuple(
-        _renewed_group(plan, group_of[batch[0], heads[0]], each, heads, batch)
-        for each, heads, batch in distinct_masks(bound, plan.problem)
+    groups: list[Group] = []
+    for each, heads, batch in distinct_masks(bound, plan.problem):
+        twin = next((group for group in groups if group.bound is each), None)
+        if twin is None:
+            groups.append(_renewed_group(plan, group_of[batch[0], heads[0]], each, heads, batch))
+        else:
+            groups.append(shared_group(twin, heads, batch, plan.problem, plan.device))
+    return replace(plan, mask=bound, groups=tuple(groups), planning_us=(time.perf_counter() - started) * 1e6)
+
+
+def shared_group(
+    twin: Group, heads: tuple[int, ...], batch: tuple[int, ...], problem: Problem, device: Device
+) -> Group:
+    """Other heads and batch elements of the same mask: the same launches, over the same index arrays."""
+    steps = []
+    for step in twin.steps:
+        work = step.launch.work
+        copies = max(1, work.schedule.copies * len(heads) // len(twin.heads))
+        work = replace(work, schedule=replace(work.schedule, copies=copies))
+        is_dense = step.launch.template.layout == "none"
+        cost = step.estimate if is_dense else estimate(work, problem, device, len(heads))
+        steps.append(replace(step, launch=replace(step.launch, work=work, heads=heads, batch=batch), estimate=cost))
+    return replace(
+        twin,
+        heads=heads,
+        batch=batch,
+        is_whole_batch=batch == tuple(range(problem.batch)),
+        steps=tuple(steps),
+        estimate=reduce(add, (step.estimate for step in steps)),
     )
-    return replace(plan, mask=bound, groups=groups, planning_us=(time.perf_counter() - started) * 1e6)
 
 
 def _renewed_group(plan: Plan, group: Group, bound: BoundMask, heads: tuple[int, ...], batch: tuple[int, ...]) -> Group:
     parts = _parts(group, bound)
     steps = tuple(_renewed_step(plan, step, part, heads, batch) for step, part in zip(group.steps, parts, strict=True))
-    total = steps[0].estimate
-    for step in steps[1:]:
-        total = total + step.estimate
     return replace(
         group,
         bound=bound,
@@ -72,7 +98,7 @@ def _renewed_group(plan: Plan, group: Group, bound: BoundMask, heads: tuple[int,
         is_whole_batch=batch == tuple(range(plan.problem.batch)),
         known_profile=None,
         steps=steps,
-        estimate=total,
+        estimate=reduce(add, (step.estimate for step in steps)),
         config_source=f"{group.config_source.removesuffix(_KEPT)}{_KEPT}",
     )
 

@@ -2,7 +2,8 @@
 
 This file decides what is considered and what wins. The decision, in a user's words:
 
-- Heads and batch elements with equal masks are planned together.
+- Heads and batch elements with equal masks are planned together, and run in one launch where they are all heads of some
+  batch elements, or the same heads of several; in any case they share index arrays.
 - A back end that cannot serve a template, a dimension or a device refuses it, in one sentence.
 - Every remaining template gets a rough estimate from the mask's profile. One that is far behind the best is passed over
   without building its index arrays, but listed.
@@ -36,6 +37,7 @@ from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.measured import COST_MODEL, Measured
 from sparsec.planner.parts import distinct_masks, heavy_rows_apart, residue_part
 from sparsec.planner.plans import Candidate, Group, Plan, Refusal, Step
+from sparsec.planner.renewal import shared_group
 from sparsec.planner.shortlist import shortlist
 from sparsec.planner.works import IDENTITY, build_work, heads_sharing, span_of
 from sparsec.records import NEAR_TIE, Direction, RecordBase, Served, database
@@ -105,10 +107,13 @@ def plan(
     target = _calibrated(named_device(device) if isinstance(device, str) else device, records)
     wanted = _Wanted(template, backend, reorder, problem.head_dim**-0.5 if scale is None else scale, score)
     base = None if tune == "off" else database() if records is None else records
-    groups = [
-        _Search(each, problem, target, heads, batch, wanted, base).group()
-        for each, heads, batch in distinct_masks(bound, problem)
-    ]
+    groups: list[Group] = []
+    for each, heads, batch in distinct_masks(bound, problem):
+        twin = next((group for group in groups if group.bound is each), None)
+        if twin is None:
+            groups.append(_Search(each, problem, target, heads, batch, wanted, base).group())
+        else:
+            groups.append(shared_group(twin, heads, batch, problem, target))
     return Plan(bound, problem, target, tuple(groups), (time.perf_counter() - started) * 1e6)
 
 
