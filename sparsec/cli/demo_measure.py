@@ -82,15 +82,20 @@ class Oracle:
 
     def prepare(self, advance: Callable[[], None]) -> None:
         """Computes the answers; calls `advance` after each head."""
-        sample = _sampled_rows(self._bound)
-        # Explicit edges give up their rows faster than an expression does.
-        sampled = sample, _only(self._bound, sample)
+        is_varied = self._bound.varies_by_head or self._bound.varies_by_batch
+        sampled = _sampled(self._bound.select(0, 0) if is_varied else self._bound)
         whole = np.arange(self._bound.q_len), sampled[1]
         if self._whole_heads:
             whole = whole[0], from_dense(self._bound.to_dense()).bind(*self._bound.shape)
         for head in range(self._given.q.shape[1]):
+            if is_varied:
+                sampled = _sampled(self._bound.select(0, head))
             rows, bound = whole if head < self._whole_heads else sampled
-            q, k, v = (tensor[0, head].double().numpy() for tensor in self._given)
+            group = self._given.q.shape[1] // self._given.k.shape[1]
+            q, k, v = (
+                tensor[0, each].detach().cpu().double().numpy()
+                for tensor, each in zip(self._given, (head, head // group, head // group), strict=True)
+            )
             scale = q.shape[1] ** -0.5
             self._known.append((rows, reference.attention(q[rows], k, v, bound, scale)[0]))
             # What is allowed holds for the whole answer, of which every head is a part.
@@ -103,9 +108,16 @@ class Oracle:
         largest = 0.0
         for head, (rows, answer) in enumerate(self._known):
             # A result that is no number is infinitely wrong.
-            differences = np.nan_to_num(np.abs(out[0, head].double().numpy()[rows] - answer), nan=np.inf)
+            found = out[0, head].detach().cpu().double().numpy()[rows]
+            differences = np.nan_to_num(np.abs(found - answer), nan=np.inf)
             largest = max(largest, float(differences.max(initial=0.0)))
         return Error(largest, self._allowed, sum(len(rows) for rows, _ in self._known))
+
+
+def _sampled(bound: BoundMask) -> tuple[npt.NDArray[np.int64], BoundMask]:
+    """Some rows, and a mask of these alone: explicit edges give up their rows faster than an expression does."""
+    rows = _sampled_rows(bound)
+    return rows, _only(bound, rows)
 
 
 def _sampled_rows(bound: BoundMask) -> npt.NDArray[np.int64]:

@@ -16,6 +16,7 @@ from typing import Any, Final
 import click
 
 from sparsec import __version__
+from sparsec.cli.bench import bench
 from sparsec.cli.db import db
 from sparsec.cli.demo import demo
 from sparsec.cli.devices import devices
@@ -83,7 +84,7 @@ def sparsec() -> None:
     """
 
 
-for _command in (demo, explain, tune, masks, devices, db, doctor):
+for _command in (demo, explain, bench, tune, masks, devices, db, doctor):
     sparsec.add_command(_command)
 
 

@@ -4,6 +4,7 @@ from sparsec.report.document import json_text
 from sparsec.report.picture import Picture, picture
 from sparsec.report.side_by_side import (
     devices_table,
+    launches,
     lengths_table,
     masks_table,
     masks_verdict,
@@ -18,6 +19,7 @@ __all__ = [
     "Picture",
     "devices_table",
     "json_text",
+    "launches",
     "lengths_table",
     "masks_table",
     "masks_verdict",
