@@ -34,6 +34,7 @@ from sparsec.device import device as named_device
 from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.layout import Ordering, reordered
 from sparsec.masks.mask import BoundMask, Mask
+from sparsec.planner.drafts import Arm, Draft, Part
 from sparsec.planner.measured import COST_MODEL, Measured
 from sparsec.planner.parts import distinct_masks, heavy_rows_apart, residue_part
 from sparsec.planner.plans import Candidate, Group, Plan, Refusal, Step
@@ -52,9 +53,8 @@ PlanTune = Literal["off", "cached"]
 _FAR_BEHIND = 2.5
 # One whose measured time is so many times the best measured one is passed over as well.
 _MEASURED_FAR_BEHIND = 1.5
-# The cost model cannot tell apart what is nearer than this; the earlier of _SIMPLEST wins.
+# The cost model cannot tell apart what is nearer than this; the earlier of `drafts.SIMPLEST` wins.
 _NEAR = 1.03
-_SIMPLEST = ("block_sparse", "row_traversal", "hybrid", "dense")
 # Index arrays may take this share of the device's memory.
 _LAYOUT_SHARE = 0.25
 # An irregular order must save on so many keys a query what it costs on the query itself.
@@ -161,91 +161,6 @@ class _Wanted:
     score: ScoreMod | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Arm:
-    """A kernel that can serve the mask, and the order of tokens it walks."""
-
-    template: Template
-    backend: str
-    ordering: Ordering
-    bound: BoundMask
-    profile: MaskProfile
-
-    @property
-    def kernel(self) -> tuple[str, str, str]:
-        return self.template.name, self.backend, self.ordering.name
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One launch of a draft."""
-
-    template: Template
-    backend: str
-    config: Config
-    profile: MaskProfile
-    work: Work
-    edges: str
-    estimate: Estimate
-    served: Served | None = None
-    measured_us: float | None = None
-
-    @property
-    def kernel(self) -> tuple[str, str, str]:
-        """Template, back end and order of tokens."""
-        return self.template.name, self.backend, self.work.ordering.name
-
-    @property
-    def config_source(self) -> str:
-        return COST_MODEL if self.served is None else str(self.served)
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A candidate with its index arrays: one or more launches."""
-
-    parts: tuple[_Part, ...]
-    is_joined: bool
-    estimate: Estimate
-
-    @property
-    def rank(self) -> tuple[int, int, int]:
-        """Simplest first."""
-        first = self.parts[0]
-        return len(self.parts), int(first.work.ordering.q_order is not None), _SIMPLEST.index(first.template.name)
-
-    @property
-    def is_measured(self) -> bool:
-        return any(part.measured_us is not None for part in self.parts)
-
-    @property
-    def config_source(self) -> str:
-        """Of each launch, once."""
-        return "; ".join(dict.fromkeys(part.config_source for part in self.parts))
-
-    def us(self, scale: float) -> float:
-        """What it should take: measured where records say, estimated times `scale` elsewhere."""
-        measured = [part for part in self.parts if part.measured_us is not None]
-        rest = self.estimate.us - sum(part.estimate.us for part in measured)
-        return sum(part.measured_us or 0.0 for part in measured) + scale * rest
-
-    def candidate(self, scale: float) -> Candidate:
-        first = self.parts[0]
-        names = " + ".join(dict.fromkeys(part.template.name for part in self.parts))
-        orders = " + ".join(dict.fromkeys(part.work.ordering.name for part in self.parts))
-        layout_bytes = sum(part.work.nbytes for part in self.parts)
-        return Candidate(
-            names,
-            first.backend,
-            first.config,
-            orders,
-            self.estimate,
-            self.us(scale),
-            layout_bytes,
-            self.config_source,
-        )
-
-
 class _Search:
     """One distinct mask."""
 
@@ -266,7 +181,7 @@ class _Search:
         self._measured = Measured(problem, device, len(heads), len(batch), base)
         self._refusals: list[Refusal] = []
         self._passed_over: list[Candidate] = []
-        self._arms: list[_Arm] = []
+        self._arms: list[Arm] = []
 
     def group(self) -> Group:
         servers = list(self._servers())
@@ -315,7 +230,7 @@ class _Search:
             backward_source="" if backward is None else backward.config_source,
         )
 
-    def _backward(self, winner: _Draft) -> _Part | None:
+    def _backward(self, winner: Draft) -> Part | None:
         """What records would run the backward pass with, or None: it then runs as the forward pass does.
 
         Another kernel than the forward pass's is taken only where both were measured.
@@ -338,7 +253,7 @@ class _Search:
             return replace(own, served=served)
         work = self._work(arm.template, served.config, arm.bound, arm.profile, arm.ordering)
         cost = self._estimate(arm.template, work)
-        return _Part(arm.template, arm.backend, served.config, arm.profile, work, "all", cost, served)
+        return Part(arm.template, arm.backend, served.config, arm.profile, work, "all", cost, served)
 
     def _servers(self) -> Iterator[tuple[Template, str]]:
         """Templates and back ends that can serve the problem; the others become refusals."""
@@ -389,7 +304,7 @@ class _Search:
         )
         return self._profile.nnz / (q_len * kv_len) if is_causal else None
 
-    def _drafts(self, servers: list[tuple[Template, str]]) -> Iterator[_Draft]:
+    def _drafts(self, servers: list[tuple[Template, str]]) -> Iterator[Draft]:
         own = list(self._drafts_in(self._bound, self._profile, IDENTITY, servers, float("inf")))
         yield from own
         if self._wanted.reorder == "off":
@@ -415,7 +330,7 @@ class _Search:
         ordering: Ordering,
         servers: list[tuple[Template, str]],
         best_us: float,
-    ) -> Iterator[_Draft]:
+    ) -> Iterator[Draft]:
         rough = {each.name: self._rough_us(each, profile) for each, _ in servers}
         limit = min([best_us, *rough.values()], default=0.0) * _FAR_BEHIND
         told = {(each.name, name): self._served(each, name, profile, ordering) for each, name in servers}
@@ -424,7 +339,7 @@ class _Search:
             if each.layout == "none" and ordering is not IDENTITY:
                 continue
             title = f"{each.name} on {name}" + ("" if ordering is IDENTITY else f", {ordering.name}")
-            self._arms.append(_Arm(each, name, ordering, bound, profile))
+            self._arms.append(Arm(each, name, ordering, bound, profile))
             served, measured_us = told[each.name, name]
             is_behind = rough[each.name] > limit if measured_us is None else measured_us > measured_limit
             if is_behind and self._wanted.template is None:
@@ -442,7 +357,7 @@ class _Search:
                 cost = self._estimate(each, work)
                 if measured_us is not None:
                     self._measured.note(measured_us, cost.us)
-                yield _Draft((_Part(each, name, config, profile, work, "all", cost, served, measured_us),), False, cost)
+                yield Draft((Part(each, name, config, profile, work, "all", cost, served, measured_us),), False, cost)
 
     def _work(self, each: Template, config: Config, bound: BoundMask, profile: MaskProfile, ordering: Ordering) -> Work:
         return build_work(
@@ -520,7 +435,7 @@ class _Search:
                 return f"{partial:,} partial tiles could need {bytes_at_most / 2**30:.1f} GiB of patterns"
         return None
 
-    def _mixed(self, servers: list[tuple[Template, str]]) -> Iterator[_Draft]:
+    def _mixed(self, servers: list[tuple[Template, str]]) -> Iterator[Draft]:
         """Plans of two launches."""
         apart = heavy_rows_apart(self._bound, self._profile)
         if apart is not None:
@@ -537,7 +452,7 @@ class _Search:
             )
             yield from self._together(drafts, (f"offsets that are multiples of {period}", "the rest"), is_joined=True)
 
-    def _best_of(self, bound: BoundMask, ordering: Ordering, servers: list[tuple[Template, str]]) -> _Draft | None:
+    def _best_of(self, bound: BoundMask, ordering: Ordering, servers: list[tuple[Template, str]]) -> Draft | None:
         own = [pair for pair in servers if pair[0].layout != "none"]
         refusals, passed_over, arms = list(self._refusals), list(self._passed_over), list(self._arms)
         drafts = list(self._drafts_in(bound, analyse(bound), ordering, own, float("inf")))
@@ -547,8 +462,8 @@ class _Search:
         return min(drafts, key=lambda draft: draft.us(scale), default=None)
 
     def _together(
-        self, drafts: tuple[_Draft | None, _Draft | None], edges: tuple[str, str], *, is_joined: bool
-    ) -> Iterator[_Draft]:
+        self, drafts: tuple[Draft | None, Draft | None], edges: tuple[str, str], *, is_joined: bool
+    ) -> Iterator[Draft]:
         first, second = drafts
         if first is None or second is None:
             return
@@ -558,14 +473,14 @@ class _Search:
             # Two fp32 results are written, read again and joined.
             moved = 5 * 4 * self._problem.q_heads * self._problem.q_len * self._problem.v_dim * self._problem.batch
             total = total + _moving(moved / self._device.memory_bandwidth * 1e6)
-        yield _Draft(parts, is_joined, total)
+        yield Draft(parts, is_joined, total)
 
-    def _steps(self, draft: _Draft) -> Iterator[Step]:
+    def _steps(self, draft: Draft) -> Iterator[Step]:
         for part in draft.parts:
             launch = self._launch(part, is_partial=draft.is_joined)
             yield Step(launch, part.edges, part.estimate, part.config_source)
 
-    def _launch(self, part: _Part, *, is_partial: bool) -> Launch:
+    def _launch(self, part: Part, *, is_partial: bool) -> Launch:
         return Launch(
             template=part.template,
             backend=part.backend,
