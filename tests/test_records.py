@@ -19,6 +19,7 @@ from sparsec.backends.base import Problem
 from sparsec.device import device
 from sparsec.errors import RecordError
 from sparsec.records import Calibration, RecordBase, RecordKey, TuningRecord, Workload
+from sparsec.records.upkeep import entries
 from sparsec.template import Config, template
 
 H100 = device("nvidia-h100")
@@ -73,6 +74,8 @@ def test_a_record_reads_back_as_it_was_written():
         ({"failure": "launch"}, "1 timings and failure 'launch'"),
         ({"mask": None}, "mask None"),
         ({"work": {"q_len": 0}}, "q_len 0"),
+        ({"head_dim": 10**400}, "head_dim 10"),
+        ({"timings_us": [10**400]}, "timings_us 10"),
     ],
 )
 def test_a_line_that_cannot_be_says_which_field(change, named):
@@ -257,6 +260,32 @@ def test_garbage_torn_and_foreign_lines_are_skipped_and_reported(base, file):
     base.append(record(WIDE, (20.0,)))
     assert served(base).config == WIDE
     assert len(base.problems()) == 6
+
+
+_JUNK = [None, True, -1, 0, 10**400, 1e308, 0.5, "", "x", "../..", [], {}, [[]], {"a": {}}, [1e308] * 300]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.sampled_from(_JUNK), st.booleans()), max_size=6))
+def test_no_line_whatever_it_says_stops_a_lookup(tmp_path_factory, changes):
+    folder = tmp_path_factory.mktemp("records")
+    good = record(date="2026-01-01").to_json()
+    places = [(name,) for name in good] + [("mask", name) for name in good["mask"]]
+    places += [("work", name) for name in good["work"]] + [("config", "block_q"), ("config", "more")]
+    lines = [good]
+    for place, junk, is_failure in changes:
+        bad = json.loads(json.dumps(good)) | ({"failure": "incorrect", "timings_us": []} if is_failure else {})
+        *above, last = places[place % len(places)]
+        (bad[above[0]] if above else bad)[last] = junk
+        lines.append(bad)
+    file = folder / f"{KEY.device}.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    base = RecordBase([], folder)
+    found = served(base)
+    assert found is None or BLOCKS.violation("cpu", found.config) is None
+    n_usable = len(list(base.records()))
+    assert len(base.problems()) + n_usable + len(base.calibrations(KEY.device)) == len(lines)
+    assert len(list(entries(file))) == len(lines)
 
 
 def test_a_file_that_is_replaced_or_shortened_is_read_anew(base, file):

@@ -345,7 +345,7 @@ class RecordBase:
         for path in self._paths(device):
             file = self._files.get(path)
             if file is None:
-                if not path.exists():
+                if not os.path.exists(path):  # unlike Path.exists, False where one may not look
                     continue
                 file = self._files[path] = RecordFile(path)
             file.refresh()

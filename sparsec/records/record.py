@@ -28,6 +28,9 @@ Failure = Literal["constraint", "compile", "launch", "timeout", "incorrect"]
 # A record keeps at most so many timings, so that a line stays one short write.
 MAX_TIMINGS: Final = 256
 
+# No length, count or time is larger: a number beyond it is a fault, and would overflow where it is used.
+_LARGEST: Final = 1 << 62
+
 # How much each octave of edges, another order of tokens and a score modifier say about which launch parameters win.
 _EDGES_WEIGHT, _ORDERING_WEIGHT, _SCORE_WEIGHT = 0.125, 0.5, 0.5
 
@@ -342,7 +345,7 @@ def _timings(row: Row) -> tuple[float, ...]:
 
 
 def _positive(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
         _refuse(f"has {name} {value!r}: a positive number is needed")
     return float(value)
 
@@ -356,7 +359,7 @@ def _part(row: Row, name: str) -> Row:
 
 def _int(row: Row, name: str, least: int | None) -> int:
     value = row.get(name)
-    if type(value) is not int or (least is not None and value < least):
+    if type(value) is not int or abs(value) > _LARGEST or (least is not None and value < least):
         _refuse(f"has {name} {value!r}: an integer{'' if least is None else f' of at least {least}'} is needed")
     return value
 
