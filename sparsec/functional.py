@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
 from sparsec.errors import MaskError
 from sparsec.masks.mask import Mask
@@ -20,6 +20,42 @@ if TYPE_CHECKING:
     import torch
 
 
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    layout: Layout = "bhsd",
+    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    layout: Layout = "bhsd",
+    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    return_lse: bool,
+    layout: Layout = "bhsd",
+    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
