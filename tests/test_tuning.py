@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tuning_programs
+from click.testing import CliRunner
 from tuning_programs import space, true_us
 
 from sparsec import masks as m
@@ -22,6 +23,7 @@ from sparsec.errors import SparsecError
 from sparsec.records import NEAR_TIE, RecordBase
 from sparsec.template import Config, template
 from sparsec.tuning.exactness import Oracle, Result, make_inputs
+from sparsec.tuning.fleet import spaces_in
 from sparsec.tuning.jobs import read_jobs
 from sparsec.tuning.measure import LocalMeasurer, Look, Measurement
 from sparsec.tuning.recording import Recorder, nearest_choices, recorded_results
@@ -412,3 +414,33 @@ def test_the_fleets_that_come_with_sparsec_make_sense(path):
     fleet = read_jobs(path)
     assert fleet.problems == ()
     assert len(fleet.entries) >= 20
+
+
+# The tools that judge all this, on records that were made up.
+
+
+def test_the_tools_read_what_a_search_wrote(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    import eval_cost
+    import eval_search
+
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text('jobs:\n  - {name: made up, mask: "window(40, 3)", length: 300, heads: 2, head_dim: 32}\n')
+    (entry,) = read_jobs(jobs).entries
+    ((_, tried),) = spaces_in(entry, detect_cpu())
+    recorder = Recorder(tried, RecordBase([], tmp_path / "records"))
+    slower = {arm: 1.0 + number for number, arm in enumerate(tried.arms)}
+    for choice in tried.choices():
+        us = true_us(choice) * slower[choice.arm]
+        recorder.tried(choice, Measurement((us,) * 5, estimate_us=us / 2))
+    replayed = CliRunner().invoke(
+        eval_search.main, ["replay", str(tmp_path / "records"), "--jobs", str(jobs), "--trials", "12", "--seeds", "1"]
+    )
+    assert replayed.exit_code == 0, replayed.output
+    assert replayed.output.startswith("1 spaces, 1 seeds each, 12 trials")
+    assert "random" in replayed.output
+    costed = CliRunner().invoke(eval_cost.main, [str(tmp_path / "records")])
+    assert costed.exit_code == 0, costed.output
+    assert "in 1 of 1 cases" in costed.output
+    off = [error.median for error in eval_cost.errors(RecordBase([], tmp_path / "records").records())]
+    assert off == pytest.approx([2.0] * len(tried.arms), rel=1e-3)
