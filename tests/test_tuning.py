@@ -31,7 +31,7 @@ from sparsec.tuning.replay import ReplayMeasurer, replay
 from sparsec.tuning.search import Budget, search
 from sparsec.tuning.space import Choice, Space, Task
 from sparsec.tuning.studies import Settings, Study, open_storage
-from sparsec.tuning.worker import Limits, WorkerMeasurer
+from sparsec.tuning.worker import Host, Limits, WorkerMeasurer
 
 CPU_TASK = Task(m.window(40, 3).bind(300), Problem(300, 300, 2, 1, 32, 32), detect_cpu())
 TPE = Settings(seed=1)
@@ -228,9 +228,9 @@ def test_a_crash_a_hang_and_too_much_memory_cost_one_trial_each(tmp_path, monkey
     monkeypatch.setenv("SPARSEC_CACHE_DIR", str(tmp_path / "cache"))
     tried = space()
     base = RecordBase([], tmp_path / "records")
-    measurer = WorkerMeasurer(tried, "cpu", Limits(60.0, 400 << 20), program="tuning_programs")
+    host = Host("tuning_programs")
+    measurer = WorkerMeasurer(tried, "cpu", Limits(60.0, 400 << 20), host)
     monkeypatch.setattr("sparsec.tuning.worker._START_S", 2.0)
-    monkeypatch.setattr("sparsec.tuning.worker.default_limits", None)
     found = {}
     try:
         for block_kv in (64, 16, 64, 32, 64, 128, 64):
@@ -240,6 +240,7 @@ def test_a_crash_a_hang_and_too_much_memory_cost_one_trial_each(tmp_path, monkey
             Recorder(tried, base).tried(choice, found[block_kv])
     finally:
         measurer.close()
+        host.close()
     assert {each: found[each].failure for each in found} == {64: None, 16: "launch", 32: "timeout", 128: "launch"}
     assert "SIGABRT" in found[16].reason
     assert "memory" in found[128].reason

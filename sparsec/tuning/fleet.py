@@ -24,6 +24,7 @@ from sparsec.tuning.measure import Measurement
 from sparsec.tuning.search import Budget
 from sparsec.tuning.space import Choice, Space, Task
 from sparsec.tuning.tuner import Job, check_is_here, search_space, spaces_of, whole_task
+from sparsec.tuning.worker import Host
 
 if TYPE_CHECKING:
     pass
@@ -116,12 +117,16 @@ def run_fleet(entries: Sequence[Entry], device: Device, terms: Terms, base: Reco
     rotated = [*entries[first:], *entries[:first]]
     # Stable: among those that were tried, or were not, in the order of the file.
     rotated.sort(key=lambda entry: studies.n_tried(_task(entry, device), storage) > 0)
-    for number, entry in enumerate(rotated):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return
-        share = min(left, max(left / (len(rotated) - number), _LEAST_SECONDS))
-        _tune_entry(entry, device, replace(terms, seconds=share), base, watch)
+    host = Host()
+    try:
+        for number, entry in enumerate(rotated):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            share = min(left, max(left / (len(rotated) - number), _LEAST_SECONDS))
+            _tune_entry(entry, device, replace(terms, seconds=share), _To(base, watch, host))
+    finally:
+        host.close()
 
 
 def prepared_storage(entries: Sequence[Entry], device: Device, terms: Terms) -> optuna.storages.BaseStorage:
@@ -144,7 +149,17 @@ def _task(entry: Entry, device: Device) -> Task:
     return whole_task(Job(entry.mask, entry.problem, device))
 
 
-def _tune_entry(entry: Entry, device: Device, terms: Terms, base: RecordBase, watch: Watch) -> None:
+@dataclass(frozen=True, slots=True)
+class _To:
+    """Where what is learnt goes, and who measures."""
+
+    base: RecordBase
+    watch: Watch
+    host: Host
+
+
+def _tune_entry(entry: Entry, device: Device, terms: Terms, to: _To) -> None:
+    watch = to.watch
     deadline = time.monotonic() + terms.seconds
     watch(Progress(str(entry), "begun"))
     try:
@@ -157,14 +172,15 @@ def _tune_entry(entry: Entry, device: Device, terms: Terms, base: RecordBase, wa
         if number and left <= 0:
             return
         budget = Budget(max(left / (len(spaces) - number), _LEAST_SECONDS / 2), terms.trials, terms.timeout_s)
-        _tuned(title, space, budget, terms, base, watch)
+        _tuned(title, space, budget, terms, to)
 
 
-def _tuned(title: str, space: Space, budget: Budget, terms: Terms, base: RecordBase, watch: Watch) -> None:
+def _tuned(title: str, space: Space, budget: Budget, terms: Terms, to: _To) -> None:
+    watch = to.watch
     watch(Progress(title, "begun"))
     try:
         observer = _Teller(title, space.default, watch)
-        outcome = search_space(space, terms.where, budget, base, terms.storage, [observer])
+        outcome = search_space(space, terms.where, budget, to.base, terms.storage, [observer], to.host)
     except SparsecError as error:
         watch(Progress(title, "failed", note=str(error).splitlines()[0]))
         return

@@ -33,6 +33,9 @@ _WARM_UPS: Final = 1
 _KEPT: Final = 6
 # Timings of one choice, at most.
 _MOST_RUNS: Final = 100
+# Once so long was spent on one choice, so many runs are enough; and in a contest, however long it takes.
+_SLOW_S: Final = 1.0
+_LEAST_ROUNDS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Look:
     """How closely a choice is looked at.
 
     Attributes:
-        runs: Timed runs, at least.
+        runs: Timed runs, at least; fewer where they take long.
         seconds: Goes on for so long.
         worst_us: Ends after two runs when both took longer: it cannot win.
         estimate_limit_us: Is not run at all when the cost model says more.
@@ -76,6 +79,14 @@ class Look:
     worst_us: float = math.inf
     estimate_limit_us: float = math.inf
     timeout_s: float = 120.0
+
+
+def _is_wanted(timings: Sequence[float], spent_us: float, look: Look) -> bool:
+    """Whether another run says more: a call of seconds is told apart by fewer than a call of microseconds."""
+    if len(timings) >= _MOST_RUNS:
+        return False
+    is_slow = spent_us > _SLOW_S * 1e6
+    return len(timings) < (min(look.runs, _LEAST_ROUNDS) if is_slow else look.runs) or spent_us < look.seconds * 1e6
 
 
 class Measurer(Protocol):
@@ -125,7 +136,7 @@ class LocalMeasurer:
         try:
             self._warm_up(made)
             spent_us = 0.0
-            while len(timings) < _MOST_RUNS and (len(timings) < look.runs or spent_us < look.seconds * 1e6):
+            while _is_wanted(timings, spent_us, look):
                 timings.append(self._timed_us(made.run))
                 spent_us += timings[-1]
                 if len(timings) == 2 and min(timings) > look.worst_us:
@@ -141,7 +152,7 @@ class LocalMeasurer:
         failed: dict[int, Measurement] = {}
         spent_us = 0.0
         for number in range(rounds):
-            if number >= 5 and spent_us > seconds * 1e6:
+            if number >= _LEAST_ROUNDS and spent_us > seconds * 1e6:
                 break
             for place in range(len(able)):
                 index = able[(number + place) % len(able)]

@@ -30,7 +30,7 @@ from sparsec.tuning.recording import Recorder, nearest_choices
 from sparsec.tuning.search import Budget, Observer, Outcome, search
 from sparsec.tuning.space import Arm, Space, Task
 from sparsec.tuning.studies import Study, open_storage
-from sparsec.tuning.worker import WorkerMeasurer, default_limits
+from sparsec.tuning.worker import Host, WorkerMeasurer, default_limits
 
 Effort = Literal["quick", "full"]
 
@@ -159,14 +159,15 @@ def search_space(
     base: RecordBase,
     storage: str | None = None,
     observers: Sequence[Observer] = (),
+    host: Host | None = None,
 ) -> Outcome:
-    """One search, measured in a process of its own."""
+    """One search, measured in a process of its own, or in that of `host`."""
     limits = default_limits(space.task, budget.timeout_s)
     if budget.seconds < budget.timeout_s:
         # The contest at the end may not overrun a short budget many times.
         limits = replace(limits, timeout_s=max(2.0 * budget.seconds, 5.0))
     study = Study(space, open_storage(storage))
-    measurer: Measurer = WorkerMeasurer(space, where, limits)
+    measurer: Measurer = WorkerMeasurer(space, where, limits, host)
     try:
         near = nearest_choices(space, base)
         return search(space, measurer, study, budget, near=near, observers=[Recorder(space, base), *observers])

@@ -75,14 +75,14 @@ class WorkerMeasurer:
         space: What is searched; the child makes the same one.
         where: The torch device of the tensors.
         limits: Of each request.
-        program: The module the child runs; tests name another.
+        host: The process, where it goes on to other tasks afterwards; one of this measurer's own by default.
     """
 
-    def __init__(self, space: Space, where: str, limits: Limits, program: str = "sparsec.tuning.worker") -> None:
-        self._space, self._where, self._limits, self._program = space, where, limits, program
+    def __init__(self, space: Space, where: str, limits: Limits, host: Host | None = None) -> None:
+        self._space, self._where, self._limits = space, where, limits
+        self._host, self._is_own = host or Host(), host is None
         self._folder = tempfile.TemporaryDirectory(prefix="sparsec-tune-")
         self._mask: Path | None = None
-        self._child: _Child | None = None
 
     def measure(self, choice: Choice, look: Look) -> Measurement:
         request = {"measure": choice.to_text(), "look": _finite(asdict(look))}
@@ -98,23 +98,21 @@ class WorkerMeasurer:
         return [_measurement(each) for each in answer["measurements"]]
 
     def close(self) -> None:
-        if self._child is not None:
-            self._child.end()
-            self._child = None
+        if self._is_own:
+            self._host.close()
         self._folder.cleanup()
 
     def _ask(self, request: Json, timeout_s: float) -> Json | Measurement:
         """The child's answer, or what its end means."""
-        if self._child is None:
-            self._child = _Child(self._program, self._limits)
+        if self._host.busy_with is not self:
             request = {"task": self._told()} | request
             timeout_s += _START_S
+        child = self._host.child_for(self, self._limits)
         # Processes on one machine measure one at a time, or all of them would measure each other.
         with data.entry_lock(data.cache_dir() / f"measuring-{self._where.replace(':', '-')}"):
-            answer = self._child.ask(request, timeout_s)
+            answer = child.ask(request, timeout_s, self._limits.memory_bytes)
         if isinstance(answer, Measurement) or answer.get("is_leaving", False):
-            self._child.end()
-            self._child = None
+            self._host.close()
         return answer
 
     def _told(self) -> Json:
@@ -138,11 +136,37 @@ class WorkerMeasurer:
         }
 
 
+class Host:
+    """The process that measures, kept from one task to the next: torch is imported once.
+
+    Args:
+        program: The module it runs; tests name another.
+    """
+
+    def __init__(self, program: str = "sparsec.tuning.worker") -> None:
+        self.busy_with: WorkerMeasurer | None = None
+        self._program = program
+        self._child: _Child | None = None
+
+    def child_for(self, measurer: WorkerMeasurer, limits: Limits) -> _Child:
+        """The process, started where there is none; it is told of the measurer's task by its next request."""
+        if self._child is None:
+            self._child = _Child(self._program, limits)
+        self.busy_with = measurer
+        return self._child
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.busy_with = None
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+
+
 class _Child:
     """The process, and the two pipes to it."""
 
     def __init__(self, program: str, limits: Limits) -> None:
-        self._limits = limits
         reading, writing = os.pipe()
         environment = data.child_environment({"OMP_NUM_THREADS": str(limits.threads)} if limits.threads else {})
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
@@ -160,7 +184,7 @@ class _Child:
         self._answers = os.fdopen(reading, "rb", buffering=0)
         self._pending = b""
 
-    def ask(self, request: Json, timeout_s: float) -> Json | Measurement:
+    def ask(self, request: Json, timeout_s: float, memory_bytes: int) -> Json | Measurement:
         assert self._process.stdin is not None
         # It may die before it reads; its end says why.
         with suppress(BrokenPipeError):
@@ -173,8 +197,8 @@ class _Child:
                 return Measurement(failure="timeout", reason=f"no answer within {timeout_s:.0f} s")
             if not select.select([self._answers], [], [], min(left_s, _WATCH_S))[0]:
                 resident = self._resident_bytes()
-                if resident > self._limits.memory_bytes:
-                    allowed_gib = self._limits.memory_bytes / 2**30
+                if resident > memory_bytes:
+                    allowed_gib = memory_bytes / 2**30
                     text = f"took {resident / 2**30:.1f} GiB of memory where {allowed_gib:.1f} are allowed"
                     return Measurement(failure="launch", reason=text)
                 continue
@@ -232,6 +256,8 @@ def main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             if "task" in request:
+                if measurer is not None:
+                    measurer.close()
                 measurer = _started(request["task"])
             assert measurer is not None, "the first request tells the task"
             reply = _answer(measurer, request)
@@ -279,7 +305,8 @@ def _limit_memory(memory_bytes: int) -> None:
 
     # Threads' stacks and arenas are counted, though hardly touched.
     with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes + (2 << 30),) * 2)
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes + (2 << 30), most))
 
 
 def _die_with(parent: int) -> None:
