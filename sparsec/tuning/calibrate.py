@@ -97,6 +97,10 @@ class Peak:
     def __call__(self) -> None:
         self._library.run(self._iterations, int(self._is_dot), self._parallel, self._threads)
 
+    def launch(self) -> None:
+        """A team of threads that has next to nothing to do."""
+        self._library.run(1, int(self._is_dot), self._parallel, self._threads)
+
     @property
     def unit(self) -> str:
         return "bf16 dot" if self._is_dot else "fp32 FMA"
@@ -125,6 +129,7 @@ def _cpu_ceilings(where: str) -> Iterator[tuple[str, float]]:
     for name, dtype in (("vector_flops", "fp32"), ("bf16_flops", "bf16")):
         peak = Peak(device, dtype, threads)
         yield name, peak.flops / _best_s(peak, where)
+    yield "launch_us", _best_s(peak.launch, where) * 1e6
     yield from _memory(where, _CPU_BYTES)
 
 

@@ -29,7 +29,9 @@ class Tuner:
         from sparsec.tuning.tuner import Job, tune
 
         problem = replace(made.problem, has_score_mod=False)
-        job = Job(made.mask, problem, made.device, where, request.template, request.backend, request.reorder)
+        # A name of devices.yaml stands for the GPU that is here.
+        here = where if where.partition(":")[0] in ("cpu", "cuda") else "cuda"
+        job = Job(made.mask, problem, made.device, here, request.template, request.backend, request.reorder)
         tune(job, "quick" if request.tune == "quick" else "full")
         return True
 

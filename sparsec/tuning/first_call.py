@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from sparsec import data
 from sparsec.planner import Plan
+from sparsec.planner.measured import COST_MODEL
 from sparsec.records import NEAR_TIE, RecordBase
 from sparsec.template import template
 
@@ -38,13 +39,11 @@ logger = logging.getLogger(__name__)
 _LEAST_US: Final = 2_000.0
 _CALLS: Final = 15
 _MOST_S: Final = 1.0
-# What the planner says where it goes by no record.
-_NO_RECORD: Final = "cost model"
 
 
 def is_welcome(made: Plan) -> bool:
     """Whether a first call of this plan may measure."""
-    if made.device.kind != "cpu" or any(group.config_source != _NO_RECORD for group in made.groups):
+    if made.device.kind != "cpu" or any(group.config_source != COST_MODEL for group in made.groups):
         return False
     if len(made.groups) != 1 or len(made.steps) != 1 or made.estimate.us < _LEAST_US:
         return False
