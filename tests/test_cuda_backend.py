@@ -140,7 +140,6 @@ def test_refusals():
     assert not back.serves(device("cpu"))
     assert not back.serves(device("amd-mi300x"))
     assert back.refusal(row, problem, GPU) is None
-    assert "score" in back.refusal(row, replace(problem, has_score_mod=True), GPU)
     assert "sm_80" in back.refusal(row, problem, replace(GPU, arch="sm_75"))
 
 

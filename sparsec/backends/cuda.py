@@ -25,6 +25,7 @@ from sparsec.backends.cuda_calls import (
     WARP,
     Array,
     ForwardArguments,
+    ListsArgument,
     Placed,
     Program,
     TensorArgument,
@@ -34,6 +35,7 @@ from sparsec.backends.cuda_calls import (
     forward_walk,
 )
 from sparsec.backends.cuda_gradients import GradientArguments, Side, gradient_program, prepared_blocks, sides
+from sparsec.backends.cuda_printed import score_tables
 from sparsec.device import Device
 from sparsec.errors import CompileError, UnsupportedError
 from sparsec.template import Config, Template
@@ -130,6 +132,7 @@ class _Bound:
         self.launch = launch
         self._uploaded: dict[tuple[torch.device, int], dict[str, torch.Tensor | None]] = {}
         self._batches: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._tables: dict[torch.device, tuple[torch.Tensor | None, ...]] = {}
 
     def source(self) -> dict[str, str]:
         return _sources(self.launch.template)
@@ -146,6 +149,16 @@ class _Bound:
             self._batches[device, batch] = torch.tensor(elements, dtype=torch.int32, device=device)
         found = {name: None if array is None else array.data_ptr() for name, array in arrays.items()}
         return {**found, "batches": self._batches[device, batch].data_ptr()}
+
+    def fill_tables(self, lists: ListsArgument, device: torch.device) -> None:
+        """Where the score modifier's arrays are."""
+        if self.launch.score is None:
+            return
+        if device not in self._tables:
+            self._tables[device] = tuple(_upload(array, device) for array in score_tables(self.launch.score))
+        for number, table in enumerate(self._tables[device]):
+            assert table is not None, "a captured array is an array"
+            lists.tables[number] = table.data_ptr()
 
     def run(
         self, made: Program, name: str, blocks: int, threads: int, arguments: ctypes.Structure, device: torch.device
@@ -211,8 +224,9 @@ class CudaKernel(_Bound):
             lse_batch=0 if lse is None else lse.stride(0),
             lse_head=0 if lse is None else lse.stride(1),
             partial=partial.data_ptr(),
-            scale=launch.scale * LOG2_E,
+            scale=launch.scale * (LOG2_E if launch.score is None else 1.0),
         )
+        self.fill_tables(arguments.lists, q.device)
         made = forward_program(launch, walk, widths)
         copies = n_batch * walk.n_copies
         blocks, shape = walk.shape.blocks(walk.bins), walk.shape
@@ -285,6 +299,7 @@ class CudaGradient(_Bound):
                 partial=partial.data_ptr(),
                 scale=self.launch.scale,
             )
+            self.fill_tables(arguments.lists, q.device)
             head_indptr, stream_heads = self._heads_on(side, q.device)
             arguments.head_indptr, arguments.stream_heads = head_indptr.data_ptr(), stream_heads.data_ptr()
             made, threads = gradient_program(self.launch, side, widths), walk.shape.warps * WARP
@@ -366,8 +381,6 @@ class CudaBackend:
         return device.kind == "nvidia"
 
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
-        if problem.has_score_mod:
-            return "its kernels apply no score modifier yet"
         if device.kind == "nvidia" and int(device.arch.removeprefix("sm_")) < _OLDEST:
             return f"its kernels need sm_{_OLDEST} or newer, and {device.name} is {device.arch}"
         return None

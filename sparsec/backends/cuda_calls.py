@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsec.backends.base import Launch
+from sparsec.backends.cuda_printed import MAX_TABLES, score_header
 from sparsec.layout import RowLists, schedule
 
 Array = npt.NDArray[Any]
@@ -228,11 +229,13 @@ class Program:
         template: Whose folder holds it.
         arch: What it is compiled for, `sm_90`.
         defines: Of the preprocessor.
+        score: Text of the header that says how scores are modified; "" where they are not.
     """
 
     template: str
     arch: str
     defines: tuple[tuple[str, str], ...]
+    score: str = ""
 
 
 def program(launch: Launch, shape: TeamShape, form: str, widths: tuple[int, int], **more: object) -> Program:
@@ -253,7 +256,10 @@ def program(launch: Launch, shape: TeamShape, form: str, widths: tuple[int, int]
         **more,
     }
     defines = tuple((name, str(value)) for name, value in values.items())
-    return Program(launch.template.name, launch.device.arch, defines)
+    if launch.score is None:
+        return Program(launch.template.name, launch.device.arch, defines)
+    header = score_header(launch.score, launch.work.bound)
+    return Program(launch.template.name, launch.device.arch, (*defines, ("SX_SCORE", "1")), header)
 
 
 # Arguments, as the kernels' headers declare them.
@@ -284,7 +290,11 @@ _NUMBERS: Final = (
 class ListsArgument(ctypes.Structure):
     """`Lists` of row_traversal/rows.cuh."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in _POINTERS) + tuple((name, ctypes.c_int32) for name in _NUMBERS)
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int32) for name in _NUMBERS),
+        ("tables", ctypes.c_void_p * MAX_TABLES),
+    )
 
 
 class ForwardArguments(ctypes.Structure):

@@ -29,6 +29,8 @@ from sparsec.errors import BackendMissingError, CompileError, SparsecError
 logger = logging.getLogger(__name__)
 
 _INSTALL: Final = "pip install 'sparsec[gpu]'"
+# What the kernels call the header that a program carries.
+SCORE_HEADER: Final = "score_generated.cuh"
 # ptxas states registers and spills in the log.
 _OPTIONS: Final = ("--std=c++17", "--ptxas-options=-v")
 _SASS_KINDS: Final = r"\b(LDG\.E\.128|LDG\.E\.64|LDG\.E\.U16|LDG\.E|LDGSTS\.E\.\w+\.128|HMMA|MUFU\.EX2|SHFL|LDL|STL)\b"
@@ -136,7 +138,7 @@ def lowered(program: Program) -> Lowered:
 
 def _compiled(program: Program) -> tuple[bytes, str]:
     sources = source_files(program.template)
-    key = hashlib.sha256("\0".join([toolchain(), *options(program)]).encode())
+    key = hashlib.sha256("\0".join([toolchain(), *options(program), program.score]).encode())
     for path in sources:
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     folder = data.cache_dir() / "cuda"
@@ -178,7 +180,10 @@ def _compile(program: Program, source: Path) -> tuple[bytes, str]:
     nvrtc = _nvrtc()
     told = [option.encode() for option in (*options(program), f"-I{data.templates_dir()}")]
     logger.debug("compiling %s: %s", source, b" ".join(told).decode())
-    _, made = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], [])
+    headers = {SCORE_HEADER.encode(): program.score.encode()} if program.score else {}
+    _, made = nvrtc.nvrtcCreateProgram(
+        source.read_bytes(), source.name.encode(), len(headers), [*headers.values()], [*headers]
+    )
     try:
         (status,) = nvrtc.nvrtcCompileProgram(made, len(told), told)
         log = _text(made, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace")

@@ -13,7 +13,6 @@ using T = SX_T;
 using Out = SX_OUT;
 constexpr bool kIsDq = SX_DQ;
 constexpr int kPack = SX_PACK, kHeadDim = SX_HEAD_DIM, kVDim = SX_V_DIM;
-constexpr float kLog2E = 1.4426950408889634f;
 using One = Slice<T, SX_HEAD_DIM, SX_K_BYTES>;  // q and k
 using Two = Slice<T, SX_V_DIM, SX_V_BYTES>;     // v and dO
 
@@ -115,9 +114,27 @@ SX_INLINE void join_sums(const Arguments& a, const Copy& copy, int p, i64 token,
   }
 }
 
+// Where the scores of a row and its partners stand.
+struct Places {
+  const void* const* tables;
+  int batch, head, own;  // of the first head of a pack; the own token
+  int stream[kKeys];
+};
+
+#if defined(SX_SCORE)
+// The modified score and its derivative; a partner that is not there has no place.
+SX_INLINE float modified(const Places& at, int p, int u, float score, float* slope) {
+  *slope = 0.0f;
+  if (at.stream[u] < 0) return score;
+  const int q_idx = kIsDq ? at.own : at.stream[u], kv_idx = kIsDq ? at.stream[u] : at.own;
+  *slope = Score::slope(at.tables, score, at.batch, at.head + p, q_idx, kv_idx);
+  return Score::value(at.tables, score, at.batch, at.head + p, q_idx, kv_idx);
+}
+#endif
+
 // Adds kKeys partners of a row.
 SX_INLINE void add(
-    Sums& sums, const float (&own_1)[kPack][One::kSize], const float (&own_2)[kPack][Two::kSize],
+    const Places& at, Sums& sums, const float (&own_1)[kPack][One::kSize], const float (&own_2)[kPack][Two::kSize],
     const typename One::Raw (&one)[kKeys], const typename Two::Raw (&two)[kKeys], const bool (&is_live)[kKeys],
     const Statistics (&of)[kIsDq ? kPack : kKeys], float scale) {
   float scores[kPack][kKeys], products[kPack][kKeys];
@@ -140,11 +157,17 @@ SX_INLINE void add(
 #pragma unroll
     for (int p = 0; p < kPack; ++p) {
       const Statistics known = of[kIsDq ? p : u];
+      const float score = team_sum(scores[p][u]), product = team_sum(products[p][u]);
       // The difference first: both may be large.
-      const float above = fmaf(team_sum(scores[p][u]), scale, -known.lse);
+#if defined(SX_SCORE)
+      float slope;
+      const float above = modified(at, p, u, score * scale, &slope) - known.lse;
+#else
+      const float slope = 1.0f, above = fmaf(score, scale, -known.lse);
+#endif
       const float weight = is_live[u] ? power_of_two(above * kLog2E) : 0.0f;
-      const float product = team_sum(products[p][u]);
-      One::add(sums.one[p], is_live[u] ? weight * (product - known.delta) : 0.0f, values_1);
+      // A weight of 0 has no gradient, whatever its slope.
+      One::add(sums.one[p], weight == 0.0f ? 0.0f : weight * (product - known.delta) * slope, values_1);
       if constexpr (!kIsDq) Two::add(sums.two[p], weight, values_2);
     }
   }
@@ -216,8 +239,10 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) backward(const __
         typename One::Raw one[kKeys];
         typename Two::Raw two[kKeys];
         bool is_live[kKeys];
+        Places at{a.lists.tables, (int)copy.batch, kIsDq ? (int)copy.head : (int)head, (int)token};
 #pragma unroll
         for (int u = 0; u < kKeys; ++u) {
+          at.stream[u] = walked.tokens[u];
           is_live[u] = walked.tokens[u] >= 0;
           One::fetch_row(one[u], rows_1 + walked.tokens[u] * a.stream_1.row, lane, is_live[u]);
         }
@@ -230,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) backward(const __
             of[u] = is_live[u] ? statistics(a, copy.batch, head, walked.tokens[u]) : Statistics{0.0f, 0.0f};
         }
         walked.advance(a.lists, job);
-        add(sums, own_1, own_2, one, two, is_live, of, a.scale);
+        add(at, sums, own_1, own_2, one, two, is_live, of, a.scale);
       }
     }
 

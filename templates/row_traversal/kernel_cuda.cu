@@ -3,7 +3,7 @@
 // The bins of rows are in rows.cuh. Specialised by -D on: SX_T and SX_OUT (element types of the inputs and the output),
 // SX_HEAD_DIM, SX_V_DIM, SX_K_BYTES and SX_V_BYTES (bytes of a row that a lane fetches at once), SX_LANES (a team),
 // SX_KEYS (keys a team has in flight), SX_PACK (query heads that share each row of K and V fetched), SX_WARPS (a
-// block), SX_FORM (of the rows).
+// block), SX_FORM (of the rows), SX_SCORE (where a header says how scores are modified).
 #if defined(SX_BACKWARD)
 #include "row_traversal/backward.cuh"
 #else
@@ -24,7 +24,7 @@ struct Arguments {
   float* lse;  // [batch, heads, rows] by the strides, or null
   i64 lse_batch, lse_head;
   float* partial;  // [copies, slots, kPack, 2 + v_dim]: peak, total, weighted sum
-  float scale;     // of the scores, times log2(e)
+  float scale;     // of the scores; times log2(e), unless they are modified
 };
 
 // The state of a team's keys so far, for each head of the pack: the highest score in units of log 2, the sum of the
@@ -172,9 +172,11 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __g
       typename K::Raw k[kKeys];
       typename V::Raw v[kKeys];
       bool is_live[kKeys];
+      int tokens[kKeys];
 #pragma unroll
       for (int u = 0; u < kKeys; ++u) {
-        is_live[u] = keys.tokens[u] >= 0;
+        tokens[u] = keys.tokens[u];
+        is_live[u] = tokens[u] >= 0;
         K::fetch_row(k[u], k_rows + keys.tokens[u] * a.k.row, lane, is_live[u]);
       }
 #pragma unroll
@@ -197,7 +199,18 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __g
 #pragma unroll
         for (int u = 0; u < kKeys; ++u) scores[p][u] = team_sum(scores[p][u]);
       }
+#if defined(SX_SCORE)
+#pragma unroll
+      for (int p = 0; p < kPack; ++p) {
+#pragma unroll
+        for (int u = 0; u < kKeys; ++u)
+          if (is_live[u])
+            scores[p][u] = Score::value(a.lists.tables, scores[p][u] * a.scale, (int)copy.batch, (int)copy.head + p, (int)token, tokens[u]);
+      }
+      attend(state, scores, is_live, v, kLog2E);
+#else
       attend(state, scores, is_live, v, a.scale);
+#endif
     }
 
     if (job.bin == Job::kTeam) {

@@ -7,6 +7,10 @@
 // The backward pass walks the transposed lists with the same words: a "row" is then a key, and its "keys" are queries.
 #pragma once
 #include "shared/device.cuh"
+// A score modifier is a header that the host generates: Score::value and Score::slope.
+#if defined(SX_SCORE)
+#include "score_generated.cuh"
+#endif
 
 namespace sx {
 
@@ -16,6 +20,9 @@ constexpr int kLanes = SX_LANES;
 constexpr int kTeams = 32 / SX_LANES;
 constexpr int kKeys = SX_KEYS;
 constexpr int kWarps = SX_WARPS;
+
+constexpr int kMaxTables = 16;
+constexpr float kLog2E = 1.4426950408889634f;
 
 // The index arrays of a launch; the host's side of it is `Lists` in backends/cuda_calls.py.
 struct Lists {
@@ -38,6 +45,7 @@ struct Lists {
   int n_pieces, n_warp_rows, n_team_rows, warp_first, team_first;
   int n_slots, n_merges, n_heads, abreast, rows_per_warp;
   int n_offsets, row_len, key_len, group;
+  const void* tables[kMaxTables];  // of the score modifier
 };
 
 // One batch element and head pack.

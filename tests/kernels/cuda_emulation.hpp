@@ -17,6 +17,7 @@
 
 #define SX_INLINE inline __attribute__((always_inline))
 #define __global__
+#define __forceinline__ inline
 #define __device__
 #define __shared__ static
 #define __grid_constant__

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sparsec import data
 from sparsec.backends.cuda_calls import Program
-from sparsec.backends.cuda_compile import source_files
+from sparsec.backends.cuda_compile import SCORE_HEADER, source_files
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,11 @@ def _library(program: Program) -> ctypes.CDLL:
         )
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f'-DSX_HOST="{_HEADER}"', f"-I{data.templates_dir()}"]
     flags += [f"-D{name}={value}" for name, value in program.defines]
+    generated = data.cache_dir() / f"emulated-{hashlib.sha256(program.score.encode()).hexdigest()[:24]}"
+    if program.score:
+        generated.mkdir(exist_ok=True)
+        (generated / SCORE_HEADER).write_text(program.score)
+        flags.append(f"-I{generated}")
     key = hashlib.sha256("\0".join([*flags, text]).encode() + b"".join(path.read_bytes() for path in sources))
     path = data.cache_dir() / f"emulated-{key.hexdigest()[:24]}.so"
     if not path.is_file():

@@ -116,7 +116,7 @@ def run(made: Launch, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @cache
-def _expected(case: Case, b: int, h: int) -> tuple[np.ndarray, np.ndarray, float, float]:
+def expected_of(case: Case, b: int, h: int) -> tuple[np.ndarray, np.ndarray, float, float]:
     p = case.problem
     q, k, v = inputs(case)
     kv = h // (p.q_heads // p.kv_heads)
@@ -131,7 +131,7 @@ def check(case: Case, out: torch.Tensor, lse: torch.Tensor | None = None) -> Non
     """Raises where a result is further from the reference than a correct kernel's may be."""
     for b in range(case.problem.batch):
         for h in range(case.problem.q_heads):
-            expected, expected_lse, allowed, allowed_lse = _expected(case, b, h)
+            expected, expected_lse, allowed, allowed_lse = expected_of(case, b, h)
             check_close(out[b, h], expected, allowed, f"output of head {h}, batch element {b}")
             if lse is not None:
                 check_close(lse[b, h], expected_lse, allowed_lse, f"log-sum-exp of head {h}, batch element {b}")

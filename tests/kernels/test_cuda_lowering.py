@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import running
-from cases import by_degree, case, scattered
+from cases import case, scattered
 
 from sparsec import masks as m
+from sparsec import score
 from sparsec.backends import cuda, cuda_compile
 from sparsec.backends.cuda_calls import Program
 from sparsec.device import device
@@ -25,12 +26,12 @@ GPUS = {
     "sm_90": "nvidia-h100",
     "sm_100": "nvidia-b200",
 }
+ROWS = template("row_traversal")
 # What GPU.md lists as lowered: every dtype and architecture, not all with all.
 SPREAD = (
     *(("forward", arch, "bf16", 64, (4, 4)) for arch in GPUS),
     ("forward", "sm_90", "fp16", 128, (8, 2)),
     ("forward", "sm_80", "fp32", 256, (4, 1)),
-    ("forward", "sm_90", "fp32", 64, (4, 4)),
     ("backward", "sm_80", "fp32", 256, (4, 1)),
     ("backward", "sm_90", "bf16", 64, (8, 2)),
     ("backward", "sm_100", "fp16", 128, (4, 4)),
@@ -38,10 +39,9 @@ SPREAD = (
 
 
 def lowered(arch: str, dtype: str, tried, values=(), direction="forward") -> list[cuda_compile.Lowered]:
-    chosen = template("row_traversal")
-    config = Config.of(**{**chosen.default("cuda").to_dict(), **dict(values)})
-    assert chosen.violation("cuda", config) is None
-    made = running.launch(chosen, "cuda", tried.with_dtype(dtype), config=config, device=device(GPUS[arch]))
+    config = Config.of(**{**ROWS.default("cuda").to_dict(), **dict(values)})
+    assert ROWS.violation("cuda", config) is None
+    made = running.launch(ROWS, "cuda", tried.with_dtype(dtype), config=config, device=device(GPUS[arch]))
     programs = cuda.programs_of(made, direction)
     return [cuda_compile.lowered(replace(program, arch=arch)) for program, _ in programs]
 
@@ -69,13 +69,20 @@ def test_machine_code_is_read():
     assert cuda_compile.disassembler() is not None, "the extra `lowering` has one"
 
 
-@pytest.mark.parametrize("form", ["offsets", "ranges", "edges"])
+@pytest.mark.parametrize("form", ["offsets", "ranges"])
 def test_forms_of_rows(form):
-    mask = {"offsets": m.window(9, 0), "ranges": m.longformer(40, 2), "edges": by_degree([5] * 90, 90)}[form]
+    mask = {"offsets": m.window(9, 0), "ranges": m.longformer(40, 2)}[form]
     (made,) = lowered("sm_90", "bf16", case(form, mask, 90, 90, 64), {"keys": 2, "lane_bytes": 32}.items())
     assert all(kernel.spilled_bytes == 0 for kernel in made.kernels.values())
     # Four blocks of four warps at least.
     assert made.kernels["forward"].registers <= 128
+
+
+def test_a_score_modifier_is_compiled_in():
+    tried = case("lowered", scattered(90, 90, 0.05), 90, 90, 64, heads=(4, 2)).with_dtype("bf16")
+    made = replace(running.launch(ROWS, "cuda", tried, device=device("nvidia-h100")), score=score.soft_cap(30.0))
+    for program, _ in cuda.programs_of(made, "backward"):
+        assert all(kernel.spilled_bytes == 0 for kernel in cuda_compile.lowered(program).kernels.values())
 
 
 def test_what_does_not_compile_says_why():
