@@ -24,8 +24,8 @@ GPU = device("nvidia-h100")
 ROWS = template("row_traversal")
 
 # Lengths for every bin: empty, short, middling, long, and one that is split.
-_DEGREES = [3, 900, 0, 1, 7, 2, 899, 64, 5, 0, 31, 5000]
-EVERY_BIN = case("every-bin", by_degree(_DEGREES, 6000), len(_DEGREES), 6000, 64, heads=(4, 2))
+_DEGREES = [3, 300, 0, 1, 7, 2, 64, 0, 31, 900]
+EVERY_BIN = case("every-bin", by_degree(_DEGREES, 1000), len(_DEGREES), 1000, 64, heads=(4, 2))
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def test_the_hard_case(emulation, dtype):
     [
         (EVERY_BIN, "bf16", {"long_keys": 256}),
         (EVERY_BIN, "fp32", {"long_keys": 256, "short_keys": 0, "num_warps": 8, "pack_gqa": 1}),
-        (case("offsets", m.dilated(90, 7) | m.window(9, 20), 150, 170, 64, heads=(8, 1), batch=2), "bf16", {}),
-        (case("ranges", m.longformer(40, [0, 77]), 150, 150, 64), "fp16", {"rows_per_warp": 4, "lane_bytes": 32}),
+        (case("offsets", m.dilated(60, 7) | m.window(9, 20), 70, 80, 64, heads=(4, 1), batch=2), "bf16", {}),
+        (case("ranges", m.longformer(20, [0, 37]), 70, 70, 64), "fp16", {"rows_per_warp": 4, "lane_bytes": 32}),
         (case("odd", scattered(65, 67, 0.3), 65, 67, 31, v_dim=255), "bf16", {}),
         (case("wide", scattered(65, 67, 0.3), 65, 67, 256, scale=-0.125), "fp32", {}),
         (case("large-scores", by_degree([i % 10 for i in range(41)], 40), 41, 40, 64, shift=1e4), "fp32", {}),
@@ -159,12 +159,14 @@ def test_gradients_of_the_hard_case(emulation, dtype):
         (EVERY_BIN, "bf16", {"long_keys": 256}),
         # Keys that many queries attend.
         (
-            replace(EVERY_BIN, mask=EVERY_BIN.mask.T, problem=replace(EVERY_BIN.problem, q_len=6000, kv_len=12)),
+            replace(
+                EVERY_BIN, mask=EVERY_BIN.mask.T, problem=replace(EVERY_BIN.problem, q_len=1000, kv_len=len(_DEGREES))
+            ),
             "fp32",
             {},
         ),
-        (case("offsets", m.dilated(90, 7) | m.window(9, 20), 150, 170, 64, heads=(8, 1), batch=2), "bf16", {}),
-        (case("ranges", m.longformer(40, [0, 77]), 150, 150, 31, v_dim=255, scale=-0.2), "fp16", {}),
+        (case("offsets", m.dilated(60, 7) | m.window(9, 20), 70, 80, 64, heads=(4, 1), batch=2), "bf16", {}),
+        (case("ranges", m.longformer(20, [0, 37]), 70, 70, 31, v_dim=255, scale=-0.2), "fp16", {}),
         (case("large-scores", by_degree([i % 10 for i in range(41)], 40), 41, 40, 64, shift=1e4), "fp32", {}),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else None,
@@ -174,8 +176,9 @@ def test_gradients_of_bins_and_forms(emulation, tried, dtype, values):
     made = launched(given.case, values=values.items())
     gradients = test_backward.run(made, given)
     test_backward.check(given, *gradients)
-    again = test_backward.run(made, given)
-    assert all(torch.equal(one, other) for one, other in zip(gradients, again, strict=True))
+    if tried is EVERY_BIN:
+        again = test_backward.run(made, given)
+        assert all(torch.equal(one, other) for one, other in zip(gradients, again, strict=True))
 
 
 def test_gradients_are_added_and_need_none_of_the_log_sum_exp(emulation):
