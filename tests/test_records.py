@@ -128,6 +128,14 @@ def test_a_near_tie_goes_to_the_default(base):
     assert served(base).config == WIDE
 
 
+def test_a_small_lead_does_not_carry_over_to_another_mask(base):
+    base.extend([record(us=(100.0,)), record(SMALL, (96.5,))])
+    assert served(base).config == SMALL
+    assert served(base, workload=WIDER).config == DEFAULT
+    base.append(record(WIDE, (93.0,)))
+    assert served(base, workload=WIDER).config == WIDE
+
+
 def test_a_planted_fast_looking_outlier_does_not_win(base):
     base.extend([record(us=(us,)) for us in (100.0, 101.0, 99.0)])
     base.extend([record(SMALL, (us,)) for us in (10.0, 120.0, 121.0)])

@@ -291,7 +291,7 @@ class RecordBase:
             if asked.is_held_out(shelf.cases[number].workload):
                 continue
             stood = shelf.standings_of(number, asked.default, asked.toolchain)
-            won = None if stood is None else stood.winner(may_serve)
+            won = None if stood is None else stood.winner(may_serve, distance)
             if won is not None:
                 return _served(asked, won, key, shelf.cases[number], distance)
         return None

@@ -6,7 +6,7 @@ This file decides what a contest between configurations is and who wins it. In a
   nothing wins.
 - Measurements made interleaved (one contest) are compared with the default of their own contest, so that a machine that
   was busy on one day does not decide; where there are none, medians of medians are.
-- What is nearer than noise goes to the default.
+- What is nearer than noise goes to the default; the further a workload is, the larger a lead must be to carry over.
 - A configuration that failed is out; one that only ran out of time, and at another time did not, is in.
 - A configuration the template does not allow today, or that was ever found to compute wrong results, is out.
 
@@ -26,6 +26,8 @@ from sparsec.template import Config
 
 # Two configurations nearer than this are equal. Source: flashinfer#3920, where winners by less flipped between runs.
 NEAR_TIE: Final = 1.02
+# A small lead on one mask is none on another: for each unit of distance it must be so much larger.
+TIE_BY_DISTANCE: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,13 @@ class Standings:
     scores: Mapping[Settings, float]
     records: Mapping[Settings, tuple[TuningRecord, ...]]
 
-    def winner(self, is_allowed: Callable[[Settings], bool]) -> Winner | None:
-        """What is served among what is allowed today, or None."""
+    def winner(self, is_allowed: Callable[[Settings], bool], distance: float = 0.0) -> Winner | None:
+        """What is served among what is allowed today, or None; to a workload so far away."""
         scores = {settings: score for settings, score in self.scores.items() if is_allowed(settings)}
         if not scores:
             return None
         best = min(scores, key=lambda settings: (scores[settings], sorted(settings)))
-        if self.default in scores and scores[self.default] <= scores[best] * NEAR_TIE:
+        if self.default in scores and scores[self.default] <= scores[best] * (NEAR_TIE + TIE_BY_DISTANCE * distance):
             best = self.default
         mine = self.records[best]
         default_us = _median_us(self.records[self.default]) if self.default in self.records else None
