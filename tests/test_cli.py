@@ -61,6 +61,11 @@ EXPLAINED = {
     "not-reordered": "dilated(512, 8) --seq-len 8192 --reorder off",
     "heavy-rows": "window(127, 0) | global_tokens([77, 4000]) --seq-len 8192",
 }
+EXPLAINED_NARROWLY = [
+    ("explain", "window(9, 9)", "--seq-len", "256"),
+    ("explain", "window(9, 9)", "--at", "64,256"),
+    ("explain", "window(9, 9)", "--seq-len", "256", "--compare", "causal()"),
+]
 # Several plans side by side.
 COMPARED = {
     "at-lengths": "window(127, 0) | global_tokens(4) --at 256,1k,16k --heads 4",
@@ -316,7 +321,11 @@ def test_an_interrupt_is_quiet(monkeypatch, capsys):
     assert captured.out + captured.err == ""
 
 
-@pytest.mark.parametrize("arguments", [["masks"], ["devices", "--json"], ["--help"], ["devices"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["masks"], ["devices", "--json"], ["--help"], ["devices"], ["explain", "causal()", "--seq-len", "64"]],
+    ids=" ".join,
+)
 def test_a_closed_pipe_is_quiet(arguments):
     reader, writer = os.pipe()
     os.close(reader)
@@ -415,7 +424,9 @@ def test_masks_counts_what_it_draws():
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
-@pytest.mark.parametrize("arguments", [("masks",), ("masks", "bigbird"), ("devices",), ("devices", "--verbose")])
+@pytest.mark.parametrize(
+    "arguments", [("masks",), ("masks", "bigbird"), ("devices",), ("devices", "--verbose"), *EXPLAINED_NARROWLY]
+)
 def test_a_narrow_terminal_survives(arguments, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
     assert invoke(*arguments).exit_code == 0

@@ -17,6 +17,8 @@ from sparsec.planner.search import Reorder, plan
 from sparsec.planner.words import duration
 
 _SENTENCES = 2
+# A mask that fits into a command within a sentence.
+_SHORT_MASK = 60
 # What changes the time by less is not worth a user's trouble.
 _WORTH = 1.2
 # Shares of the time at which starting a kernel, or waiting for the last worker, is what to do something about.
@@ -57,6 +59,7 @@ def _sentences(made: Plan, reorder: Reorder) -> Iterator[str]:
         yield crossover_words(made, dense_crossover(made, reorder))
     yield from _on_dtype(made)
     yield from _on_scatter(made)
+    yield from _on_tuning(made)
 
 
 def _on_reordering(made: Plan) -> Iterator[str]:
@@ -103,6 +106,26 @@ def _on_dtype(made: Plan) -> Iterator[str]:
     times = matrix_rate(replace(made.problem, dtype="bf16"), made.device) / matrix_rate(made.problem, made.device)
     if times > _WORTH:
         yield f"Most of it is arithmetic, and this device's is {times:.2g}× as fast in bf16."
+
+
+def _on_tuning(made: Plan) -> Iterator[str]:
+    """Where nothing was measured yet."""
+    if made.config_source != "cost model":
+        return
+    problem, mask = made.problem, str(made.mask.mask)
+    words = [f"sparsec tune '{mask}'" if len(mask) <= _SHORT_MASK and "'" not in mask else "sparsec tune MASK"]
+    words.append(f"--seq-len {problem.q_len}")
+    options = (
+        ("kv-len", problem.kv_len, problem.q_len),
+        ("heads", problem.q_heads, 1),
+        ("kv-heads", problem.kv_heads, problem.q_heads),
+        ("head-dim", problem.head_dim, 64),
+        ("v-dim", problem.v_dim, problem.head_dim),
+        ("batch", problem.batch, 1),
+    )
+    words += [f"--{name} {value}" for name, value, usual in options if value != usual]
+    words.append(f"--dtype {problem.dtype}")
+    yield f"Nothing was measured for this shape on this device yet: `{' '.join(words)}` there finds what is fastest."
 
 
 def _on_scatter(made: Plan) -> Iterator[str]:

@@ -28,7 +28,7 @@ class Ceiling:
         flops_per_s: The device's matrix rate in the problem's dtype.
         bytes_per_s: Its memory bandwidth.
         intensity: Useful operations for each byte of q, k, v and out.
-        share: `us` over what the plan should take, 0 … 1.
+        share: `us` over what the plan should take, by records where they say, 0 … 1.
     """
 
     us: float
@@ -53,7 +53,7 @@ def ceiling(plan: Plan) -> Ceiling:
         flops_per_s=rate,
         bytes_per_s=plan.device.memory_bandwidth,
         intensity=flops / n_bytes,
-        share=min(1.0, least_us / plan.estimate.us),
+        share=min(1.0, least_us / plan.us),
     )
 
 

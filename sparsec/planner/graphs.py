@@ -11,6 +11,8 @@ from sparsec.planner.plans import Group
 # Above so many edges, a mask whose rows are not a few long progressions has tiles that take seconds to count.
 _MAX_EDGES = 4_000_000
 _KEYS_PER_RANGE = 8.0
+# Tokens a block, doubled until there are so few blocks: of more, networkx takes longer than a reader waits.
+_BLOCK, _MOST_BLOCKS = 64, 512
 
 
 def graph_of(group: Group) -> BlockGraphProfile | None:
@@ -18,4 +20,7 @@ def graph_of(group: Group) -> BlockGraphProfile | None:
     profile = group.profile
     if profile.nnz > _MAX_EDGES and profile.keys_per_range < _KEYS_PER_RANGE:
         return None
-    return block_graph(group.bound)
+    block = _BLOCK
+    while max(profile.shape) > _MOST_BLOCKS * block:
+        block *= 2
+    return block_graph(group.bound, block)

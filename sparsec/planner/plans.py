@@ -195,6 +195,11 @@ class Plan:
 
         return plan_text(self)
 
+    def _repr_html_(self) -> str:
+        from sparsec.planner.notebook import plan_html
+
+        return plan_html(self)
+
     def to_dict(self) -> dict[str, Any]:  # JSON values
         """What `str()` says, for programs; `sparsec/report/SCHEMA.md` says what each key means."""
         from sparsec.planner.advice import advice

@@ -100,7 +100,7 @@ def roofline(made: Plan, group: Group) -> Json:
     roof = ceiling(made)
     flops = group.estimate.flops
     tensor_bytes = made.problem.tensor_bytes
-    points = [("this plan", tensor_bytes + group.layout_bytes, group.estimate.us)]
+    points = [("this plan", tensor_bytes + group.layout_bytes, group.us)]
     points += [(str(each), tensor_bytes + each.layout_bytes, each.us) for each in group.alternatives]
     return {
         "flopsPerS": roof.flops_per_s,

@@ -105,7 +105,7 @@ def _draw_map(axes: Axes, made: Plan, group: Group) -> None:
     mask = str(made.mask.mask)
     mask = mask if len(mask) <= 60 else f"{mask[:57]} …"
     axes.set_title(
-        f"{mask}\n{duration(made.estimate.us)} on {made.device.name}: {launches(made)}, {made.problem.dtype}",
+        f"{mask}\n{duration(made.us)} on {made.device.name}: {launches(made)}, {made.problem.dtype}",
         fontsize=10.5,
     )
     of_all = held.counts.sum()
@@ -180,12 +180,12 @@ def _draw_roofline(axes: Axes, made: Plan, group: Group) -> None:
         if each.template not in named:
             axes.annotate(each.template, at, (6, -3), textcoords="offset points", fontsize=7.5, color=_FAINT)
         named.add(each.template)
-    at = flops / (tensor_bytes + group.layout_bytes), flops / group.estimate.us * 1e6
+    at = flops / (tensor_bytes + group.layout_bytes), flops / group.us * 1e6
     axes.plot(*at, "o", color=COLOURS["tiles"], ms=7)
     axes.annotate("this plan", at, (-7, -3), textcoords="offset points", ha="right", color=COLOURS["tiles"])
     axes.set_xscale("log")
     axes.set_yscale("log")
-    slowest = max([group.estimate.us, *(each.us for each in group.alternatives[:_SHOWN])])
+    slowest = max([group.us, *(each.us for each in group.alternatives[:_SHOWN])])
     axes.set_ylim(flops / slowest * 1e6 / 3.0, roof.flops_per_s * 4.0)
     axes.set_title(f"Ceilings: the plan reaches {roof.share:.0%}, bound by {roof.bound}")
     axes.set_xlabel("useful operations a byte of q, k, v, out and index arrays")

@@ -34,10 +34,9 @@ def devices_table(plans: Sequence[tuple[str, Plan | UnsupportedError]], console:
         Column("runs"),
     ]
     made = [(name, each) for name, each in plans if isinstance(each, Plan)]
-    made.sort(key=lambda pair: pair[1].estimate.us)
+    made.sort(key=lambda pair: pair[1].us)
     rows = [
-        [name, duration(each.estimate.us), _useful(each), f"{ceiling(each).share:.0%}", launches(each)]
-        for name, each in made
+        [name, duration(each.us), _useful(each), f"{ceiling(each).share:.0%}", launches(each)] for name, each in made
     ]
     rows += [[name, "–", "–", "–", "nothing can run it"] for name, each in plans if isinstance(each, UnsupportedError)]
     return table(columns, rows, console)
@@ -62,7 +61,7 @@ def lengths_table(plans: Sequence[Plan], console: Console) -> RenderableType:
                 f"{each.problem.q_len:,}",
                 f"{nnz:,.0f}",
                 f"{density:.3%}",
-                duration(each.estimate.us),
+                duration(each.us),
                 duration(dense_us(each)),
                 launches(each),
             ]
@@ -79,9 +78,9 @@ def masks_table(plans: tuple[Plan, Plan], console: Console) -> RenderableType:
 
 def masks_verdict(first: Plan, second: Plan) -> str:
     """Which of two masks is the slower one, and what of it is due to more edges."""
-    is_swapped = second.estimate.us < first.estimate.us
+    is_swapped = second.us < first.us
     fast, slow = (second, first) if is_swapped else (first, second)
-    times = slow.estimate.us / fast.estimate.us
+    times = slow.us / fast.us
     if times < _SAME:
         return "Both take the same time" + "".join(_on_orders(first, second)) + "."
     edges = slow.estimate.flops / max(fast.estimate.flops, 1.0)
@@ -131,14 +130,14 @@ def _facts(made: Plan) -> Facts:
         "tiles run filled": "–" if runs is None else f"{runs:.0%}",
         "runs": launches(made),
         "index arrays": size(made.layout_bytes),
-        "estimate": duration(made.estimate.us),
+        "estimate": duration(made.us),
         "useful": _useful(made),
         "of ceiling": f"{ceiling(made).share:.0%}",
     }
 
 
 def _useful(made: Plan) -> str:
-    return rate(made.estimate.flops / made.estimate.us * 1e-3)
+    return rate(made.estimate.flops / made.us * 1e-3)
 
 
 def side_by_side(kind: str, plans: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:  # Any: JSON values

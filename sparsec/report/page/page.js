@@ -574,8 +574,8 @@ async function drawCharts() {
   const roof = [low, ridge, high], [chosen, ...others] = roofline.points;
   const dots = (points, name, colour, symbol) => ({ x: points.map((p) => p.x), y: points.map((p) => p.y), text: points.map((p) => p.name), name, mode: "markers", marker: { color: colour, size: symbol === "circle" ? 11 : 8, symbol }, hovertemplate: "%{text}<br>%{y:.3s}FLOP/s<extra></extra>" });
   Plotly.react("roofline", [{ x: roof, y: roof.map((x) => Math.min(roofline.flopsPerS, x * roofline.bytesPerS)), mode: "lines", name: "ceiling", line: { color: state.colours.ink, width: 2 }, hoverinfo: "skip" }, dots(others, "other candidates", state.colours.soft, "x-thin-open"), dots([chosen], "this plan", hex.tiles, "circle")], chartLayout({ xaxis: { type: "log", ...decades(0, [low, high], ""), title: { text: "useful operations a byte" } }, yaxis: { type: "log", ...decades(0, [roofline.flopsPerS * 2, ...roofline.points.map((p) => p.y / 2)], "FLOP/s") } }), options);
-  if (data.history) {
-    const h = data.history;
+  if (data.history.length) {
+    const h = data.history.filter((each) => each.us !== null);
     Plotly.react("history", [{ x: h.map((_, i) => i + 1), y: h.map((each) => each.us), text: h.map((each) => each.what), mode: "markers", marker: { color: h.map((each) => (each.isBest ? hex.rows : hex.tiles)), size: 7 }, hovertemplate: "%{text}<br>%{y:.4s} µs<extra></extra>" }], chartLayout({ xaxis: { title: { text: "measurement" } }, yaxis: { type: "log", ticksuffix: " µs" } }), options);
   }
 }

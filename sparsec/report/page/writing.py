@@ -21,9 +21,14 @@ from sparsec.planner.advice import advice
 from sparsec.planner.ceiling import ceiling
 from sparsec.planner.words import duration, rate, size
 from sparsec.report.charts import degrees, locality, roofline
+from sparsec.report.history import history
 from sparsec.report.views import step_costs, views
 
 _HERE = Path(__file__).parent
+_HISTORY = (
+    "<figure><figcaption>Tuning history <small>what was measured of this mask here, in order; the best stands out"
+    '</small></figcaption><div class="chart" id="history"></div></figure>'
+)
 
 
 def write_page(made: Plan, sources: dict[str, dict[str, str]], path: Path) -> None:
@@ -42,6 +47,7 @@ def write_page(made: Plan, sources: dict[str, dict[str, str]], path: Path) -> No
 
 def page_text(made: Plan, sources: dict[str, dict[str, str]]) -> str:
     """The page's HTML."""
+    found = history(made)
     parts = {
         "plotly": _plotly(),
         "title": escape(_shortened(str(made.mask.mask), 80)),
@@ -55,7 +61,8 @@ def page_text(made: Plan, sources: dict[str, dict[str, str]]) -> str:
         "refusals": _refusals(made),
         "sources": _source_frames(sources),
         "foot": escape(f"sparsec {__version__}, planned in {duration(made.planning_us)}"),
-        "data": _json(_data(made, sources)),
+        "history": _HISTORY if found else "",
+        "data": _json(_data(made, sources) | {"history": found}),
         "script": (_HERE / "page.js").read_text(encoding="utf-8"),
     }
     text = (_HERE / "page.html").read_text(encoding="utf-8")
@@ -137,11 +144,15 @@ def _head(made: Plan) -> str:
 
 def _facts(made: Plan) -> str:
     roof = ceiling(made)
-    useful = rate(made.estimate.flops / made.estimate.us * 1e-3)
+    useful = rate(made.estimate.flops / made.us * 1e-3)
     profile = made.groups[0].profile
     limit = "arithmetic" if roof.bound == "arithmetic" else "memory"
     facts = [
-        ("estimate", duration(made.estimate.us), f"mostly {made.estimate.limiter}"),
+        (
+            "estimate" if made.us == made.estimate.us else "by records",
+            duration(made.us),
+            f"mostly {made.estimate.limiter}",
+        ),
         ("useful work", useful, f"{roof.share:.0%} of what its {limit} allows"),
         ("edges", f"{profile.nnz:,}", f"{profile.density:.3%} of all pairs"),
         ("keys a query", f"{profile.q.mean:,.1f}", f"at most {profile.q.max:,}"),
@@ -197,7 +208,7 @@ def _step(number: int, step: Step) -> str:
 def _candidates(made: Plan) -> str:
     rows = []
     for group in made.groups:
-        best = group.estimate.us
+        best = group.us
         chosen = " + ".join(dict.fromkeys(step.launch.template.name for step in group.steps))
         orders = [step.launch.work.ordering for step in group.steps]
         order = next((each.name for each in orders if each.q_order is not None), "")
