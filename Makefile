@@ -6,13 +6,17 @@ PYTEST_FLAGS := --numprocesses auto --maxprocesses 8 --dist worksteal
 BIN := $(VENV)/bin
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo test lint wheel-test docs figures clean check-machine
+.PHONY: demo test spread lint wheel-test docs figures clean check-machine
 
 demo: $(VENV)/.installed
 	$(BIN)/sparsec demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest $(PYTEST_FLAGS)
+
+# Every template, direction, dtype and GPU architecture, and what else takes minutes.
+spread: $(VENV)/.installed-dev
+	$(BIN)/pytest -m spread
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton")
@@ -17,8 +19,10 @@ from test_triton_numerics import split
 
 from sparsec import masks as m
 from sparsec.backends import triton as triton_backend
+from sparsec.backends.base import DTYPES
 from sparsec.backends.triton import LoweredSource
 from sparsec.device import device
+from sparsec.score import as_score_mod
 from sparsec.template import Config, template
 
 # sm_80, sm_90, sm_100, gfx90a, gfx942.
@@ -60,25 +64,29 @@ def tried_at(head_dim: int) -> Case:
     return case("lowered", scattered(150, 300, 0.05), 150, 300, head_dim, heads=(4, 2))
 
 
+# Each template, direction, dtype and architecture at least once, in seconds; the others are the spread.
+QUICK = {
+    ("block_sparse", "nvidia-h100", "bf16", "forward"),
+    ("block_sparse", "nvidia-h100", "bf16", "backward"),
+    ("block_sparse", "nvidia-b200", "fp16", "forward"),
+    ("block_sparse", "nvidia-a100", "fp32", "forward"),
+    ("block_sparse", "amd-mi300x", "bf16", "forward"),
+    ("hybrid", "nvidia-h100", "bf16", "forward"),
+    ("hybrid", "nvidia-h100", "bf16", "backward"),
+    ("row_traversal", "nvidia-h100", "bf16", "forward"),
+    ("row_traversal", "nvidia-h100", "bf16", "backward"),
+    ("row_traversal", "amd-mi250x", "fp16", "forward"),
+    ("row_traversal", "nvidia-a100", "fp32", "backward"),
+}
+
+
 def _spread():
-    """Every template, dtype, direction and architecture, not all with all: what GPU.md lists as lowered."""
-    spread = {
-        "forward": (
-            *((gpu, "bf16", 128) for gpu in DEVICES),
-            *((gpu, "fp32", 64) for gpu in ("nvidia-a100", "nvidia-h100", "amd-mi300x")),
-            *((gpu, "fp16", 64) for gpu in ("nvidia-h100", "amd-mi250x")),
-        ),
-        "backward": (
-            *((gpu, "bf16", 128) for gpu in ("nvidia-h100", "amd-mi300x")),
-            ("nvidia-a100", "fp32", 64),
-            ("nvidia-b200", "fp16", 64),
-        ),
-    }
-    for name in TEMPLATES:
-        for direction, chosen in spread.items():
-            for gpu, dtype, head_dim in chosen:
-                label = f"{name}-{gpu}-{dtype}-{direction}-d{head_dim}"
-                yield pytest.param(name, gpu, dtype, direction, head_dim, id=label)
+    """Every template with every architecture, dtype and direction: what GPU.md lists as lowered."""
+    for name, gpu, dtype, direction in itertools.product(TEMPLATES, DEVICES, DTYPES, ("forward", "backward")):
+        head_dim = 128 if dtype == "bf16" else 64
+        label = f"{name}-{gpu}-{dtype}-{direction}-d{head_dim}"
+        marks = () if (name, gpu, dtype, direction) in QUICK else (pytest.mark.spread,)
+        yield pytest.param(name, gpu, dtype, direction, head_dim, id=label, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "gpu", "dtype", "direction", "head_dim"), [*_spread()])
@@ -100,6 +108,7 @@ def test_the_default_does_not_spill(name, gpu, dtype, direction, head_dim):
             assert not {"HMMA", "HGMMA", "UTCHMMA"} & each.instructions.keys(), "fp32 is IEEE, never TF32"
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize(
     ("name", "gpu", "values"),
     [
@@ -109,6 +118,8 @@ def test_the_default_does_not_spill(name, gpu, dtype, direction, head_dim):
         ("hybrid", "nvidia-rtx4090", (("block_q", 64), ("num_warps", 8))),
         ("row_traversal", "nvidia-h100", (("block_q", 1), ("num_warps", 1))),
         ("row_traversal", "nvidia-a100", (("block_q", 32), ("fetch", 128))),
+        ("block_sparse", "amd-mi250x", (("block_q", 32), ("block_kv", 16), ("num_warps", 2))),
+        ("hybrid", "nvidia-b200", (("block_q", 32), ("block_kv", 64), ("num_stages", 3))),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{key}{number}" for key, number in value),
 )
@@ -116,7 +127,7 @@ def test_other_configurations_compile_and_fit(name, gpu, values):
     _lowered(name, gpu, "bf16", tried_at(64), values)
 
 
-@pytest.mark.parametrize("gpu", ["nvidia-rtx4090", "amd-mi300x"])
+@pytest.mark.parametrize("gpu", ["nvidia-rtx4090", pytest.param("amd-mi300x", marks=pytest.mark.spread)])
 def test_the_widest_heads_fit_the_smallest_devices(gpu):
     for dtype in ("fp32", "bf16"):
         assert _lowered("block_sparse", gpu, dtype, tried_at(256))[0].spilled_bytes == 0
@@ -149,3 +160,30 @@ def test_a_split_unit_has_its_merge_kernel():
     made = running.launch(template("block_sparse"), "triton", tried, device=device("nvidia-h100"))
     names = [each.name for each in triton_backend.lower_source(replace(made, work=split(made.work)))]
     assert names == ["forward", "merge"]
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        ("block_sparse", "forward"),
+        *(pytest.param(name, "backward", marks=pytest.mark.spread) for name in TEMPLATES),
+        *(pytest.param(name, "forward", marks=pytest.mark.spread) for name in ("row_traversal", "hybrid")),
+    ],
+)
+def test_modifiers_and_predicates_compile(name, direction):
+    """A modifier with tables of every type, and partial tiles by predicate."""
+    chosen = template(name)
+    by_predicate = {} if name == "row_traversal" else {"by_predicate": 1}
+    config = Config.of(**{**chosen.default("triton").to_dict(), **by_predicate})
+    tried = case("lowered", m.documents([70, 80]), 150, 150, 64, heads=(4, 2)).with_dtype("bf16")
+    made = running.launch(chosen, "triton", tried, config=config, device=device("nvidia-h100"))
+    bias, allowed, shift = np.ones((4, 150), np.float32), np.ones(150, bool), np.arange(150)
+    score = as_score_mod(
+        lambda score, b, h, q, kv: (score + bias[h, q - kv] * (shift[q] + b)).where(allowed[kv], float("-inf"))
+    )
+    lowered = triton_backend.lower_source(replace(made, score=score), direction)
+    for each in lowered:
+        if each.name in ("forward", "backward"):
+            assert each.spilled_bytes <= 32, each
+            assert "score_tables" in each.texts["ttgir"]
+            assert ("mask_tables" in each.texts["ttgir"]) == bool(by_predicate)

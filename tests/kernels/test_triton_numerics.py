@@ -279,13 +279,19 @@ def _pieces(work: Work, planned, indptr):
 
 # Tests.
 
+
+def spread(value: object) -> object:
+    return pytest.param(value, marks=pytest.mark.spread)
+
+
+SPREAD_FP16 = spread("fp16")
 HARD = case("hard", scattered(41, 67, 0.06), 41, 67, 24, v_dim=40, heads=(2, 1))
 GROUPED = case("grouped", scattered(35, 45, 0.15), 35, 45, 20, v_dim=8, heads=(4, 2), batch=2)
 FAR = case("far-apart", by_degree([3, 0, 5, 1, 4], 5), 5, 5, 8, heads=(2, 2), batch=2)
 LONG_ROWS = case("long-rows", by_degree([2, 150, 0, 1, 3, 1, 150, 149, 5], 150), 9, 150, 16)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", SPREAD_FP16])
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("job", [_run_split, _run_shuffled, _run_partial], ids=["split", "shuffled", "partial"])
 def test_launches(interpreter, job, name, dtype):
@@ -304,10 +310,15 @@ def test_strides_beyond_two_to_the_31(interpreter, name):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_everything_at_once(interpreter, name, dtype):
+    interpreter(_run, name, GROUPED.with_dtype(dtype), {})
+
+
+@pytest.mark.parametrize("dtype", ["fp32", SPREAD_FP16])
+@pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize(
     "tried",
     [
-        GROUPED,
         case("full-ragged", m.full(), 19, 37, 16, v_dim=1),
         case("empty", ~m.full(), 19, 37, 1, v_dim=16),
         case("window", m.window(9, 2), 40, 40, 80),
@@ -322,7 +333,7 @@ def test_masks(interpreter, tried, name, dtype):
     interpreter(_run, name, tried.with_dtype(dtype), {})
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", [spread("fp32"), "fp16"])
 @pytest.mark.parametrize(
     "values",
     [
@@ -348,7 +359,7 @@ def test_forms_of_rows(interpreter, form):
     interpreter(_run_rows_as, form, case("two-steps", mask, 27, 31, 16).with_dtype("fp32"))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", SPREAD_FP16])
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("job", [_run_gradient_split, _run_gradient_shuffled], ids=["split", "shuffled"])
 def test_gradients_of_launches(interpreter, job, name, dtype):
@@ -366,11 +377,11 @@ def test_gradients_of_some_heads(interpreter, name):
     [
         GROUPED.with_dtype("fp32"),
         GROUPED.with_dtype("fp16"),
-        case("full-ragged", m.full(), 19, 37, 16, v_dim=1).with_dtype("fp32"),
+        spread(case("full-ragged", m.full(), 19, 37, 16, v_dim=1).with_dtype("fp32")),
         case("empty", ~m.full(), 19, 37, 1, v_dim=16).with_dtype("fp32"),
-        case("dilated", m.dilated(20, 3), 40, 50, 17).with_dtype("fp16"),
+        spread(case("dilated", m.dilated(20, 3), 40, 50, 17).with_dtype("fp16")),
         LONG_ROWS.with_dtype("fp32"),
-        replace(HARD, scale=-0.2).with_dtype("fp32"),
+        spread(replace(HARD, scale=-0.2).with_dtype("fp32")),
     ],
     ids=lambda tried: f"{tried.id}-{tried.problem.dtype}",
 )
@@ -378,6 +389,7 @@ def test_gradients(interpreter, tried, name):
     interpreter(_run_gradient, name, tried)
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("values", [{"block_q": 64, "block_kv": 32}, {"block_q": 16, "block_kv": 128}], ids=str)
 def test_gradients_in_tiles_of_other_sizes(interpreter, values):
     interpreter(_run_gradient, "block_sparse", GROUPED.with_dtype("fp32"), values)
@@ -385,12 +397,15 @@ def test_gradients_in_tiles_of_other_sizes(interpreter, values):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("modifier", [*modifiers()])
+@pytest.mark.parametrize(
+    "modifier", [name if name in ("everything", "soft-cap") else spread(name) for name in modifiers()]
+)
 def test_modifiers(interpreter, modifier, name, direction):
     dtype = "fp16" if modifier == "soft-cap" else "fp32"
     interpreter(_run_modified, name, GROUPED.with_dtype(dtype), modifier, direction)
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_modifiers_in_another_order_of_tokens(interpreter, name):
     interpreter(_run_modified_shuffled, name, HARD.with_dtype("fp32"))
