@@ -1,0 +1,98 @@
+"""What one device has shown: results by key, kept in one file that every result makes anew.
+
+This file decides when earlier results still count: same device, same sources, same toolchain. It must not know what the
+results are of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from gate.checks import own_kernels
+from sparsec.backends.base import backend
+from sparsec.device import Device
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Result = dict[str, Any]  # one JSON object of a record
+
+
+class Record:
+    """Results of one device with one toolchain at one state of the sources; written whole, by rename."""
+
+    def __init__(self, device: Device, folder: Path) -> None:
+        import torch
+
+        self.path = folder / f"{device.key}.json"
+        names = dict.fromkeys(name for _, name in own_kernels(device))
+        self.about = {
+            "device": device.key,
+            "label": torch.cuda.get_device_name(),
+            "arch": device.arch,
+            "commit": commit(),
+            "sources": sources_digest(),
+            "toolchain": ", ".join([*(backend(name).toolchain() for name in names), f"torch {torch.__version__}"]),
+        }
+        self.results: dict[str, Result] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Takes up what the file holds; nothing where other sources or another toolchain wrote it."""
+        kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        is_same = all(kept.get(name) == self.about[name] for name in ("device", "sources", "toolchain"))
+        self.results = kept["results"] if is_same else {}
+
+    def write(self, key: str, result: Result) -> None:
+        self.results[key] = result
+        self._publish()
+
+    def _publish(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**self.about, "results": self.results}, indent=1) + "\n"
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(text)
+        os.replace(beside, self.path)
+
+    def running(self) -> list[str]:
+        """The keys of what was begun and has not ended."""
+        return [key for key, result in self.results.items() if result["status"] == "running"]
+
+    def drop_running(self) -> None:
+        """Forgets what was begun and has not ended."""
+        for key in self.running():
+            del self.results[key]
+        self._publish()
+
+    def counts(self) -> dict[str, int]:
+        """How many results there are of each status."""
+        counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+        for result in self.results.values():
+            counts[result["status"]] = counts.get(result["status"], 0) + 1
+        return counts
+
+
+def commit() -> str:
+    """The commit that is checked out; "+" says that files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def sources_digest() -> str:
+    """Of everything a result depends on; a machine without the repository's history knows no commit."""
+    digest = hashlib.sha256()
+    for folder in ("sparsec", "templates", "tools"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in {".py", ".cu", ".cuh", ".yaml"} and path.is_file():
+                digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
