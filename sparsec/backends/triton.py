@@ -8,6 +8,7 @@ through Triton's interpreter where `TRITON_INTERPRET=1`, or only compiled, for a
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import importlib.util
 import sys
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 import numpy as np
 
 from sparsec.backends.base import Launch, Problem
-from sparsec.backends.triton_calls import Array, Call, calls_of, options_of, shape_of, too_large
+from sparsec.backends.triton_calls import ALIGNMENT_BYTES, Array, Call, calls_of, options_of, shape_of, too_large
 from sparsec.backends.triton_gradients import gradient_calls_of
 from sparsec.backends.triton_lowering import LoweredSource, lower_call
 from sparsec.device import Device
@@ -73,6 +74,15 @@ class _Calls:
     def run(self, tensors: dict[str, torch.Tensor | None], device: torch.device, batch: int) -> None:
         """Runs the kernels in their order, on the current stream of a device."""
         batches = self._batch_elements(device, batch)
+        if any(call.constants.get("DESCRIBED") for call in self._calls):
+            # The kernels keep their descriptors in memory that Triton asks for; the caller's own answer stays.
+            context = contextvars.copy_context()
+            context.run(_provide_scratch, device)
+            context.run(self._launch_all, tensors, device, batches)
+        else:
+            self._launch_all(tensors, device, batches)
+
+    def _launch_all(self, tensors: dict[str, torch.Tensor | None], device: torch.device, batches: torch.Tensor) -> None:
         with _on(device):
             for call, functions, arrays in zip(self._calls, self._functions, self._arrays_on(device), strict=True):
                 kernel = getattr(self._module, call.name)
@@ -85,7 +95,7 @@ class _Calls:
                     **_strides(given, kernel.arg_names),
                     **arrays,
                     **call.numbers,
-                    **call.constants,
+                    **{**call.constants, **_undescribed(call, given)},
                     **functions,
                     **options_of(call),
                 )
@@ -198,6 +208,24 @@ def _strides(given: dict[str, torch.Tensor | None], parameters: list[str]) -> di
             if f"{name}_{axis}" in parameters:
                 strides[f"{name}_{axis}"] = size
     return strides
+
+
+def _undescribed(call: Call, given: dict[str, torch.Tensor | None]) -> dict[str, bool]:
+    """What switches descriptors off where the tensors at hand are not aligned for them."""
+    if not call.constants.get("DESCRIBED"):
+        return {}
+    streamed = [tensor for name in ("k", "v") if (tensor := given[name]) is not None]
+    strides = [stride * each.itemsize for each in streamed for stride in each.stride()[:3]]
+    places = [*strides, *(each.data_ptr() for each in streamed)]
+    return {} if all(place % ALIGNMENT_BYTES == 0 for place in places) else {"DESCRIBED": False}
+
+
+def _provide_scratch(device: torch.device) -> None:
+    """Lets kernels have scratch memory of torch's, in the context this is called in."""
+    import torch
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -23,6 +23,8 @@ from sparsec.template import Config, Template
 Array = npt.NDArray[Any]
 
 LOG2_E: Final = 1.4426950408889634
+# Of tensors that the copy engine reads: of their address and of every stride but the last.
+ALIGNMENT_BYTES: Final = 16
 # Rows a merge program joins: few, so that 256 columns of fp32 stay in registers.
 MERGE_ROWS: Final = 16
 # Of the accumulator, so many fp32 a thread at most: the scores, weights and addresses need most of 255 registers.
@@ -83,9 +85,10 @@ def shape_of(launch: Launch) -> Shape:
         # No matrix units: operands are held by threads, so they are cut small, and nothing is staged.
         step, stages, chunk = 16, 1, 16
     device, itemsize = launch.device, problem.itemsize
+    least_buffers = 2 if is_described(launch) else 1
 
     def needed() -> int:
-        return shared_bytes(device, rows, step, dims, stages, itemsize)
+        return shared_bytes(device, rows, step, dims, max(stages - 1, least_buffers), itemsize)
 
     while needed() > device.shared_bytes_per_block and (step > 16 or stages > 1):
         # Two tiles in flight hide most of what can be hidden; smaller steps than that cost less.
@@ -97,16 +100,16 @@ def shape_of(launch: Launch) -> Shape:
 
 
 def shared_bytes(
-    device: Device, rows: int, step_kv: int, dims: tuple[int, int, int, int], stages: int, itemsize: int
+    device: Device, rows: int, step_kv: int, dims: tuple[int, int, int, int], buffers: int, itemsize: int
 ) -> int:
     """Shared memory of a tile kernel, at most.
 
-    NVIDIA: the queries stay there, K and V have a buffer for every stage but one, and weights pass through; in fp32, V
-    and chunks of the others pass through. AMD: the queries pass through before the first tile. The tests hold this
-    against what Triton allocates.
+    NVIDIA: the queries stay there, K and V have a buffer for every stage but one (two at least where the copy engine
+    fills them), and weights pass through; in fp32, V and chunks of the others pass through. AMD: the queries pass
+    through before the first tile. The tests hold this against what Triton allocates.
     """
     queries = rows * dims[1] * itemsize
-    tiles = max(stages - 1, 1) * step_kv * (dims[1] + dims[3]) * itemsize
+    tiles = buffers * step_kv * (dims[1] + dims[3]) * itemsize
     passing = rows * (step_kv + 8) * 4 + 2048
     if device.kind == "amd":
         return max(queries, tiles + passing)
@@ -314,7 +317,21 @@ def _tile_lists(launch: Launch, shape: Shape) -> Lists:
     tiles, schedule = launch.work.tiles, launch.work.schedule
     assert tiles is not None, "block_sparse walks tiles"
     arrays = tile_arrays(tiles, schedule.start, schedule.stop)
-    return arrays, {"PACK": shape.pack, "BLOCK_KV": tiles.tile_map.block_kv, **_steps(shape)}
+    constants = {"PACK": shape.pack, "BLOCK_KV": tiles.tile_map.block_kv, "DESCRIBED": is_described(launch)}
+    return arrays, {**constants, **_steps(shape)}
+
+
+def is_described(launch: Launch) -> bool:
+    """Whether the copy engine fetches K and V: asked for, there, and of rows that begin at multiples of 16 bytes."""
+    problem = launch.problem
+    rows_bytes = (problem.head_dim * problem.itemsize, problem.v_dim * problem.itemsize)
+    return (
+        launch.config.get("descriptors", 0) == 1
+        and "tma" in launch.device.features
+        and problem.dtype != "fp32"
+        and launch.work.ordering.kv_order is None
+        and all(row_bytes % ALIGNMENT_BYTES == 0 for row_bytes in rows_bytes)
+    )
 
 
 def _hybrid_lists(launch: Launch, shape: Shape) -> Lists:

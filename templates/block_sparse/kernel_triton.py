@@ -12,6 +12,7 @@ from ..shared.gradient_triton import add_up, backward, prepare
 from ..shared.kernel_triton import (
     add_full_tiles,
     add_partial_tiles,
+    describe,
     empty_state,
     finish,
     load_queries,
@@ -34,7 +35,7 @@ def forward(
     n_items, n_slots, n_heads, abreast, q_len, kv_len, scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, MODIFY: tl.constexpr, ATTENDS: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """`out` and `lse` of the launch's rows; a split unit goes to `partial`, for `merge`.
 
@@ -42,7 +43,8 @@ def forward(
     tile_column and tile_pattern by tile, patterns [n, BLOCK_Q, words] as int64 words. DIMS is (head_dim, head_width,
     v_dim, v_width), a width being the power of two that holds a dimension; CHUNK is head_width, or what
     goes at a time where there are no matrix units. MODIFY and ATTENDS are generated functions or None: the score
-    modifier, whose `scale` is the scores' own, and the mask's predicate.
+    modifier, whose `scale` is the scores' own, and the mask's predicate. DESCRIBED lets the copy engine fetch K and V;
+    their rows must be aligned to 16 bytes, and `kv_order` None.
     """
     ROWS: tl.constexpr = BLOCK_Q * PACK
     item, copy, batch, first_head = locate(n_items, n_heads, abreast, batches, heads)
@@ -58,6 +60,10 @@ def forward(
     k_base = k + batch * k_batch + kv_head * k_head
     v_base = v + batch * v_batch + kv_head * v_head
 
+    keys, values = None, None
+    if DESCRIBED:
+        keys = describe(k_base, kv_len, k_row, STEP_KV, DIMS[0], DIMS[1])
+        values = describe(v_base, kv_len, v_row, STEP_KV, DIMS[2], DIMS[3])
     # A modifier of several heads at once is told each row's.
     row_head = first_head if PACK == 1 else head[:, None]
     who = (batch, row_head, token[:, None], position[:, None], score_tables, mask_tables)
@@ -66,12 +72,12 @@ def forward(
     n_full = tl.load(item_full + item)
     peak, total, acc = empty_state(ROWS, DIMS[3])
     peak, total, acc = add_full_tiles(
-        queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_tile, n_full, kv_order,
-        who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+        queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, tile_column + first_tile, n_full,
+        kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
     first_partial = first_tile + n_full
     peak, total, acc = add_partial_tiles(
-        queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_partial,
+        queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, tile_column + first_partial,
         tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
         who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip

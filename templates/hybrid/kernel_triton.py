@@ -104,12 +104,12 @@ def forward(
     first_tile = tl.load(item_tile + item)
     n_full = tl.load(item_full + item)
     peak, total, acc = add_full_tiles(
-        queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_tile, n_full, kv_order,
-        who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+        queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, None, None, tile_column + first_tile, n_full,
+        kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip
     first_partial = first_tile + n_full
     peak, total, acc = add_partial_tiles(
-        queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, tile_column + first_partial,
+        queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, None, None, tile_column + first_partial,
         tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
         who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
     )  # fmt: skip

@@ -81,8 +81,7 @@ def score(
     it, for its queries and its keys: there, CHUNK dimensions go at a time, and q comes from the cache.
     """
     if DIMS[1] == CHUNK:
-        k = load_rows(k_base, k_offsets, live, DIMS[0], DIMS[1])
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(load_rows(k_base, k_offsets, live, DIMS[0], DIMS[1])), input_precision="ieee")
     else:
         scores = tl.zeros([q_offsets.shape[0], STEP_KV], tl.float32)
         for first in tl.range(0, DIMS[1], CHUNK, num_stages=1):
@@ -95,6 +94,21 @@ def score(
             q_part = tl.load(q_base + q_offsets[:, None] + column[None, :], mask=is_q, other=0.0)
             k_part = tl.load(k_base + k_offsets[:, None] + column[None, :], mask=is_k, other=0.0)
             scores = tl.dot(q_part, tl.trans(k_part), scores, input_precision="ieee")
+    if NEGATE:
+        scores = -scores
+    return scores
+
+
+@triton.jit
+def describe(base, length, row, STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows from `base` on as the copy engine takes them, STEP at a time; zero beyond the length and DIM."""
+    return tl.make_tensor_descriptor(base, [length, DIM], [row, 1], [STEP, WIDTH])
+
+
+@triton.jit
+def score_described(q, keys, first, NEGATE: tl.constexpr):
+    """`[queries, keys]`, fp32, not yet scaled, of keys from `first` on that the copy engine fetches."""
+    scores = tl.dot(q, tl.trans(keys.load([first, 0])), input_precision="ieee")
     if NEGATE:
         scores = -scores
     return scores
@@ -129,15 +143,15 @@ def attend(scores, v, attended, peak, total, acc, scale, IS_MODIFIED: tl.constex
 
 @triton.jit
 def add_full_tiles(
-    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, n_tiles, kv_order, who, peak, total, acc,
-    scale,
+    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, columns, n_tiles, kv_order, who, peak,
+    total, acc, scale,
     MODIFY: tl.constexpr, NEGATE: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The state after tiles whose every pair is attended, all inside the key sequence.
 
-    who: what generated functions are told: (batch element, head of each row, tokens and positions of the queries, all
-    but the first as columns, tables of the modifier, tables of the mask).
+    keys, values: descriptors of K and V, or None. who: what generated functions are told: (batch element, head of each
+    row, tokens and positions of the queries, all but the first as columns, tables of the modifier, tables of the mask).
     """
     steps: tl.constexpr = BLOCK_KV // STEP_KV
     within = tl.arange(0, STEP_KV)
@@ -150,8 +164,12 @@ def add_full_tiles(
         else:
             k_tile, v_tile = k_base, v_base
             token = tl.load(kv_order + first + within).to(tl.int64)
-        scores = score(q, q_base, q_offsets, inside, k_tile, token * k_row, None, NEGATE, STEP_KV, DIMS, CHUNK)
-        v = load_rows(v_tile, token * v_row, None, DIMS[2], DIMS[3])
+        if keys is not None:
+            scores = score_described(q, keys, first, NEGATE)
+            v = values.load([first, 0])
+        else:
+            scores = score(q, q_base, q_offsets, inside, k_tile, token * k_row, None, NEGATE, STEP_KV, DIMS, CHUNK)
+            v = load_rows(v_tile, token * v_row, None, DIMS[2], DIMS[3])
         if MODIFY is None:
             peak, total, acc = attend(scores, v, None, peak, total, acc, scale, False)
         else:
@@ -163,8 +181,8 @@ def add_full_tiles(
 
 @triton.jit
 def add_partial_tiles(
-    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, which, n_tiles, patterns, lane, kv_order,
-    kv_len, who, peak, total, acc, scale,
+    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, columns, which, n_tiles, patterns, lane,
+    kv_order, kv_len, who, peak, total, acc, scale,
     ATTENDS: tl.constexpr, MODIFY: tl.constexpr, NEGATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     STEP_KV: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -178,11 +196,16 @@ def add_partial_tiles(
     within = tl.arange(0, STEP_KV)
     for i in range(n_tiles * steps):
         offset = i % steps * STEP_KV
-        key = tl.load(columns + i // steps) * BLOCK_KV + offset + within
+        first = tl.load(columns + i // steps) * BLOCK_KV + offset
+        key = first + within
         live = key < kv_len
         token = tokens_at(kv_order, key, live)
-        scores = score(q, q_base, q_offsets, inside, k_base, token * k_row, live, NEGATE, STEP_KV, DIMS, CHUNK)
-        v = load_rows(v_base, token * v_row, live, DIMS[2], DIMS[3])
+        if keys is not None:
+            scores = score_described(q, keys, first, NEGATE)
+            v = values.load([first, 0])
+        else:
+            scores = score(q, q_base, q_offsets, inside, k_base, token * k_row, live, NEGATE, STEP_KV, DIMS, CHUNK)
+            v = load_rows(v_base, token * v_row, live, DIMS[2], DIMS[3])
         if ATTENDS is not None:
             attended = ATTENDS(who[3], key[None, :], who[5]) & live[None, :]
         else:

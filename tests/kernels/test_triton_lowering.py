@@ -39,6 +39,7 @@ MATRIX_INSTRUCTION = {
     ("nvidia-h100", "fp16"): "HGMMA",
     ("amd-mi250x", "bf16"): "v_mfma_f32",
     ("amd-mi300x", "bf16"): "v_mfma_f32",
+    ("amd-mi300x", "fp16"): "v_mfma_f32",
     ("amd-mi300x", "fp32"): "v_mfma_f32",
 }
 
@@ -70,7 +71,7 @@ QUICK = {
     ("block_sparse", "nvidia-h100", "bf16", "backward"),
     ("block_sparse", "nvidia-b200", "fp16", "forward"),
     ("block_sparse", "nvidia-a100", "fp32", "forward"),
-    ("block_sparse", "amd-mi300x", "bf16", "forward"),
+    ("block_sparse", "amd-mi300x", "fp16", "forward"),
     ("hybrid", "nvidia-h100", "bf16", "forward"),
     ("hybrid", "nvidia-h100", "bf16", "backward"),
     ("row_traversal", "nvidia-h100", "bf16", "forward"),
@@ -131,6 +132,21 @@ def test_other_configurations_compile_and_fit(name, gpu, values):
 def test_the_widest_heads_fit_the_smallest_devices(gpu):
     for dtype in ("fp32", "bf16"):
         assert _lowered("block_sparse", gpu, dtype, tried_at(256))[0].spilled_bytes == 0
+
+
+@pytest.mark.parametrize("gpu", ["nvidia-h100", pytest.param("nvidia-b200", marks=pytest.mark.spread)])
+def test_the_copy_engine_fetches_what_is_described(gpu):
+    (lowered,) = _lowered("block_sparse", gpu, "bf16", tried_at(128), (("descriptors", 1), ("num_stages", 2)))
+    assert lowered.instructions.get("UTMALDG", 0) > 0
+    assert lowered.spilled_bytes <= 16
+
+
+def test_devices_without_a_copy_engine_fetch_themselves():
+    config = Config.of(**{**template("block_sparse").default("triton").to_dict(), "descriptors": 1})
+    for gpu, dtype in (("nvidia-a100", "bf16"), ("nvidia-h100", "fp32")):
+        tried = tried_at(64).with_dtype(dtype)
+        made = running.launch(template("block_sparse"), "triton", tried, config=config, device=device(gpu))
+        assert not triton_backend.calls_of(made)[0].constants["DESCRIBED"]
 
 
 @pytest.mark.parametrize("form", ["offsets", "ranges", "edges"])
