@@ -19,9 +19,10 @@ from test_triton_numerics import split
 
 from sparsec import masks as m
 from sparsec.backends import triton as triton_backend
-from sparsec.backends.base import DTYPES
+from sparsec.backends.base import DTYPES, Problem
 from sparsec.backends.triton import LoweredSource
 from sparsec.device import device
+from sparsec.planner import plan
 from sparsec.score import as_score_mod
 from sparsec.template import Config, template
 
@@ -132,6 +133,18 @@ def test_other_configurations_compile_and_fit(name, gpu, values):
 def test_the_widest_heads_fit_the_smallest_devices(gpu):
     for dtype in ("fp32", "bf16"):
         assert _lowered("block_sparse", gpu, dtype, tried_at(256))[0].spilled_bytes == 0
+
+
+@pytest.mark.parametrize("gpu", ["nvidia-rtx4090", pytest.param("amd-mi250x", marks=pytest.mark.spread)])
+def test_what_is_planned_at_the_limit_compiles(gpu):
+    """The widest heads with gradients: the planner steps off the default, to what fits shared memory and registers."""
+    problem = Problem(150, 150, 2, 2, 256, 256, "bf16", needs_grad=True)
+    launch = plan(m.window(40, 0), problem, gpu, template="block_sparse", backend="triton").steps[0].launch
+    assert launch.config != launch.template.default("triton")
+    for direction in ("forward", "backward"):
+        for each in triton_backend.lower_source(launch, direction):
+            assert each.shared_bytes <= device(gpu).shared_bytes_per_block
+            assert each.spilled_bytes == 0, each
 
 
 @pytest.mark.parametrize("gpu", ["nvidia-h100", pytest.param("nvidia-b200", marks=pytest.mark.spread)])
