@@ -134,6 +134,8 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
     }
     rows = work.rows
     steps, warps, stages = _steps(launch, side, dims)
+    # Kernels that need more than tiles on matrix units: the assembler is not to save registers for occupancy.
+    is_crowded = work.tiles is None or work.gathered is not None or problem.dtype == "fp32"
     printed = functions_of(launch, work, with_slope=True)
     backward = Call(
         name="backward",
@@ -177,7 +179,7 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
         },
         num_warps=warps,
         num_stages=stages,
-        max_registers=ROW_REGISTERS if work.tiles is None and launch.device.kind == "nvidia" else None,
+        max_registers=ROW_REGISTERS if is_crowded and launch.device.kind == "nvidia" else None,
         functions=printed.functions,
         tables=printed.tables,
     )
@@ -222,7 +224,9 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
     if is_without_matrix_units:
         return constants | {"CHUNK": 16, "CHUNK_2": 16}, warps, 1
     # Both operands of the own rows and of a step of the stream, and the weights and score gradients between.
-    step, stages = min(stream, 64 if block * accumulated <= 64 * 128 else 32), 2
+    # Warps that wait for one another's products hold fewer operands each.
+    has_group_units = side.is_dq or bool({"wgmma", "tcgen05", "mfma"} & device.features)
+    step, stages = min(stream, 64 if block * accumulated <= 64 * (128 if has_group_units else 64) else 32), 2
     while step > 16 and (block * (dims[1] + dims[3]) + step * (dims[1] + dims[3]) + 2 * block * step) * itemsize > (
         device.shared_bytes_per_block - 4096
     ):
