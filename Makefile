@@ -24,8 +24,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The same tests against what a user installs, but for Triton's interpreter, which takes a minute to say the same again. The second environment holds the wheel alone and borrows every other
-# package from the first by a plain path line, which leaves the first one's editable install behind.
+# The same tests against what a user installs, but for Triton's interpreter, which takes a minute to say the same again.
+# The second environment holds the wheel alone and borrows every other package from the first by a plain path line, which
+# leaves the first one's editable install behind.
 wheel-test: $(VENV)/.installed-dev
 	rm -rf dist $(WHEEL_VENV)
 	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
