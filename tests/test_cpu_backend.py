@@ -420,3 +420,18 @@ def _check_sampled(bound, q, k, v, out, lse, rows) -> None:
     expected, expected_lse = reference.attention(*arrays, bound, q.shape[3] ** -0.5, rows)
     assert np.abs(out[0, 0, rows].double().numpy() - expected).max() < 2e-6
     assert np.abs(lse[0, 0, rows].double().numpy() - expected_lse).max() < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("heads", "group", "sharing"),
+    [
+        ((0, 1, 2, 3), 4, 4),
+        ((0, 2, 4, 6), 4, 2),
+        ((0, 1, 4), 4, 1),
+        (tuple(range(12)), 12, 6),
+        (tuple(range(32)), 32, 8),
+        ((3,), 1, 1),
+    ],
+)
+def test_heads_that_share_keys_go_side_by_side(heads, group, sharing):
+    assert cpu_kernels.heads_sharing(heads, group) == sharing
