@@ -254,7 +254,7 @@ def _source_frames(sources: dict[str, dict[str, str]]) -> str:
             lines = text.count("\n") + 1
             frames.append(
                 f'<details data-launch="{escape(launch)}" data-file="{escape(name)}">'
-                f"<summary>{escape(launch)}: {escape(name)} <small>{lines:,} lines</small></summary>"
+                f"<summary>{escape(launch)}: {escape(name)} <small>{lines:,} line{'s' * (lines > 1)}</small></summary>"
                 "<pre><code></code></pre></details>"
             )
     return "".join(frames)
