@@ -224,9 +224,9 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
     if is_without_matrix_units:
         return constants | {"CHUNK": 16, "CHUNK_2": 16}, warps, 1
     # Both operands of the own rows and of a step of the stream, and the weights and score gradients between.
-    # Warps that wait for one another's products hold fewer operands each.
-    has_group_units = side.is_dq or bool({"wgmma", "tcgen05", "mfma"} & device.features)
-    step, stages = min(stream, 64 if block * accumulated <= 64 * (128 if has_group_units else 64) else 32), 2
+    # Where a thread holds operands too, or copies of tensor memory beside them, it has room for half of the scores.
+    is_roomy = "tcgen05" not in device.features and (side.is_dq or "wgmma" in device.features)
+    step, stages = min(stream, 64 if block * accumulated <= 64 * (128 if is_roomy else 64) else 32), 2
     while step > 16 and (block * (dims[1] + dims[3]) + step * (dims[1] + dims[3]) + 2 * block * step) * itemsize > (
         device.shared_bytes_per_block - 4096
     ):
