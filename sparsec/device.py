@@ -151,6 +151,8 @@ def calibrated(found: Device, values: Mapping[str, float]) -> Device:
         # fp16 is widened to fp32 for its sums.
         matrix |= {"fp32": vector_flops, "fp16": vector_flops}
     factors = {name: value for name, value in values.items() if _FACTORS.fullmatch(name)}
+    if not all(1 / _CREDIBLE <= value <= _CREDIBLE for value in factors.values()):
+        factors = {}
     return replace(
         found,
         memory_bandwidth=believed("memory_bandwidth", found.memory_bandwidth),
@@ -158,7 +160,7 @@ def calibrated(found: Device, values: Mapping[str, float]) -> Device:
         matrix_flops=matrix,
         launch_us=believed("launch_us", found.launch_us),
         sources=(*found.sources, "rates and factors measured by `sparsec tune --calibrate`"),
-        factors=tuple((name, min(max(value, 1 / _CREDIBLE), _CREDIBLE)) for name, value in factors.items()),
+        factors=tuple(factors.items()),
     )
 
 
