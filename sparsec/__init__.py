@@ -16,6 +16,7 @@ Layers, from the top; imports go down only:
     cost  records  backends/*    what it should take; what it took; who runs it
     analysis  template           what a mask looks like; the ways to compute
     layout                       index arrays
+    score  score_arguments       what happens to scores before softmax; the tensors it takes at a call
     masks  expr  device
     data  errors
 

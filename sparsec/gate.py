@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -21,6 +22,7 @@ from sparsec.backends.base import Dtype, Launch, Problem, backend
 from sparsec.backends.reference import ReferenceKernel
 from sparsec.device import Device
 from sparsec.errors import CompileError, SparsecError
+from sparsec.layout import EdgeOrder
 from sparsec.masks import from_dense
 from sparsec.masks.mask import Mask
 from sparsec.planner.works import build_work
@@ -93,31 +95,39 @@ def check(
     bound = hard_mask().bind(problem.q_len, problem.kv_len)
     config = template.default(backend_name)
     heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
-    work = build_work(template, config, bound, problem, device, heads=problem.q_heads)
+    edges = EdgeOrder(bound) if score is not None and score.needs_edges else None
+    work = build_work(template, config, bound, problem, device, heads=problem.q_heads, edges=edges)
     launch = Launch(
         template, backend_name, config, problem, device, work, heads, batch, problem.head_dim**-0.5, score=score
     )
     # Torch calls every GPU "cuda", AMD's too.
     where = "cpu" if device.kind == "cpu" else "cuda"
     q, k, v = (tensor.to(where) for tensor in _inputs(problem))
+    tables = [tensor.to(where) for tensor in _tables(score)]
     out = q.new_full((problem.batch, problem.q_heads, problem.q_len, problem.v_dim), float("nan"))
     lse = torch.full(out.shape[:3], float("nan"), device=where)
     if direction == "forward":
-        backend(backend_name).lower(launch)(q, k, v, out, lse)
-        return _forward_error(launch, q, k, v, out, lse)
+        backend(backend_name).lower(launch)(q, k, v, out, lse, *([tables] if tables else []))
+        return _forward_error(launch, q, k, v, out, lse, tables)
     # The backward pass is given exact results of the forward pass, so that its own errors are seen.
-    ReferenceKernel(launch)(q, k, v, out, lse)
-    return _backward_error(launch, q, k, v, out, lse)
+    ReferenceKernel(launch)(q, k, v, out, lse, tables)
+    return _backward_error(launch, q, k, v, out, lse, tables)
 
 
 def _forward_error(
-    launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    launch: Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tables: Sequence[torch.Tensor],
 ) -> str | None:
     bound, scale, dtype = launch.work.bound, launch.scale, launch.problem.dtype
     for b in launch.batch:
         for h in launch.heads:
             heads = (_array(q[b, h]), _array(k[b, h // _GROUP]), _array(v[b, h // _GROUP]))
-            modifier = reference.modifier_of(launch, b, h)
+            modifier = reference.modifier_of(launch, b, h, tables)
             expected = reference.attention(*heads, bound, scale, modifier=modifier)
             allowed = reference.tolerances(*heads, bound, scale, dtype, modifier)
             found = (_array(out[b, h]), _array(lse[b, h]))
@@ -128,7 +138,13 @@ def _forward_error(
 
 
 def _backward_error(
-    launch: Launch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    launch: Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tables: Sequence[torch.Tensor],
 ) -> str | None:
     import torch
 
@@ -138,7 +154,10 @@ def _backward_error(
     d_lse = torch.randn(lse.shape, generator=generator).to(lse)
     dq = torch.full_like(q, float("nan"))
     dk, dv = (torch.zeros_like(like, dtype=torch.float32) for like in (k, v))
-    backend(launch.backend).lower_backward(launch)(q, k, v, out, lse, d_out, d_lse, dq, dk, dv)
+    d_tables = [torch.zeros_like(table) for table in tables]
+    also = [tables, d_tables] if tables else []
+    backend(launch.backend).lower_backward(launch)(q, k, v, out, lse, d_out, d_lse, dq, dk, dv, *also)
+    expected_tables, allowed_tables = [np.zeros(tuple(table.shape)) for table in tables], [0.0] * len(tables)
     for b in launch.batch:
         for kv_head in range(launch.problem.kv_heads):
             expected_k, expected_v = np.zeros(k.shape[2:]), np.zeros(v.shape[2:])
@@ -146,19 +165,21 @@ def _backward_error(
             for h in range(kv_head * _GROUP, (kv_head + 1) * _GROUP):
                 heads = (_array(q[b, h]), _array(k[b, kv_head]), _array(v[b, kv_head]))
                 above = (_array(d_out[b, h]), _array(d_lse[b, h]))
-                modifier = reference.modifier_of(launch, b, h)
-                expected = reference.gradients(*heads, bound, scale, *above, modifier)
+                modifier = reference.modifier_of(launch, b, h, tables)
+                expected = reference.gradients(*heads, bound, scale, *above, modifier, expected_tables)
                 allowed = reference.gradient_tolerances(*heads, bound, scale, *above, dtype, modifier)
                 error = _worst(("dq",), (_array(dq[b, h]),), expected[:1], allowed[:1])
                 if error is not None:
                     return f"head {h} of batch element {b}: {error}"
                 expected_k, expected_v = expected_k + expected[1], expected_v + expected[2]
                 allowed_k, allowed_v = allowed_k + allowed[1], allowed_v + allowed[2]
+                allowed_tables = [total + own for total, own in zip(allowed_tables, allowed[3:], strict=True)]
             found = (_array(dk[b, kv_head]), _array(dv[b, kv_head]))
             error = _worst(("dk", "dv"), found, (expected_k, expected_v), (allowed_k, allowed_v))
             if error is not None:
                 return f"key head {kv_head} of batch element {b}: {error}"
-    return None
+    names = () if launch.score is None else tuple(f"the gradient of {t.name!r}" for t in launch.score.live_tables)
+    return _worst(names, tuple(map(_array, d_tables)), tuple(expected_tables), tuple(allowed_tables))
 
 
 def hard_mask() -> Mask:
@@ -188,6 +209,14 @@ def _inputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         random(problem.kv_heads, problem.kv_len, problem.head_dim),
         random(problem.kv_heads, problem.kv_len, problem.v_dim),
     )
+
+
+def _tables(score: ScoreMod | None) -> list[torch.Tensor]:
+    """Random content for the live tables: what they hold now may be nothing but zeros."""
+    import torch
+
+    generator = torch.Generator().manual_seed(17)
+    return [torch.randn(table.shape, generator=generator) for table in (() if score is None else score.live_tables)]
 
 
 def _array(tensor: torch.Tensor) -> reference.FloatArray:

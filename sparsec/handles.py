@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from sparsec.errors import SparsecError
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 class Executor(Protocol):
     """Who computes for a handle; tensors are `[batch, heads, length, dim]`."""
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp."""
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp, given the live tables of the score modifier."""
         ...
 
     def backward(
@@ -32,8 +35,10 @@ class Executor(Protocol):
         lse: torch.Tensor,
         d_out: torch.Tensor,
         d_lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of q, k and v."""
+        tables: Sequence[torch.Tensor] = (),
+        is_wanted: Sequence[bool] = (),
+    ) -> tuple[torch.Tensor, ...]:
+        """Gradients of q, k, v and each table; an empty tensor for a table whose gradient is not wanted."""
         ...
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sparsec.handles import register
 from sparsec.masks.mask import Mask
 from sparsec.runtime import Attention, compile
 from sparsec.score import ScoreFunction, ScoreMod, as_score_mod
+from sparsec.score_arguments import ScoreArguments, with_sinks
 
 # Lengths kept compiled at a time; the one that was used longest ago goes first.
 _MAX_LENGTHS = 8
@@ -28,8 +30,9 @@ _MAX_LENGTHS = 8
 class SparseAttention(nn.Module):
     """Multi-head self-attention under a mask, with projections of its own.
 
-    The mask's lengths may stay open: each length that is met is compiled once, and the last few are kept. Only the
-    projections are parameters; neither the mask nor anything compiled is part of the state dict.
+    The mask's lengths may stay open: each length that is met is compiled once, and the last few are kept. Parameters
+    are the projections, and those that a score modifier captured; neither the mask nor anything compiled is part of the
+    state dict.
 
     Args:
         mask: Which token attends which (True means attend).
@@ -39,7 +42,7 @@ class SparseAttention(nn.Module):
         head_dim: Of each head; `embed_dim / q_heads` by default.
         bias: Whether the projections add a bias.
         scale: Of the scores; `1/√head_dim` by default.
-        score_mod: As in `sparsec.compile`.
+        score_mod: As in `sparsec.compile`. Parameters that it captures become the layer's own.
         backend: As in `sparsec.compile`.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -81,7 +84,12 @@ class SparseAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, kv_heads * self.head_dim, **options)
         self.v_proj = nn.Linear(embed_dim, kv_heads * self.head_dim, **options)
         self.out_proj = nn.Linear(q_heads * self.head_dim, embed_dim, **options)
-        self._by_length = _ByLength(mask, scale, None if score_mod is None else as_score_mod(score_mod), backend)
+        score = None if score_mod is None else as_score_mod(score_mod)
+        self._score_arguments = ScoreArguments(score)
+        trained = [tensor for tensor in self._score_arguments.tensors if isinstance(tensor, nn.Parameter)]
+        if trained:
+            self.score_parameters = nn.ParameterList(trained)
+        self._by_length = _ByLength(mask, scale, score, backend)
         self._handle = self._by_length.handle
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +109,10 @@ class SparseAttention(nn.Module):
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         if torch.compiler.is_compiling():
-            out, _ = torch.ops.sparsec.forward(q, k, v, self._handle)
+            tables, sinks = self._score_arguments.of_call(None)
+            out, lse = torch.ops.sparsec.forward(q, k, v, list(tables), self._handle)
+            if sinks is not None:
+                out, _ = with_sinks(out, lse, sinks)
         else:
             out = self.attention(length)(q, k, v)
         # Heads lie within the rows of the output as within those of q, so that this is a view.
@@ -151,8 +162,10 @@ class _ByLength:
                 self._made.popitem(last=False)
             return found
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.of(q.shape[2]).forward(q, k, v)
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.of(q.shape[2]).forward(q, k, v, tables)
 
     def backward(
         self,
@@ -163,8 +176,10 @@ class _ByLength:
         lse: torch.Tensor,
         d_out: torch.Tensor,
         d_lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.of(q.shape[2]).backward(q, k, v, out, lse, d_out, d_lse)
+        tables: Sequence[torch.Tensor] = (),
+        is_wanted: Sequence[bool] = (),
+    ) -> tuple[torch.Tensor, ...]:
+        return self.of(q.shape[2]).backward(q, k, v, out, lse, d_out, d_lse, tables, is_wanted)
 
     def __getstate__(self) -> dict[str, Any]:
         # Nothing compiled is copied: it is made again when it is needed.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, overload
 
@@ -24,6 +25,7 @@ from sparsec.planner import Plan, plan, renewed
 from sparsec.planner.renewal import check_structure
 from sparsec.planner.search import Reorder
 from sparsec.score import ScoreFunction, ScoreMod, as_score_mod
+from sparsec.score_arguments import ScoreArgs, ScoreArguments, with_sinks
 from sparsec.specialisation import Specialisation
 from sparsec.stepping import Stepper
 from sparsec.tensors import Layout, given_back, requires_grad, taken
@@ -97,7 +99,7 @@ def compile(
             tensors that require gradients.
         scale: Of the scores; `1/√head_dim` by default.
         score_mod: What happens to scaled scores before softmax: `fn(score, b, h, q_idx, kv_idx)`, traced once, or one
-            of `sparsec.score`.
+            of `sparsec.score`. Tensors of floats that it captures are read anew at each call and receive gradients.
         layout: Of q, k, v and the output: `"bhsd"` is `[batch, heads, length, dim]`, `"bshd"` has heads and length
             swapped, `"thd"` is `[length, heads, dim]`: sequences packed into one, which the mask keeps apart
             (`masks.documents`).
@@ -154,22 +156,48 @@ class Attention:
         self._latest: Specialisation | None = None
         self._lock = threading.Lock()
         self._stepper = Stepper(bound, self._planned)
+        self._score_arguments = ScoreArguments(request.score)
+        self._is_step_checked = False
         self._handle = register(self)
 
     @overload
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = False
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        score_args: ScoreArgs | None = None,
+        return_lse: Literal[False] = False,
     ) -> torch.Tensor: ...
     @overload
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        score_args: ScoreArgs | None = None,
+        return_lse: Literal[True],
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
     @overload
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        score_args: ScoreArgs | None = None,
+        return_lse: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        score_args: ScoreArgs | None = None,
+        return_lse: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of q to k and v under the mask.
 
@@ -177,6 +205,9 @@ class Attention:
             q: `[batch, q_heads, q_len, head_dim]` (layout `"bhsd"`), fp32, fp16 or bf16; any strides.
             k: `[batch, kv_heads, kv_len, head_dim]`, of the same dtype and device.
             v: `[batch, kv_heads, kv_len, v_dim]`, likewise.
+            score_args: Tensors in place of those that the score modifier captured, of the same shapes: all in the order
+                of their first use (sinks last), or some by the names they have there. What is captured is read anew at
+                each call and receives gradients; so does what is given here.
             return_lse: Whether to return the log-sum-exp too.
 
         Returns:
@@ -191,7 +222,8 @@ class Attention:
 
         is_traced = torch.compiler.is_compiling()
         q, k, v = taken(q, k, v, self._request.layout, is_checked=not is_traced)
-        needs_grad = requires_grad(q, k, v)
+        tables, sinks = self._score_arguments.of_call(score_args)
+        needs_grad = requires_grad(q, k, v, *tables, *(() if sinks is None else (sinks,)))
         if needs_grad and not is_traced:
             self._check_gradients()
         lse: torch.Tensor | None
@@ -199,25 +231,54 @@ class Attention:
             # One operator, whatever the batch: autograd and torch.compile see nothing else.
             import sparsec.torch_ops  # noqa: F401  # its operators must be in torch's registry
 
-            out, lse = torch.ops.sparsec.forward(q, k, v, self._handle)
+            out, lse = torch.ops.sparsec.forward(q, k, v, list(tables), self._handle)
         else:
-            out, lse = self._for(q, k, v, self._request.needs_grad or False).forward(q, k, v, with_lse=return_lse)
+            needs_lse = return_lse or sinks is not None
+            ready = self._score_arguments.ready(tables, q)
+            out, lse = self._for(q, k, v, self._request.needs_grad or False).forward(q, k, v, ready, with_lse=needs_lse)
+        if sinks is not None:
+            assert lse is not None, "sinks need the log-sum-exp"
+            out, lse = with_sinks(out, lse, sinks, in_place=not (needs_grad or is_traced))
         return given_back(out, lse, self._request.layout, with_lse=return_lse)
 
     @overload
     def step(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = False
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        score_args: ScoreArgs | None = None,
+        return_lse: Literal[False] = False,
     ) -> torch.Tensor: ...
     @overload
     def step(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        score_args: ScoreArgs | None = None,
+        return_lse: Literal[True],
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
     @overload
     def step(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        score_args: ScoreArgs | None = None,
+        return_lse: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
     def step(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        score_args: ScoreArgs | None = None,
+        return_lse: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of the newest tokens over a cache that grows: what generation calls for every token.
 
@@ -229,6 +290,7 @@ class Attention:
             q: `[batch, q_heads, q_len, head_dim]`, the newest tokens; otherwise as in `__call__`.
             k: `[batch, kv_heads, n, head_dim]`, all tokens so far: a slice of a cache allocated once.
             v: `[batch, kv_heads, n, v_dim]`, likewise.
+            score_args: As in `__call__`.
             return_lse: Whether to return the log-sum-exp too.
 
         Returns:
@@ -241,7 +303,8 @@ class Attention:
         """
         request = self._request
         q, k, v = taken(q, k, v, request.layout)
-        if requires_grad(q, k, v):
+        tables, sinks = self._score_arguments.of_call(score_args)
+        if requires_grad(q, k, v, *tables):
             raise UnsupportedError(
                 "step was given inputs that require gradients, and has no backward pass: call it under "
                 "torch.no_grad(), or call the attention itself"
@@ -252,12 +315,28 @@ class Attention:
             )
         stepper = self._stepper
         stepper.check(q.shape[2], k.shape[2])
-        out, lse = stepper(self._problem(q, k, v, needs_grad=False), q, k, v, with_lse=return_lse)
+        if request.score is not None and request.score.needs_edges:
+            raise UnsupportedError(
+                "the score modifier counts the edges of the whole mask, and a step sees a part of it: call the "
+                "attention itself, or look the bias up by query and key"
+            )
+        if request.score is not None and not self._is_step_checked:
+            length = self._bound.q_len
+            request.score.check({"h": q.shape[1], "q_idx": length, "kv_idx": length})
+            self._is_step_checked = True
+        needs_lse, ready = return_lse or sinks is not None, self._score_arguments.ready(tables, q)
+        out, lse = stepper(self._problem(q, k, v, needs_grad=False), q, k, v, ready, with_lse=needs_lse)
+        if sinks is not None:
+            assert lse is not None, "sinks need the log-sum-exp"
+            out, lse = with_sinks(out, lse, sinks)
         return given_back(out, lse, request.layout, with_lse=return_lse)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `sparsec::forward` computes: tensors `[batch, heads, length, dim]`, with the log-sum-exp."""
-        out, lse = self._for(q, k, v, self._request.needs_grad is not False).forward(q, k, v, with_lse=True)
+        ready = self._score_arguments.ready(tables, q)
+        out, lse = self._for(q, k, v, self._request.needs_grad is not False).forward(q, k, v, ready, with_lse=True)
         assert lse is not None, "the log-sum-exp was asked for"
         return out, lse
 
@@ -270,10 +349,21 @@ class Attention:
         lse: torch.Tensor,
         d_out: torch.Tensor,
         d_lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `sparsec::backward` computes."""
+        tables: Sequence[torch.Tensor] = (),
+        is_wanted: Sequence[bool] = (),
+    ) -> tuple[torch.Tensor, ...]:
+        """What `sparsec::backward` computes: gradients of q, k, v and the tables, empty where none is wanted."""
+        import torch
+
         self._check_gradients()
-        return self._for(q, k, v, needs_grad=True).backward(q, k, v, out, lse, d_out, d_lse)
+        ready = self._score_arguments.ready(tables, q)
+        sums = [torch.zeros_like(t) if wanted else None for t, wanted in zip(ready, is_wanted, strict=True)]
+        own = self._for(q, k, v, needs_grad=True).backward(q, k, v, out, lse, d_out, d_lse, ready, sums)
+        totals = (
+            table.new_empty(0) if total is None else total.reshape(table.shape).to(table.dtype)
+            for table, total in zip(tables, sums, strict=True)
+        )
+        return (*own, *totals)
 
     def _check_gradients(self) -> None:
         if self._request.needs_grad is False:

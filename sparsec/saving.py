@@ -26,6 +26,7 @@ from sparsec.backends.base import DTYPES, Problem
 from sparsec.cost import estimate
 from sparsec.device import Device
 from sparsec.errors import MaskError, RecordError, SparsecError, UnsupportedError
+from sparsec.layout import EdgeOrder
 from sparsec.masks import from_csr, parse, per_batch, per_head, ranges
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner import Group, Plan, Step, plan
@@ -404,6 +405,7 @@ def _with_configs(group: Group, saved: Json, problem: Problem, device: Device) -
             heads=len(group.heads),
             ordering=launch.work.ordering,
             span_keys=span_of(group.profile),
+            edges=None if launch.work.numbers is None else EdgeOrder(launch.work.numbers.mask),
         )
         cost = estimate(work, problem, device, len(group.heads))
         steps.append(replace(step, launch=replace(launch, config=config, work=work), estimate=cost))

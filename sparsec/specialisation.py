@@ -7,7 +7,7 @@ several are joined. It must not know how a plan is chosen or when one is made, n
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,13 @@ class Specialisation:
         ]
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, with_lse: bool
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tables: Sequence[torch.Tensor] = (),
+        *,
+        with_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         import torch
 
@@ -62,12 +68,13 @@ class Specialisation:
         out = torch_ops.new_output(q, v.shape[3], partial(buffers.empty, dtype=q.dtype, device=q.device))
         q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
+        also = (tables,) if tables else ()
         for group, kernels in zip(self.plan.groups, self._kernels, strict=True):
             if group.is_joined:
-                _run_joined(group, kernels, q, k, v, out, lse)
+                _run_joined(group, kernels, q, k, v, out, lse, also)
             else:
                 for kernel in kernels:
-                    kernel(q, k, v, out, lse)
+                    kernel(q, k, v, out, lse, *also)
         return out, lse
 
     def backward(
@@ -79,6 +86,8 @@ class Specialisation:
         lse: torch.Tensor,
         d_out: torch.Tensor,
         d_lse: torch.Tensor,
+        tables: Sequence[torch.Tensor] = (),
+        d_tables: Sequence[torch.Tensor | None] = (),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         import torch
 
@@ -87,16 +96,17 @@ class Specialisation:
         dk = buffers.zeros(k.shape, torch.float32, k.device)
         dv = buffers.zeros(v.shape, torch.float32, v.device)
         dq = buffers.empty(q.shape, q.dtype, q.device)
+        also = (tables, d_tables) if tables else ()
         for group, kernels in zip(self.plan.groups, self._gradients, strict=True):
             if not group.is_joined:
                 for kernel in kernels:
-                    kernel(q, k, v, out, lse, d_out, d_lse, dq, dk, dv)
+                    kernel(q, k, v, out, lse, d_out, d_lse, dq, dk, dv, *also)
                 continue
             # Each launch gives what its own edges contribute to dQ.
             total = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
             part = torch.zeros_like(total)
             for kernel in kernels:
-                kernel(q, k, v, out, lse, d_out, d_lse, part, dk, dv)
+                kernel(q, k, v, out, lse, d_out, d_lse, part, dk, dv, *also)
                 total += part
             _copy_heads(group, dq, total)
         return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -113,6 +123,7 @@ def _run_joined(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    also: tuple[Sequence[torch.Tensor], ...],
 ) -> None:
     """Partial results in fp32, weighed by their log-sum-exp: exact up to fp32 rounding."""
     import torch
@@ -121,7 +132,7 @@ def _run_joined(
     for kernel in kernels:
         part = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
         log_sum = torch.zeros(out.shape[:3], dtype=torch.float32, device=out.device)
-        kernel(q, k, v, part, log_sum)
+        kernel(q, k, v, part, log_sum, *also)
         parts.append(part)
         log_sums.append(log_sum)
     total = torch.logsumexp(torch.stack(log_sums), dim=0)

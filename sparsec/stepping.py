@@ -8,7 +8,7 @@ know how that was done, nor any kernel.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -74,7 +74,14 @@ class Stepper:
             )
 
     def __call__(
-        self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, with_lse: bool
+        self,
+        problem: Problem,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tables: Sequence[torch.Tensor] = (),
+        *,
+        with_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output and log-sum-exp of tensors `[batch, heads, length, dim]` whose `problem` this is."""
         import torch
@@ -83,12 +90,13 @@ class Stepper:
 
         device, n = str(q.device), problem.kv_len
         if problem.q_len > MAX_STEP:
-            return self._for_many(problem, device).forward(q, k, v, with_lse=with_lse)
+            return self._for_many(problem, device).forward(q, k, v, tables, with_lse=with_lse)
         out = torch_ops.new_output(q, v.shape[3], partial(buffers.empty, dtype=q.dtype, device=q.device))
         lse = buffers.empty(q.shape[:3], torch.float32, q.device) if with_lse else None
         q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+        also = (tables,) if tables else ()
         for part in self._for_few(problem, device):
-            part.kernel(part.launch(n - problem.q_len, n, q.shape[0]))(q, k, v, out, lse)
+            part.kernel(part.launch(n - problem.q_len, n, q.shape[0]))(q, k, v, out, lse, *also)
         return out, lse
 
     def _for_few(self, problem: Problem, device: str) -> list[_Part]:

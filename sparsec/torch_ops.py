@@ -23,13 +23,15 @@ def new_output(q: torch.Tensor, v_dim: int, empty: Callable[[Sequence[int]], tor
 
 
 @torch.library.custom_op("sparsec::forward", mutates_args=())
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return executor(handle).forward(q, k, v)
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Sequence[torch.Tensor], handle: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return executor(handle).forward(q, k, v, tables)
 
 
 @forward.register_fake
 def _forward_shapes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, handle: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Sequence[torch.Tensor], handle: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return new_output(q, v.shape[3], q.new_empty), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -43,9 +45,13 @@ def backward(
     lse: torch.Tensor,
     d_out: torch.Tensor,
     d_lse: torch.Tensor,
+    tables: Sequence[torch.Tensor],
+    is_wanted: Sequence[bool],
     handle: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return executor(handle).backward(q, k, v, out, lse, d_out, d_lse)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Gradients of q, k, v and the tables; an empty tensor for a table whose gradient is not wanted."""
+    dq, dk, dv, *d_tables = executor(handle).backward(q, k, v, out, lse, d_out, d_lse, tables, is_wanted)
+    return dq, dk, dv, d_tables
 
 
 @backward.register_fake
@@ -57,19 +63,25 @@ def _backward_shapes(
     lse: torch.Tensor,
     d_out: torch.Tensor,
     d_lse: torch.Tensor,
+    tables: Sequence[torch.Tensor],
+    is_wanted: Sequence[bool],
     handle: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    d_tables = [t.new_empty(t.shape if wanted else (0,)) for t, wanted in zip(tables, is_wanted, strict=True)]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_tables
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's autograd context
-    q, k, v, ctx.handle = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, tables, ctx.handle = inputs
+    ctx.save_for_backward(q, k, v, *output, *tables)
 
 
 def _differentiate(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]  # torch's autograd context
-    q, k, v, out, lse = ctx.saved_tensors
-    return (*backward(q, k, v, out, lse, d_out, d_lse, ctx.handle), None)
+    q, k, v, out, lse, *tables = ctx.saved_tensors
+    is_wanted = [bool(wanted) for wanted in ctx.needs_input_grad[3]]
+    dq, dk, dv, d_tables = backward(q, k, v, out, lse, d_out, d_lse, tables, is_wanted, ctx.handle)
+    found = [d_table if wanted else None for d_table, wanted in zip(d_tables, is_wanted, strict=True)]
+    return dq, dk, dv, found, None
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

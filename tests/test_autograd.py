@@ -168,17 +168,17 @@ def test_an_attention_that_is_gone_is_named():
 def test_opcheck(dtype):
     made = sparsec.compile(m.window(9, 3), 60)
     for tensors in (_inputs(length=60, dims=(16, 24), dtype=dtype), [t.detach() for t in _inputs(length=60)]):
-        torch.library.opcheck(torch.ops.sparsec.forward.default, (*tensors, made._handle))
+        torch.library.opcheck(torch.ops.sparsec.forward.default, (*tensors, [], made._handle))
     q, k, v = (t.detach() for t in _inputs(length=60, dims=(16, 24), dtype=dtype))
     out, lse = made(q, k, v, return_lse=True)
     above = torch.randn_like(out), torch.randn_like(lse)
-    torch.library.opcheck(torch.ops.sparsec.backward.default, (q, k, v, out, lse, *above, made._handle))
+    torch.library.opcheck(torch.ops.sparsec.backward.default, (q, k, v, out, lse, *above, [], [], made._handle))
 
 
 def test_opcheck_of_turned_tensors():
     made = sparsec.compile(m.window(9, 3), 60)
     q, k, v = (t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in _inputs(length=60))
-    torch.library.opcheck(torch.ops.sparsec.forward.default, (q, k, v, made._handle))
+    torch.library.opcheck(torch.ops.sparsec.forward.default, (q, k, v, [], made._handle))
 
 
 # torch.compile.

@@ -6,11 +6,12 @@ know any back end, nor how work is chosen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 from sparsec.device import Device
-from sparsec.layout import BlockTiles, GatheredTiles, Ordering, RowLists, Schedule
+from sparsec.layout import BlockTiles, EdgeNumbers, GatheredTiles, Ordering, RowLists, Schedule
 from sparsec.layout.hybrid import HybridItems
 from sparsec.masks.mask import BoundMask
 from sparsec.score import ScoreMod
@@ -89,6 +90,7 @@ class Work:
         tiles: Contiguous tiles, or None.
         gathered: Gathered columns, or None.
         rows: Rows (or, beside tiles, leftover edges), or None.
+        numbers: Of the edges in the mask's own order, where the score modifier asks for them.
     """
 
     bound: BoundMask
@@ -99,11 +101,12 @@ class Work:
     tiles: BlockTiles | None = None
     gathered: GatheredTiles | None = None
     rows: RowLists | None = None
+    numbers: EdgeNumbers | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all index arrays."""
-        parts = (self.ordering, self.schedule, self.items, self.tiles, self.gathered, self.rows)
+        parts = (self.ordering, self.schedule, self.items, self.tiles, self.gathered, self.rows, self.numbers)
         return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -155,7 +158,13 @@ class Kernel(Protocol):
         ...
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        tables: Sequence[torch.Tensor] = (),
     ) -> None:
         """Writes `out` and, where given, `lse` for the rows, heads and batch elements of its launch.
 
@@ -165,6 +174,7 @@ class Kernel(Protocol):
             v: `[batch, kv_heads, kv_len, v_dim]`, likewise.
             out: `[batch, q_heads, q_len, v_dim]`, likewise; fp32 where the launch is partial.
             lse: fp32 `[batch, q_heads, q_len]`, contiguous, or None.
+            tables: The live tables of the score modifier: fp32, contiguous.
         """
         ...
 
@@ -202,8 +212,10 @@ class GradientKernel(Protocol):
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
+        tables: Sequence[torch.Tensor] = (),
+        d_tables: Sequence[torch.Tensor | None] = (),
     ) -> None:
-        """Writes `dq` for its rows, heads and batch elements, and adds to `dk` and `dv`.
+        """Writes `dq` for its rows, heads and batch elements, and adds to `dk`, `dv` and `d_tables`.
 
         Args:
             q: As in the forward pass, like k, v, and its results out and lse.
@@ -216,6 +228,8 @@ class GradientKernel(Protocol):
             dq: Like q; fp32 where the launch is partial.
             dk: fp32 `[batch, kv_heads, kv_len, head_dim]`.
             dv: fp32 `[batch, kv_heads, kv_len, v_dim]`.
+            tables: As in the forward pass.
+            d_tables: Like `tables`; None where no gradient is wanted.
         """
         ...
 

@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -19,6 +20,7 @@ import numpy as np
 
 from sparsec import buffers
 from sparsec.backends.base import MAX_HEADS_SHARING, Launch
+from sparsec.expr import Table, Var
 from sparsec.layout import RowLists
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ class Arguments(ctypes.Structure):
         *[(name, _Tensor) for name in ("d_out", "dq", "dk", "dv")],
         *_pointers("d_lse"),
         *_int64s("d_lse_batch d_lse_head dk_part dv_part n_kv_groups n_parts"),
-        *_pointers("kv_group_indptr part_indptr parallel"),
+        *_pointers("kv_group_indptr part_indptr table_gradients table_gradient_pitch"),
+        *_pointers("row_edges tile_edges gathered_edge_indptr gathered_edges parallel"),
         *_int64s("threads"),
     ]
 
@@ -103,13 +106,32 @@ class _Prepared:
         """The batch elements to serve: all at once, or one at a time."""
         return [slice(0, None)] if self._is_whole_batch else [slice(b, b + 1) for b in self.launch.batch]
 
+    def _tables(self, live: Sequence[torch.Tensor]) -> np.ndarray[Any, Any]:
+        """Addresses of the score modifier's arrays, those of a call among those that are kept; to be kept alive."""
+        addresses = self._table_addresses
+        if not live:
+            return addresses
+        filled = addresses.copy()
+        for place, table in zip(self._live_places, live, strict=True):
+            assert table.is_contiguous(), "a live table is contiguous"
+            assert str(table.dtype) == "torch.float32", f"a live table is fp32, not {table.dtype}"
+            filled[place] = table.data_ptr()
+        return filled
+
     def _prepared(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        tables: np.ndarray[Any, Any],
     ) -> Arguments:
         """A copy of the arguments for these tensors: two threads may call one kernel."""
         import torch
 
         a = Arguments.from_buffer_copy(self._arguments)
+        a.tables = tables.ctypes.data
         a.q, a.k, a.v, a.out = _tensor(q), _tensor(k), _tensor(v), _tensor(out)
         a.batch, a.kv_len = q.shape[0], k.shape[2]
         if lse is not None:
@@ -128,9 +150,10 @@ class _Prepared:
         a.first_query = launch.first_query
         a.block_q = work.block_q
         a.q_order, a.kv_order = self._pointer(work.ordering.q_order), self._pointer(work.ordering.kv_order)
-        if launch.score is not None:
-            tables = [self._pointer(table.array) for table in launch.score.tables]
-            a.tables = self._pointer(np.array([*tables, 0], np.uintp))
+        tables = () if launch.score is None else launch.score.tables
+        self._live_places = [place for place, table in enumerate(tables) if table.is_live]
+        addresses = [0 if table.is_live else self._pointer(table.array) for table in tables]
+        self._table_addresses = np.array([*addresses, 0], np.uintp)
         schedule = work.schedule
         a.n_items, a.n_merges, a.n_slots = schedule.n_items, len(schedule.merge_unit), schedule.n_slots
         a.item_unit, a.item_slot = self._pointer(schedule.unit), self._pointer(schedule.slot)
@@ -148,6 +171,11 @@ class _Prepared:
             a.gathered_lanes = self._pointer(work.gathered.lanes)
         if work.rows is not None:
             self._fill_rows(work.rows)
+        if work.numbers is not None:
+            a.row_edges = self._pointer(work.numbers.rows)
+            a.tile_edges = self._pointer(work.numbers.tiles)
+            a.gathered_edge_indptr = self._pointer(work.numbers.gathered_indptr)
+            a.gathered_edges = self._pointer(work.numbers.gathered)
         if work.items is not None:
             for name in ("tile_start", "tile_stop", "column_start", "column_stop", "edge_start", "edge_stop"):
                 setattr(a, name, self._pointer(getattr(work.items, name)))
@@ -199,10 +227,17 @@ class CpuKernel(_Prepared):
         return sum(array.nbytes for array in self._arrays) + self._partial_words(len(self.launch.batch)) * 4
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        tables: Sequence[torch.Tensor] = (),
     ) -> None:
+        addresses = self._tables(tables)
         for b in self._batches():
-            a = self._prepared(q[b], k[b], v[b], out[b], None if lse is None else lse[b])
+            a = self._prepared(q[b], k[b], v[b], out[b], None if lse is None else lse[b], addresses)
             a.first_batch = b.start
             partial = np.empty(self._partial_words(a.batch), np.float32)
             a.partial = partial.ctypes.data
@@ -244,9 +279,12 @@ class CpuGradient(_Prepared):
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
+        tables: Sequence[torch.Tensor] = (),
+        d_tables: Sequence[torch.Tensor | None] = (),
     ) -> None:
+        addresses = self._tables(tables)
         for b in self._batches():
-            a = self._prepared(q[b], k[b], v[b], out[b], lse[b])
+            a = self._prepared(q[b], k[b], v[b], out[b], lse[b], addresses)
             a.first_batch = b.start
             a.d_out, a.dq = _tensor(d_out[b]), _tensor(dq[b])
             if d_lse is not None:
@@ -257,11 +295,44 @@ class CpuGradient(_Prepared):
             dk_sums, dv_sums = (_sums(n_parts, like[b]) for like in (k, v))
             a.dk, a.dv = _tensor(dk_sums[0]), _tensor(dv_sums[0])
             a.dk_part, a.dv_part = dk_sums.stride(0), dv_sums.stride(0)
+            table_sums = self._table_sums(a, d_tables)
+            sum_addresses = np.array([0 if t is None else t.data_ptr() for t in table_sums], np.uintp)
+            pitches = np.array([[0] * 3 if t is None else _pitches(t) for t in table_sums], np.int64)
+            if any(address for address in sum_addresses):
+                a.table_gradients, a.table_gradient_pitch = sum_addresses.ctypes.data, pitches.ctypes.data
             self._run(ctypes.byref(a))
             # Parts are added in their order, whichever thread made them.
+            for total, copies in zip(d_tables, table_sums, strict=True):
+                if total is not None and copies is not None:
+                    total += copies.sum((0, 1, 2))
             for dk_part, dv_part in zip(dk_sums, dv_sums, strict=True):
                 dk[b].add_(dk_part[..., : k.shape[3]], alpha=self.launch.scale)
                 dv[b].add_(dv_part[..., : v.shape[3]])
+
+    def _table_sums(self, a: Arguments, d_tables: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """fp32 zeros `[parts, batch, groups of key heads, *table]` for the gradient of each live table.
+
+        A dimension of copies is 1 where the table's own dimensions keep the shares apart: those that are indexed by the
+        head, the batch element, or the query or edge (parts are runs of queries).
+        """
+        import torch
+
+        score = self.launch.score
+        found: list[torch.Tensor | None] = []
+        for number, d_table in enumerate(d_tables):
+            assert score is not None, "gradients of tables without a score modifier"
+            if d_table is None:
+                found.append(None)
+                continue
+            look_ups = [node for at, node, _ in score.look_ups if at == number]
+            shares = (
+                (a.n_parts, {"q_idx": a.q_len, "edge": 0}),
+                (a.batch, {"b": a.first_batch + a.batch}),
+                (a.n_kv_groups, {"h": a.q_heads}),
+            )
+            copies = [1 if _keeps_apart(look_ups, names) else n for n, names in shares]
+            found.append(torch.zeros(*copies, *d_table.shape, dtype=torch.float32))
+        return found
 
     def _n_parts(self, shares: int, threads: int) -> int:
         """Runs of query blocks a share is cut into, so that the threads are evenly busy."""
@@ -278,6 +349,20 @@ class CpuGradient(_Prepared):
         before = np.concatenate(([0.0], np.cumsum(cost)))
         inner = np.searchsorted(before, before[-1] * np.arange(1, n_parts) / n_parts)
         return np.concatenate(([0], inner, [n_units])).astype(np.int64)
+
+
+def _keeps_apart(look_ups: Sequence[Table], extents: Mapping[str, int]) -> bool:
+    """Whether one dimension of a table, long enough, is indexed in every look-up by one of these variables alone."""
+    return any(
+        all(node.args[d] == Var(name) and node.captured.shape[d] >= extent for node in look_ups)
+        for d in range(len(look_ups[0].args))
+        for name, extent in extents.items()
+    )
+
+
+def _pitches(copies: torch.Tensor) -> list[int]:
+    """How far apart copies are, in numbers; 0 in a dimension that has one."""
+    return [stride if n > 1 else 0 for n, stride in zip(copies.shape[:3], copies.stride()[:3], strict=True)]
 
 
 def _tensor(t: torch.Tensor) -> _Tensor:

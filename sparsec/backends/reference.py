@@ -6,6 +6,7 @@ purpose: it walks the rows of a mask and computes each by the textbook.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from sparsec.backends.base import Dtype, Launch, Problem
 from sparsec.device import Device
 from sparsec.masks.mask import BoundMask
-from sparsec.score import ScoreMod
+from sparsec.score import Places, ScoreMod
 from sparsec.template import Config, Template
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Modifier:
         head: The query head.
         q_tokens: Which query stands at each row; row i by default.
         kv_tokens: Which key stands at each column; likewise.
+        numbered: The mask whose edges are numbered, in the tokens' own order, where the modifier counts them.
     """
 
     score: ScoreMod
@@ -47,26 +49,45 @@ class Modifier:
     head: int
     q_tokens: Integers | None = None
     kv_tokens: Integers | None = None
+    numbered: BoundMask | None = None
 
     def value(self, scaled: Floats, rows: Integers) -> Floats:
-        return self.score.value(scaled, self.batch, self.head, *self._places(scaled, rows))
+        return self.score.value(scaled, self._places(scaled, rows))
 
     def slope(self, scaled: Floats, rows: Integers) -> Floats:
-        return self.score.slopes(scaled, self.batch, self.head, *self._places(scaled, rows))
+        return self.score.slopes(scaled, self._places(scaled, rows))
 
-    def _places(self, scaled: Floats, rows: Integers) -> tuple[Integers, Integers]:
+    def add_gradients(self, d_value: Floats, scaled: Floats, rows: Integers, into: Sequence[Floats]) -> None:
+        """Adds what these rows contribute to the gradients of the modifier's live tables."""
+        self.score.add_gradients(d_value, scaled, self._places(scaled, rows), into)
+
+    def zeros(self, dtype: type[np.floating] = np.float64) -> list[Floats]:
+        """An array for the gradient of each live table."""
+        return [np.zeros(table.shape, dtype) for table in self.score.live_tables]
+
+    def _places(self, scaled: Floats, rows: Integers) -> Places:
         queries = rows if self.q_tokens is None else self.q_tokens[rows]
         keys = np.arange(scaled.shape[1]) if self.kv_tokens is None else self.kv_tokens
-        return queries[:, None], keys[None]
+        edge = None if self.numbered is None else _edge_numbers(self.numbered, queries)[:, keys]
+        return Places(self.batch, self.head, queries[:, None], keys[None], edge)
 
 
-def modifier_of(launch: Launch, batch: int, head: int) -> Modifier | None:
+def _edge_numbers(mask: BoundMask, queries: Integers) -> Integers:
+    """`[queries, kv_len]`: how many edges come before each pair."""
+    dense = np.concatenate([_dense_rows(mask, queries[i : i + 1]) for i in range(len(queries))])
+    before = np.concatenate(([0], np.cumsum(mask.degrees("q"))))[queries]
+    numbers: Integers = before[:, None] + np.cumsum(dense, axis=1) - dense
+    return numbers
+
+
+def modifier_of(launch: Launch, batch: int, head: int, tables: Sequence[torch.Tensor] = ()) -> Modifier | None:
     """The launch's score modifier at one head, for rows and columns in its order of tokens."""
-    order = launch.work.ordering
     if launch.score is None:
         return None
+    order, numbers = launch.work.ordering, launch.work.numbers
+    numbered = None if numbers is None else numbers.mask
     queries = launch.first_query + _tokens(order.q_order, launch.work.bound.q_len)
-    return Modifier(launch.score, batch, head, queries, order.kv_order)
+    return Modifier(launch.score.given(tables), batch, head, queries, order.kv_order, numbered)
 
 
 def attention(
@@ -137,8 +158,11 @@ def gradients(
     d_out: FloatArray,
     d_lse: FloatArray,
     modifier: Modifier | None = None,
+    d_tables: Sequence[Floats] = (),
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Gradients of one head's q, k and v, in fp64, given those of its output and log-sum-exp.
+
+    Where `d_tables` has an array for each live table of the modifier, their gradients are added to it.
 
     Source: the chain rule through softmax; an empty row has none.
     """
@@ -159,6 +183,8 @@ def gradients(
         mean = (weights * d_weights).sum(axis=1, keepdims=True)
         d_scores = weights * (d_weights - mean + d_lse[rows, None])
         if modifier is not None:
+            if d_tables:
+                modifier.add_gradients(np.where(attended, d_scores, 0.0), scaled, rows, d_tables)
             d_scores = np.where(attended, d_scores * modifier.slope(scaled, rows), 0.0)
         dq[rows] = d_scores @ k * scale
         dk += d_scores.T @ q[rows] * scale
@@ -243,18 +269,19 @@ def gradient_tolerances(
     d_lse: FloatArray,
     dtype: Dtype,
     modifier: Modifier | None = None,
-) -> tuple[float, float, float]:
-    """The largest errors of one head's dq, dk and dv that a correct kernel of a dtype may show.
+) -> tuple[float, ...]:
+    """The largest errors of one head's dq, dk, dv and the gradients of live tables that a correct kernel may show.
 
     By the rule of `tolerances`: the plain computation is in fp32, with probabilities, the output and the gradients of
     the scores rounded to the dtype.
     """
-    exact = gradients(q, k, v, bound, scale, d_out, d_lse, modifier)
-    weights, d_scores = plain_weights(q, k, v, bound, scale, d_out, d_lse, dtype, modifier)
+    tables, plain_tables = ([], []) if modifier is None else (modifier.zeros(), modifier.zeros(np.float32))
+    exact = (*gradients(q, k, v, bound, scale, d_out, d_lse, modifier, tables), *tables)
+    weights, d_scores = plain_weights(q, k, v, bound, scale, d_out, d_lse, dtype, modifier, plain_tables)
     q32, k32, d_out32 = (array.astype(np.float32) for array in (q, k, d_out))
     plain = (d_scores @ k32 * np.float32(scale), d_scores.T @ q32 * np.float32(scale), weights.T @ d_out32)
-    dq, dk, dv = (allowed_error(got, wanted, dtype) for got, wanted in zip(plain, exact, strict=True))
-    return dq, dk, dv
+    pairs = zip((*plain, *plain_tables), exact, strict=True)
+    return tuple(allowed_error(got, wanted, dtype) for got, wanted in pairs)
 
 
 def plain_weights(
@@ -267,8 +294,12 @@ def plain_weights(
     d_lse: FloatArray,
     dtype: Dtype,
     modifier: Modifier | None = None,
+    d_tables: Sequence[Floats] = (),
 ) -> tuple[Floats, Floats]:
-    """Probabilities and gradients of the scores `[q_len, kv_len]` of a plain computation in a dtype, in fp32."""
+    """Probabilities and gradients of the scores `[q_len, kv_len]` of a plain computation in a dtype, in fp32.
+
+    Where `d_tables` has an fp32 array for each live table of the modifier, their gradients are added to it.
+    """
     attended = bound.to_dense()
     attends = attended.any(axis=1)
     q32, k32, v32, d_out32 = (array.astype(np.float32) for array in (q, k, v, d_out))
@@ -281,11 +312,16 @@ def plain_weights(
     halves = rounded(weights, dtype).astype(np.float32)
     out = rounded(halves @ v32, dtype).astype(np.float32)
     delta = (out * d_out32).sum(axis=1, keepdims=True) - d_lse.astype(np.float32)[:, None]
-    slopes = np.float32(1.0) if modifier is None else np.where(attended, modifier.slope(scaled, every), np.float32(0.0))
-    return halves, rounded(weights * (d_out32 @ v32.T - delta) * slopes, dtype).astype(np.float32)
+    d_values = np.where(attended, weights * (d_out32 @ v32.T - delta), np.float32(0.0))
+    if modifier is None:
+        return halves, rounded(d_values, dtype).astype(np.float32)
+    if d_tables:
+        modifier.add_gradients(rounded(d_values, dtype).astype(np.float32), scaled, every, d_tables)
+    slopes = np.where(attended, modifier.slope(scaled, every), np.float32(0.0))
+    return halves, rounded(d_values * slopes, dtype).astype(np.float32)
 
 
-def allowed_error(plain: Floats, exact: FloatArray, dtype: Dtype) -> float:
+def allowed_error(plain: Floats, exact: Floats, dtype: Dtype) -> float:
     """Twice what a plain computation loses, its result rounded to the dtype, and one rounding unit of the largest."""
     error = np.abs(rounded(plain, dtype) - exact).max(initial=0.0)
     return 2.0 * float(error + unit_roundoff(dtype) * np.abs(exact).max(initial=0.0))
@@ -307,7 +343,13 @@ class ReferenceKernel:
         return 0
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        tables: Sequence[torch.Tensor] = (),
     ) -> None:
         import torch
 
@@ -320,7 +362,7 @@ class ReferenceKernel:
                 )
                 rows = _tokens(launch.work.ordering.q_order, len(q64))
                 keys = _tokens(launch.work.ordering.kv_order, len(k64))
-                modifier = modifier_of(launch, b, h)
+                modifier = modifier_of(launch, b, h, tables)
                 values, log_sums = attention(
                     q64[rows], k64[keys], v64[keys], launch.work.bound, launch.scale, modifier=modifier
                 )
@@ -356,11 +398,14 @@ class ReferenceGradient:
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
+        tables: Sequence[torch.Tensor] = (),
+        d_tables: Sequence[torch.Tensor | None] = (),
     ) -> None:
         import torch
 
         launch = self.launch
         group = launch.problem.q_heads // launch.problem.kv_heads
+        sums: list[Floats] = [np.zeros(tuple(table.shape)) for table in tables]
         for b in launch.elements(q.shape[0]):
             for h in launch.heads:
                 heads = (q[b, h], k[b, h // group], v[b, h // group], d_out[b, h])
@@ -376,11 +421,15 @@ class ReferenceGradient:
                     launch.scale,
                     d_out64[rows],
                     d_lse64[rows],
-                    modifier_of(launch, b, h),
+                    modifier_of(launch, b, h, tables),
+                    sums,
                 )
                 dq[b, h, torch.from_numpy(rows)] = torch.from_numpy(dq_rows).to(dq)
                 dk[b, h // group, torch.from_numpy(keys)] += torch.from_numpy(dk_rows).to(dk)
                 dv[b, h // group, torch.from_numpy(keys)] += torch.from_numpy(dv_rows).to(dv)
+        for total, d_table in zip(sums, d_tables, strict=True):
+            if d_table is not None:
+                d_table += torch.from_numpy(total).to(d_table)
 
     def source(self) -> dict[str, str]:
         from pathlib import Path

@@ -78,7 +78,7 @@ def needs_int64(expr: Expr, ranges: Ranges) -> bool:
 
 
 def _boxes(ranges: Ranges | None) -> dict[str, tuple[float, float]]:
-    boxes: dict[str, tuple[float, float]] = dict.fromkeys(("b", "h", "q_idx", "kv_idx"), (0, _INT32_MAX))
+    boxes: dict[str, tuple[float, float]] = dict.fromkeys(("b", "h", "q_idx", "kv_idx", "edge"), (0, _INT32_MAX))
     return {**boxes, **(ranges or {}), "score": (-math.inf, math.inf)}
 
 
@@ -470,7 +470,7 @@ def torch_function(expr: Expr) -> Callable[..., Any]:  # Any: torch is not impor
     }
     tensors: dict[Captured, Any] = {
         captured: cast(Any, captured.original).reshape(captured.shape)
-        if captured.is_trainable
+        if captured.is_live
         else torch.from_numpy(captured.array.copy())
         for captured in expr.tables()
     }

@@ -154,7 +154,7 @@ def _order(atom: Expr) -> tuple[int, int, str]:
 def _simplify_node(node: Expr) -> Expr | None:
     """A simpler equal expression for a node whose operands are in normal form, or None."""
     if isinstance(node, Table) and all(isinstance(index, Const) for index in node.args):
-        if node.captured.is_trainable:
+        if node.captured.is_live:
             return None
         value = node.captured.gather([np.asarray(cast(Const, index).value) for index in node.args]).item()
         # Tables of float64 are read in fp32.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from sparsec.errors import MaskError
 from sparsec.expr.captured import Captured, is_torch_tensor, to_numpy
 from sparsec.expr.ops import OPS, Kind
+from sparsec.expr.purity import check_purity
 from sparsec.expr.rebuild import rebuilt
 from sparsec.expr.tree import Const, Expr, Table, Var, apply, as_expr, cast_to
 
@@ -44,17 +46,27 @@ def trace_mask_mod(mask_mod: Callable[..., Any]) -> Expr:
 def trace_score_mod(score_mod: Callable[..., Any]) -> Expr:
     """The score `score_mod(score, b, h, q_idx, kv_idx)` computes, as a simplified float expression.
 
+    Tensors of floats that it captures are live: they are read anew each time the score is computed.
+
     Raises:
-        MaskError: As for `trace_mask_mod`.
+        MaskError: As for `trace_mask_mod`; or the function writes to what outlives it, or draws random numbers.
     """
-    return cast_to("float", _traced(score_mod, ("score", "b", "h", "q_idx", "kv_idx"))).simplify()
+    names = ("score", "b", "h", "q_idx", "kv_idx")
+    check_purity(score_mod)
+    made = [cast_to("float", _traced(score_mod, names, is_live=True)).simplify() for _ in range(2)]
+    if made[0] != made[1]:
+        raise MaskError(
+            f"{_describe(score_mod)} gave {made[0]} and then {made[1]}: a score_mod is called once for all scores, and "
+            "must depend on its arguments and captured arrays alone; draw random numbers and count calls outside it"
+        )
+    return made[0]
 
 
-def _traced(function: Callable[..., Any], names: Sequence[str]) -> Expr:
+def _traced(function: Callable[..., Any], names: Sequence[str], *, is_live: bool | None = None) -> Expr:
     if not callable(function):
         raise MaskError(f"expected a function of ({', '.join(names)}); found {type(function).__name__} {function!r}.")
     try:
-        result = rebuilt(function, _stand_in)(*(Symbol(Var(name)) for name in names))
+        result = rebuilt(function, partial(_stand_in, is_live=is_live))(*(Symbol(Var(name)) for name in names))
     except (TypeError, AttributeError, IndexError, RuntimeError) as error:
         where = _location_in(error)
         raise MaskError(
@@ -118,9 +130,11 @@ def _expr(value: object) -> Expr:
         return value.expr
     if isinstance(value, StandIn):
         value._no_indices("the value")
-        if getattr(value.array, "requires_grad", False) and value.captured.array.size == 1:
+        if value.captured.is_live and all(size == 1 for size in value.captured.shape):
             return Table(value.captured, (Const(0),) * len(value.captured.shape))
         value = value.array
+    if is_torch_tensor(value) and getattr(value, "requires_grad", False):
+        raise _refuse("a tensor that requires a gradient is computed here", _BY_POSITION)
     if is_torch_tensor(value) or isinstance(value, np.ndarray | np.generic):
         array = to_numpy(value)
         if array.ndim == 0 or array.size == 1:
@@ -269,13 +283,15 @@ class Symbol:
         return _call(function.__name__, args, kwargs)
 
 
-# Where a result is stored and what it is computed on does not change what it is.
-_IGNORED_ARGUMENTS = frozenset({"out", "device", "layout", "requires_grad", "memory_format", "casting"})
+# What a result is computed on does not change what it is.
+_IGNORED_ARGUMENTS = frozenset({"device", "layout", "requires_grad", "memory_format", "casting"})
 
 
 def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:
     """A torch or numpy function on symbols."""
     plain = name.strip("_")
+    if kwargs.pop("out", None) is not None:
+        raise _refuse(f"{name} writes to an array that outlives the function", "return the result instead")
     if plain == "getitem":
         # Of a tensor the function itself made.
         return Symbol(_expr(StandIn(args[0], "table")[args[1]]))
@@ -440,33 +456,35 @@ _METHODS: dict[str, Callable[..., Symbol]] = {
 }
 
 
-def _stand_in(value: object, name: str) -> object | None:
+def _stand_in(value: object, name: str, is_live: bool | None = None) -> object | None:
     """A stand-in for an array or number of the user's, None for anything else."""
     if isinstance(value, np.generic):
         number: object = value.item()
         return number
     if isinstance(value, np.ndarray) or is_torch_tensor(value):
-        return StandIn(value, name)
+        # As a torch module's own name for it, not that of the dictionary which holds it.
+        return StandIn(value, name.removeprefix("_parameters_").removeprefix("_buffers_"), is_live=is_live)
     return None
 
 
 class StandIn:
     """What a user's function sees in place of an array it captured: itself, but for being indexed by symbols."""
 
-    __slots__ = ("_captured", "array", "indices", "name")
+    __slots__ = ("_captured", "_is_live", "array", "indices", "name")
     __array_priority__ = 1000
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, array: Any, name: str, indices: tuple[Expr, ...] = ()) -> None:
+    def __init__(self, array: Any, name: str, indices: tuple[Expr, ...] = (), *, is_live: bool | None = None) -> None:
         self.array = array
         self.name = name
         self.indices = indices
+        self._is_live = is_live
         self._captured: Captured | None = None
 
     @property
     def captured(self) -> Captured:
         if self._captured is None:
-            self._captured = Captured(self.array, self.name)
+            self._captured = Captured(self.array, self.name, self._is_live)
         return self._captured
 
     def __repr__(self) -> str:
@@ -476,7 +494,11 @@ class StandIn:
         parts = tuple(index) if isinstance(index, tuple | list) else (index,)
         if not self.indices and not any(isinstance(part, Symbol) for part in parts):
             plain = tuple(part.array if isinstance(part, StandIn) else part for part in parts)
-            return _wrapped(self.array[plain if isinstance(index, tuple | list) else plain[0]], self.name)
+            chosen = plain if isinstance(index, tuple | list) else plain[0]
+            is_entry = len(plain) == len(self.array.shape) and all(isinstance(part, int) for part in plain)
+            if is_entry and getattr(self.array, "requires_grad", False):
+                return Symbol(Table(self.captured, tuple(Const(part) for part in plain)))
+            return _wrapped(self.array[chosen], self.name)
         if any(isinstance(part, slice) or part is None or part is Ellipsis for part in parts):
             raise _refuse(
                 f"{self.name!r} is indexed by positions and slices together", "index every dimension by a position"
@@ -499,6 +521,8 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:  # an attribute of the array
         if name.startswith("__"):
             raise AttributeError(name)
+        if name.endswith("_"):
+            raise _refuse(f"{self.name}.{name} changes the captured array {self.name!r}", "change it outside")
         self._no_indices(name)
         found = getattr(self.array, name)
         if not callable(found):
@@ -526,7 +550,9 @@ class StandIn:
         kwargs = kwargs or {}
         if any(isinstance(argument, Symbol) for argument in (*args, *kwargs.values())):
             return _call(getattr(function, "__name__", str(function)), args, kwargs)
-        return _wrapped(function(*_unwrapped(args), **{key: _bare(value) for key, value in kwargs.items()}), "table")
+        return _wrapped(
+            function(*_unwrapped(args), **{key: _bare(value) for key, value in kwargs.items()}), _name_in(args)
+        )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(argument, Symbol) for argument in args):
@@ -554,6 +580,11 @@ class StandIn:
         return int(self.array.__index__())
 
 
+def _name_in(arguments: Sequence[object]) -> str:
+    """What the first captured array among these is called."""
+    return next((argument.name for argument in arguments if isinstance(argument, StandIn)), "table")
+
+
 def _bare(value: object) -> object:
     if isinstance(value, StandIn):
         value._no_indices("a function")
@@ -565,8 +596,19 @@ def _unwrapped(values: Sequence[object]) -> list[object]:
     return [_bare(value) for value in values]
 
 
+_BY_POSITION = (
+    "its gradient and its later values would be lost: index the captured tensor by positions first, or compute outside "
+    "and pass the result to each call as score_args"
+)
+
+
 def _wrapped(value: object, name: str) -> object:
-    stand_in = _stand_in(value, name)
+    """What a function computed from captured arrays alone: once and for all, so nothing that is to be trained."""
+    if is_torch_tensor(value) and getattr(value, "requires_grad", False):
+        raise _refuse(
+            f"something is computed from {name!r}, which requires a gradient, before it is indexed", _BY_POSITION
+        )
+    stand_in = _stand_in(value, name, is_live=False)
     return value if stand_in is None else stand_in
 
 

@@ -22,7 +22,15 @@ from sparsec.errors import MaskError
 from sparsec.expr.captured import Captured
 from sparsec.expr.ops import OPS, UNARY_PRECEDENCE, Array, Kind
 
-VARIABLES: dict[str, Kind] = {"score": "float", "b": "int", "h": "int", "q_idx": "int", "kv_idx": "int"}
+# `edge` numbers the pairs of a mask, row by row and in ascending order of keys within a row.
+VARIABLES: dict[str, Kind] = {
+    "score": "float",
+    "b": "int",
+    "h": "int",
+    "q_idx": "int",
+    "kv_idx": "int",
+    "edge": "int",
+}
 Number = bool | int | float
 
 
@@ -153,8 +161,9 @@ class Expr:
     def digest(self) -> str:
         """Hexadecimal digest of structure and captured content, stable across processes.
 
-        The order and grouping of operands joined by `&` or `|` does not enter.
+        The order and grouping of operands joined by `&` or `|` does not enter, nor what live arrays hold.
         """
+        numbers = {captured: number for number, captured in enumerate(self.tables())}
         digests: dict[Expr, str] = {}
         chains: dict[Expr, frozenset[str]] = {}
         for node in self.walk():
@@ -166,7 +175,10 @@ class Expr:
                 ]
                 chains[node] = joined[0] | joined[1]
                 operands = sorted(chains[node])
-            key = tuple(part.digest if isinstance(part, Captured) else part for part in node._key())
+            key: tuple[object, ...] = node._key()
+            if isinstance(node, Table):
+                # Live arrays of one shape are told apart by their place.
+                key = (node.captured.digest, *([numbers[node.captured]] if node.captured.is_live else []))
             text = f"{type(node).__name__}{key}{operands}"
             digests[node] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         return digests[self]
@@ -260,7 +272,7 @@ class Expr:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Var(Expr):
-    """One of the five variables: score, b, h, q_idx, kv_idx."""
+    """One of the six variables: score, b, h, q_idx, kv_idx, edge."""
 
     name: str
     kind: Kind = field(init=False)
@@ -326,11 +338,7 @@ class Table(Expr):
         return (self.captured,)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _table_from, (self.captured.array, self.captured.name, self.args)
-
-
-def _table_from(array: Array, name: str, args: tuple[Expr, ...]) -> Table:
-    return Table(Captured(array, name), args)
+        return Table, (self.captured, self.args)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -6,6 +6,7 @@ nor which kernel reads it.
 """
 
 from sparsec.layout.hybrid import HybridItems, HybridLayout, gathered_tiles, hybrid_split
+from sparsec.layout.numbering import EdgeNumbers, EdgeOrder
 from sparsec.layout.ordering import Ordering, reordered, residue_order
 from sparsec.layout.rows import RowForm, RowLists, row_lists
 from sparsec.layout.scheduling import Schedule, even_schedule, schedule
@@ -13,6 +14,8 @@ from sparsec.layout.tiles import BlockTiles, GatheredTiles, block_tiles
 
 __all__ = [
     "BlockTiles",
+    "EdgeNumbers",
+    "EdgeOrder",
     "GatheredTiles",
     "HybridItems",
     "HybridLayout",

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsec.errors import MaskError
-from sparsec.expr import Const, Expr, Table, Var, apply, linear_form, offset_form, trace_mask_mod
+from sparsec.expr import VARIABLES, Const, Expr, Table, Var, apply, linear_form, offset_form, trace_mask_mod
 from sparsec.expr.captured import Captured, to_numpy
 from sparsec.expr.parse import parse_expr
 from sparsec.masks import ranges
@@ -276,7 +276,7 @@ def _arguments(expr: Expr, show: Callable[[object], str]) -> str:
         if not name.isidentifier():
             name = "table"
         base = name
-        while name in names or name in ("text", "score", "b", "h", "q_idx", "kv_idx"):
+        while name in names or name in ("text", *VARIABLES):
             number += 1
             name = f"{base}_{number}"
         names[name] = renamed[captured] = Captured(captured.array, name)

@@ -18,7 +18,7 @@ from sparsec.backends.base import Problem
 from sparsec.cost import estimate
 from sparsec.device import Device
 from sparsec.errors import MaskError
-from sparsec.layout import reordered
+from sparsec.layout import EdgeOrder, reordered
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.parts import distinct_masks, residue_part, rows_apart
 from sparsec.planner.plans import Group, Plan, Step
@@ -89,7 +89,10 @@ def shared_group(
 
 def _renewed_group(plan: Plan, group: Group, bound: BoundMask, heads: tuple[int, ...], batch: tuple[int, ...]) -> Group:
     parts = _parts(group, bound)
-    steps = tuple(_renewed_step(plan, step, part, heads, batch) for step, part in zip(group.steps, parts, strict=True))
+    edges = _edges(group, bound)
+    steps = tuple(
+        _renewed_step(plan, step, part, heads, batch, edges) for step, part in zip(group.steps, parts, strict=True)
+    )
     return replace(
         group,
         bound=bound,
@@ -106,7 +109,23 @@ def _renewed_group(plan: Plan, group: Group, bound: BoundMask, heads: tuple[int,
 _KEPT = ", kept for another mask"
 
 
-def _renewed_step(plan: Plan, step: Step, part: BoundMask, heads: tuple[int, ...], batch: tuple[int, ...]) -> Step:
+def _edges(group: Group, bound: BoundMask) -> EdgeOrder | None:
+    """What numbers the new mask's edges, where the score modifier counts them."""
+    score = group.steps[0].launch.score
+    if score is None or not score.needs_edges:
+        return None
+    score.check({"edge": bound.nnz})
+    return EdgeOrder(bound)
+
+
+def _renewed_step(
+    plan: Plan,
+    step: Step,
+    part: BoundMask,
+    heads: tuple[int, ...],
+    batch: tuple[int, ...],
+    edges: EdgeOrder | None,
+) -> Step:
     launch, problem = step.launch, plan.problem
     if launch.template.layout == "none":
         if part.nnz != launch.work.bound.nnz or part != launch.work.bound:
@@ -125,6 +144,7 @@ def _renewed_step(plan: Plan, step: Step, part: BoundMask, heads: tuple[int, ...
         heads=len(heads),
         ordering=launch.work.ordering,
         row_form=rows.form if rows is not None and rows.form == "edges" else None,
+        edges=edges,
     )
     cost = estimate(work, problem, plan.device, len(heads))
     return replace(step, launch=replace(launch, work=work, heads=heads, batch=batch), estimate=cost)

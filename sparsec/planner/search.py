@@ -32,7 +32,7 @@ from sparsec.cost import CostModel, Estimate, cost_model, dense_estimate, estima
 from sparsec.device import Device, calibrated
 from sparsec.device import device as named_device
 from sparsec.errors import MaskError, SparsecError, UnsupportedError
-from sparsec.layout import Ordering, reordered
+from sparsec.layout import EdgeOrder, Ordering, reordered
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.drafts import Arm, Draft, Part
 from sparsec.planner.measured import COST_MODEL, Measured
@@ -61,6 +61,8 @@ _LAYOUT_SHARE = 0.25
 _MIN_ORDER_DEGREE = 16.0
 # Gathered tiles can gain only where tiles leave this much empty.
 _HYBRID_FILL = 0.6
+# Entries of a score modifier's array, and edges it can count: kernels index them with int32.
+_MAX_NUMBERED = 1 << 31
 
 
 def plan(
@@ -103,6 +105,9 @@ def plan(
         raise SparsecError(f"scale={scale}: the scale of the scores must be a finite number")
     bound = mask if isinstance(mask, BoundMask) else mask.bind(problem.q_len, problem.kv_len)
     _check(bound, problem)
+    if score is not None:
+        _check_score(score, bound, problem)
+        score = score.in_kernel
     problem = replace(problem, has_score_mod=score is not None)
     target = _calibrated(named_device(device) if isinstance(device, str) else device, records)
     wanted = _Wanted(template, backend, reorder, problem.head_dim**-0.5 if scale is None else scale, score)
@@ -150,6 +155,31 @@ def _check(bound: BoundMask, problem: Problem) -> None:
             raise MaskError(f"the mask has one member for each of {members} {name}, and the problem has {wanted}")
 
 
+def _check_score(score: ScoreMod, bound: BoundMask, problem: Problem) -> None:
+    extents = {"h": problem.q_heads, "q_idx": problem.q_len, "kv_idx": problem.kv_len}
+    if bound.varies_by_batch:
+        extents["b"] = problem.batch
+    if score.needs_edges:
+        if bound.varies_by_head or bound.varies_by_batch:
+            raise UnsupportedError(
+                "the score modifier counts the edges of the mask, and this mask has other edges for other heads or "
+                "batch elements: compile one attention for each, or look the bias up by query and key"
+            )
+        if bound.nnz >= _MAX_NUMBERED:
+            raise UnsupportedError(
+                f"the score modifier counts the edges of the mask, and {bound.nnz:,} are more than sparsec can number "
+                f"({_MAX_NUMBERED - 1:,}): compute the bias from positions"
+            )
+        extents["edge"] = bound.nnz
+    score.check(extents)
+    for table in score.tables:
+        if math.prod(table.shape) >= _MAX_NUMBERED:
+            raise UnsupportedError(
+                f"score_mod: {table.name!r} of shape {table.shape} has more than {_MAX_NUMBERED - 1:,} entries: "
+                "split it by heads"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     """What the caller fixed."""
@@ -179,6 +209,7 @@ class _Search:
         self._model: CostModel = cost_model(problem, device)
         self._profile = analyse(bound)
         self._measured = Measured(problem, device, len(heads), len(batch), base)
+        self._edges = EdgeOrder(bound) if wanted.score is not None and wanted.score.needs_edges else None
         self._refusals: list[Refusal] = []
         self._passed_over: list[Candidate] = []
         self._arms: list[Arm] = []
@@ -320,7 +351,7 @@ class _Search:
         for ordering in candidate_orderings(self._bound, self._profile):
             moved = reordered(self._bound, ordering)
             yield from self._drafts_in(moved, analyse(moved), ordering, servers, best)
-        if self._wanted.template is None:
+        if self._wanted.template is None and self._edges is None:
             yield from self._mixed(servers)
 
     def _drafts_in(
@@ -337,6 +368,10 @@ class _Search:
         measured_limit = min((us for _, us in told.values() if us is not None), default=0.0) * _MEASURED_FAR_BEHIND
         for each, name in servers:
             if each.layout == "none" and ordering is not IDENTITY:
+                continue
+            if self._edges is not None and each.layout != "rows" and ordering is not IDENTITY:
+                counting = "the score modifier counts edges, and tiles count them in the tokens' own order only"
+                self._refusals.append(Refusal(f"{each.name} on {name}, {ordering.name}", counting))
                 continue
             title = f"{each.name} on {name}" + ("" if ordering is IDENTITY else f", {ordering.name}")
             self._arms.append(Arm(each, name, ordering, bound, profile))
@@ -369,6 +404,7 @@ class _Search:
             heads=len(self._heads),
             ordering=ordering,
             span_keys=span_of(profile),
+            edges=self._edges,
         )
 
     def _served(

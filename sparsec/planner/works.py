@@ -14,7 +14,7 @@ from sparsec.analysis import MaskProfile
 from sparsec.backends.base import MAX_HEADS_SHARING, Problem, Work
 from sparsec.cost import CostModel, cost_model
 from sparsec.device import Device
-from sparsec.layout import Ordering, RowForm, block_tiles, hybrid_split, row_lists, schedule
+from sparsec.layout import EdgeOrder, Ordering, RowForm, block_tiles, hybrid_split, row_lists, schedule
 from sparsec.masks.mask import BoundMask
 from sparsec.template import Config, Template
 
@@ -38,6 +38,7 @@ def build_work(
     ordering: Ordering = IDENTITY,
     span_keys: float | None = None,
     row_form: RowForm | None = None,
+    edges: EdgeOrder | None = None,
 ) -> Work:
     """The index arrays of a launch.
 
@@ -51,17 +52,27 @@ def build_work(
         ordering: Which token stands at each position of `bound`.
         span_keys: Among how many keys a row's keys lie, for the cost of fetching them; all by default.
         row_form: How rows are stored, where that is known to suit; the smallest form that fits is found otherwise.
+        edges: What numbers the edges, where the score modifier asks for it; tiles are then in the tokens' own order.
     """
     model = cost_model(problem, device)
     copies = heads * problem.batch
     span = float(bound.kv_len) if span_keys is None else span_keys
     if template.layout == "rows":
         shared = heads_sharing(problem, device, heads)
-        return _row_work(bound, config, model, (copies // shared, shared), ordering, span, row_form)
+        form = row_form if edges is None else "edges"
+        work = _row_work(bound, config, model, (copies // shared, shared), ordering, span, form)
+        if edges is None or work.rows is None:
+            return work
+        return replace(work, numbers=edges.of_rows(work.rows, ordering))
+    assert edges is None or ordering is IDENTITY, "only rows are numbered in another order of tokens"
     if template.layout == "tiles":
-        return _tile_work(bound, config, model, copies, ordering)
+        work = _tile_work(bound, config, model, copies, ordering)
+        return work if edges is None or work.tiles is None else replace(work, numbers=edges.of_tiles(work.tiles))
     if template.layout == "hybrid":
-        return _hybrid_work(bound, config, model, copies, ordering, span)
+        work = _hybrid_work(bound, config, model, copies, ordering, span)
+        if edges is None or work.tiles is None or work.gathered is None or work.rows is None:
+            return work
+        return replace(work, numbers=edges.of_hybrid(work.tiles, work.gathered, work.rows))
     empty = schedule(np.zeros(2, np.int64), 0.0, workers=1, copies=copies)
     return Work(bound, ordering, bound.q_len, empty)
 

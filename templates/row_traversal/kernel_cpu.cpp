@@ -70,7 +70,7 @@ template <class T> class RowForward {
       const int64_t end = std::min(keys.indptr[rows], last);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t from = std::max(keys.indptr[i], base + start), to = std::min(keys.indptr[i + 1], last);
-        attend(share, first + done + i, keys.tokens + from, to - from, end - from, slot_index, done + i);
+        attend(share, first + done + i, keys.tokens + from, to - from, end - from, row_edges(a_, keys.first_edge + from), slot_index, done + i);
       }
       seen = keys.indptr[rows] - base;
       done += rows;
@@ -78,7 +78,8 @@ template <class T> class RowForward {
   }
 
   // The query at `position` attends `tokens[0:n]`: finished, or saved where an item is a part of its unit.
-  void attend(Share& share, int64_t position, const int32_t* tokens, int64_t n, int64_t ahead, int64_t slot_index, int64_t row) const {
+  void attend(Share& share, int64_t position, const int32_t* tokens, int64_t n, int64_t ahead, RowEdges edges, int64_t slot_index,
+              int64_t row) const {
     const int64_t token = q_token(position);
     const KeyRows<T>& rows = share.heads[0].rows;
     bool is_done = slot_index < 0 && !a_.out_is_fp32;
@@ -89,7 +90,7 @@ template <class T> class RowForward {
     }
     if (is_done) return;
     for (int h = 0; h < share.n; ++h) share.engines[h].begin(share.heads[h].q + token * a_.q.row, a_.first_query + token);
-    if (n > 0) RowEngine<T>::add_to(share.engines, share.n, rows, tokens, n, ahead);
+    if (n > 0) RowEngine<T>::add_to(share.engines, share.n, rows, tokens, n, ahead, edges);
     for (int h = 0; h < share.n; ++h) {
       if (slot_index < 0) finish(share.engines[h], share.heads[h], token);
       else share.engines[h].save(slot(share.first_copy + h, slot_index, row));

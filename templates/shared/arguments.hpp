@@ -81,6 +81,19 @@ struct Arguments {
   int64_t n_kv_groups, n_parts;
   const int64_t* kv_group_indptr;
   const int64_t* part_indptr;
+  // Gradients of the modifier's live tables: fp32 sums, each null where none is wanted. A share of the work adds to its own
+  // copy, at table_gradient_pitch[table] times (part, batch element, group of key heads); a pitch of 0 where the entries of
+  // different shares differ anyhow.
+  float* const* table_gradients;
+  const int64_t* table_gradient_pitch;  // [live tables, 3]
+
+  // Numbers of edges in the mask's own order, where the modifier reads them. `row_edges`, of single edges, is null where
+  // they are numbered as they lie; `tile_edges` [tiles, block_q] numbers the first edge of each query of a tile;
+  // `gathered_edges` the edges of each gathered column, queries ascending, from `gathered_edge_indptr` on.
+  const int32_t* row_edges;
+  const int32_t* tile_edges;
+  const int64_t* gathered_edge_indptr;
+  const int32_t* gathered_edges;
 
   // Torch's own OpenMP runtime (GOMP_parallel), or null to stay on the calling thread.
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned);

@@ -25,7 +25,7 @@ template <class T, bool HAS_TILES> class Backward {
       const int64_t part = index % a_.n_parts, of = index / a_.n_parts;
       for (int64_t i = a_.kv_group_indptr[of % a_.n_kv_groups]; i < a_.kv_group_indptr[of % a_.n_kv_groups + 1]; ++i)
         for (int64_t unit = a_.part_indptr[part]; unit < a_.part_indptr[part + 1]; ++unit)
-          block(head(of / a_.n_kv_groups, a_.heads[i], part), unit);
+          block(head(of / a_.n_kv_groups, a_.heads[i], part, of % a_.n_kv_groups), unit);
     });
   }
 
@@ -38,16 +38,23 @@ template <class T, bool HAS_TILES> class Backward {
     Score score;
   };
 
-  Head head(int64_t b, int64_t h, int64_t part) const {
+  Head head(int64_t b, int64_t h, int64_t part, int64_t kv_group) const {
     const int64_t kv = h / group_;
     auto at = [&](const Tensor& t, int64_t i) { return (T*)t.data + b * t.batch + i * t.head; };
     auto sums = [&](const Tensor& t, int64_t part_pitch) { return (float*)t.data + part * part_pitch + b * t.batch + kv * t.head; };
     const int64_t at_lse = b * a_.lse_batch + h * a_.lse_head;
+    Score score(a_.tables, (int32_t)(a_.first_batch + b), (int32_t)h);
+    if (a_.table_gradients)
+      score.take_gradients([&](int table) {
+        const int64_t* pitch = a_.table_gradient_pitch + 3 * table;
+        float* all = a_.table_gradients[table];
+        return all ? all + part * pitch[0] + b * pitch[1] + kv_group * pitch[2] : nullptr;
+      });
     return {at(a_.q, h), at(a_.out, h), at(a_.d_out, h),
             (char*)a_.dq.data + (b * a_.dq.batch + h * a_.dq.head) * (a_.out_is_fp32 ? 4 : sizeof(T)),
             a_.lse + at_lse, a_.d_lse ? a_.d_lse + b * a_.d_lse_batch + h * a_.d_lse_head : nullptr,
             {at(a_.k, kv), at(a_.v, kv), sums(a_.dk, a_.dk_part), sums(a_.dv, a_.dv_part), a_.k.row, a_.v.row, a_.dk.row, a_.dv.row},
-            Score(a_.tables, (int32_t)(a_.first_batch + b), (int32_t)h)};
+            score};
   }
   int64_t q_token(int64_t position) const { return a_.q_order ? a_.q_order[position] : position; }
   int64_t kv_token(int64_t position) const { return a_.kv_order ? a_.kv_order[position] : position; }
@@ -81,8 +88,10 @@ template <class T, bool HAS_TILES> class Backward {
                      [&](int64_t i) { return q_token(first + i); });
         for (int64_t t = a_.tile_indptr[unit]; t < a_.tile_indptr[unit + 1]; ++t) add_tile(engine, h, t);
         if (has_columns)
-          for (int64_t c = a_.gathered_indptr[unit]; c < a_.gathered_indptr[unit + 1]; ++c)
+          for (int64_t c = a_.gathered_indptr[unit]; c < a_.gathered_indptr[unit + 1]; ++c) {
+            engine.number(a_, c);
             add(engine, h, kv_token(a_.gathered_columns[c]), a_.gathered_lanes[c]);
+          }
         engine.finish();
       }
       walk_rows(h, first, n, has_tiles ? &engine : nullptr);
@@ -100,8 +109,13 @@ template <class T, bool HAS_TILES> class Backward {
     const int64_t first = a_.tile_columns[tile] * a_.block_kv, n = std::min(a_.kv_len - first, a_.block_kv);
     const int32_t pattern = a_.tile_pattern[tile];
     const uint64_t* lanes = pattern < 0 ? nullptr : a_.patterns + pattern * a_.block_kv;
-    for (int64_t i = 0; i < n; ++i)
-      if (!lanes || lanes[i]) add(engine, h, kv_token(first + i), lanes ? lanes[i] : ~uint64_t(0));
+    TileEdges edges(a_, tile);
+    for (int64_t i = 0; i < n; ++i) {
+      const uint64_t live = lanes ? lanes[i] : ~uint64_t(0);
+      if (!live) continue;
+      engine.number(edges, live);
+      add(engine, h, kv_token(first + i), live);
+    }
   }
 
   // Finishes each query with its single edges, from what the tiles gave (or from nothing).
@@ -110,7 +124,7 @@ template <class T, bool HAS_TILES> class Backward {
     const bool has_rows = a_.row_form != 0 || a_.row_indptr;
     for (int64_t done = 0; done < n;) {
       int64_t rows = n - done;
-      const Keys keys = has_rows ? collect_keys(a_, first + done, rows) : Keys{nullptr, nullptr};
+      const Keys keys = has_rows ? collect_keys(a_, first + done, rows) : Keys{nullptr, nullptr, 0};
       for (int64_t i = done; i < done + rows; ++i) {
         const int64_t token = q_token(first + i);
         const int64_t from = has_rows ? keys.indptr[i - done] : 0, to = has_rows ? keys.indptr[i - done + 1] : 0;
@@ -120,7 +134,7 @@ template <class T, bool HAS_TILES> class Backward {
         }
         row.begin(h.q + token * a_.q.row, h.d_out + token * a_.d_out.row, h.lse[token], delta(h, token), token,
                   tiles ? tiles->row(i) : nullptr);
-        row.add(h.rows, keys.tokens + from, to - from, keys.indptr[rows] - from);
+        row.add(h.rows, keys.tokens + from, to - from, keys.indptr[rows] - from, row_edges(a_, keys.first_edge + from));
         write(h, token, row);
       }
       done += rows;

@@ -10,8 +10,9 @@
 
 namespace sx {
 
-// The keys of query i of a run are tokens[indptr[i]:indptr[i + 1]].
-struct Keys { const int32_t* tokens; const int64_t* indptr; };
+// The keys of query i of a run are tokens[indptr[i]:indptr[i + 1]]; where they are single edges, the first of `tokens` is
+// edge `first_edge` of the row lists.
+struct Keys { const int32_t* tokens; const int64_t* indptr; int64_t first_edge; };
 
 constexpr size_t BUFFERED_KEYS = 1024;
 
@@ -53,7 +54,7 @@ inline void append_query(const Arguments& a, int64_t query, KeyBuffer& buffer) {
 // The keys of up to `rows` queries from `first` on; lowers `rows` to what was taken (at least one). Of the run's edges only
 // [start, stop) may be read.
 inline Keys collect_keys(const Arguments& a, int64_t first, int64_t& rows, int64_t start = 0, int64_t stop = INT64_MAX) {
-  if (a.row_form == 0 && !a.kv_order) return {a.row_start, a.row_indptr + first};
+  if (a.row_form == 0 && !a.kv_order) return {a.row_start, a.row_indptr + first, 0};
   thread_local KeyBuffer buffer;
   thread_local std::vector<int64_t> indptr;
   buffer.tokens.clear();
@@ -68,7 +69,7 @@ inline Keys collect_keys(const Arguments& a, int64_t first, int64_t& rows, int64
   }
   if (a.kv_order) for (auto& token : buffer.tokens) token = a.kv_order[token];
   rows = taken;
-  return {buffer.tokens.data() - buffer.start, indptr.data()};
+  return {buffer.tokens.data() - buffer.start, indptr.data(), a.row_form == 0 ? a.row_indptr[first] : 0};
 }
 
 }  // namespace sx

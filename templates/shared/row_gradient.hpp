@@ -32,11 +32,11 @@ template <class T> class RowGradient {
   }
 
   // Adds the keys `tokens[0:n]`; tokens up to `tokens[ahead]` may be looked at early.
-  void add(const GradientRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
-    if (head_dim_ == v_dim_ && head_dim_ == 2 * VL) add_all<2>(rows, tokens, n, ahead);
-    else if (head_dim_ == v_dim_ && head_dim_ == 4 * VL) add_all<4>(rows, tokens, n, ahead);
-    else if (head_dim_ == v_dim_ && head_dim_ == 8 * VL) add_all<8>(rows, tokens, n, ahead);
-    else add_all<0>(rows, tokens, n, ahead);
+  void add(const GradientRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead, RowEdges edges) {
+    if (head_dim_ == v_dim_ && head_dim_ == 2 * VL) add_all<2>(rows, tokens, n, ahead, edges);
+    else if (head_dim_ == v_dim_ && head_dim_ == 4 * VL) add_all<4>(rows, tokens, n, ahead, edges);
+    else if (head_dim_ == v_dim_ && head_dim_ == 8 * VL) add_all<8>(rows, tokens, n, ahead, edges);
+    else add_all<0>(rows, tokens, n, ahead, edges);
   }
 
   template <class Out> void finish(Out* dq) const {
@@ -53,7 +53,7 @@ template <class T> class RowGradient {
     for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch((const char*)row + x, 0, 2);
   }
 
-  template <int VECTORS> void add_all(const GradientRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
+  template <int VECTORS> void add_all(const GradientRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead, RowEdges edges) {
     const int64_t head_dim = VECTORS ? VECTORS * VL : head_dim_, v_dim = VECTORS ? VECTORS * VL : v_dim_;
     for (int64_t first = 0; first < n; first += VL) {
       const int count = (int)(n - first < VL ? n - first : VL);
@@ -63,7 +63,7 @@ template <class T> class RowGradient {
         prefetch<VECTORS>(rows.dk + tokens[i] * rows.dk_pitch, head_dim * 4);
         prefetch<VECTORS>(rows.dv + tokens[i] * rows.dv_pitch, v_dim * 4);
       }
-      step<VECTORS>(rows, tokens + first, count);
+      step<VECTORS>(rows, tokens + first, count, edges.from(first));
     }
   }
 
@@ -80,7 +80,7 @@ template <class T> class RowGradient {
     return sum;
   }
 
-  template <int VECTORS> SX_INLINE void step(const GradientRows<T>& rows, const int32_t* tokens, int n) {
+  template <int VECTORS> SX_INLINE void step(const GradientRows<T>& rows, const int32_t* tokens, int n, RowEdges edges) {
     vf scores[VL], products[VL];
 #pragma GCC unroll 16
     for (int i = 0; i < VL; ++i) {
@@ -93,9 +93,14 @@ template <class T> class RowGradient {
       vi places{};
       for (int i = 0; i < n; ++i) places[i] = tokens[i];
       const vf scaled = s * scale_;
-      const vf probability = exp2((modifier_.value(scaled, q_token_, places) - lse_) * LOG2_E);
+      const auto edge = [&] {
+        if constexpr (Score::NEEDS_EDGES) return edges.take(n);
+        else return 0;
+      }();
+      const vf probability = exp2((modifier_.value(scaled, q_token_, places, edge) - lse_) * LOG2_E);
       store(p, probability);
-      store(ds, probability * d_score * modifier_.slope(scaled, q_token_, places));
+      store(ds, probability * d_score * modifier_.slope(scaled, q_token_, places, edge));
+      modifier_.scatter(probability * d_score, scaled, q_token_, places, edge, (1u << (n - 1)) * 2 - 1);
     } else {
       const vf probability = exp2((s * scale_ - lse_) * LOG2_E);
       store(p, probability);

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "arguments.hpp"
+#include "edge_numbers.hpp"
 #include "score.hpp"
 #include "simd.hpp"
 
@@ -66,20 +67,21 @@ template <class T> class RowEngine {
   }
 
   // Adds the keys `tokens[0:n]`; tokens up to `tokens[ahead]` may be looked at early.
-  void add(const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
-    add_to(this, 1, rows, tokens, n, ahead);
+  void add(const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead, RowEdges edges) {
+    add_to(this, 1, rows, tokens, n, ahead, edges);
   }
 
   // Adds the keys to `heads` queries of one key head, which fetch each of them once.
-  static void add_to(RowEngine* engines, int heads, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
+  static void add_to(RowEngine* engines, int heads, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead,
+                     RowEdges edges) {
     const int64_t head_dim = engines->head_dim_, vectors = (head_dim + VL - 1) / VL;
     if (head_dim % VL == 0 && engines->v_dim_ == head_dim) {
-      if (vectors == 1) return add_all<1>(engines, heads, rows, tokens, n, ahead);
-      if (vectors == 2) return add_all<2>(engines, heads, rows, tokens, n, ahead);
-      if (vectors == 4) return add_all<4>(engines, heads, rows, tokens, n, ahead);
-      if (vectors == 8) return add_all<8>(engines, heads, rows, tokens, n, ahead);
+      if (vectors == 1) return add_all<1>(engines, heads, rows, tokens, n, ahead, edges);
+      if (vectors == 2) return add_all<2>(engines, heads, rows, tokens, n, ahead, edges);
+      if (vectors == 4) return add_all<4>(engines, heads, rows, tokens, n, ahead, edges);
+      if (vectors == 8) return add_all<8>(engines, heads, rows, tokens, n, ahead, edges);
     }
-    add_all<0>(engines, heads, rows, tokens, n, ahead);
+    add_all<0>(engines, heads, rows, tokens, n, ahead, edges);
   }
 
   // A whole query of 1 ≤ n ≤ SHORT keys in registers, where the dimensions allow it: begin, add and finish in one.
@@ -189,11 +191,12 @@ template <class T> class RowEngine {
 
   // VECTORS > 0: head_dim and v_dim are both VECTORS · VL.
   template <int VECTORS>
-  static void add_all(RowEngine* engines, int heads, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead) {
+  static void add_all(RowEngine* engines, int heads, const KeyRows<T>& rows, const int32_t* tokens, int64_t n, int64_t ahead,
+                      RowEdges edges) {
     for (int64_t first = 0; first < n; first += VL) {
       const int count = (int)(n - first < VL ? n - first : VL);
       engines->template look_ahead<VECTORS>(rows, tokens + first, count, ahead - first);
-      for (int h = 0; h < heads; ++h) engines[h].template step<VECTORS>(rows, tokens + first, count);
+      for (int h = 0; h < heads; ++h) engines[h].template step<VECTORS>(rows, tokens + first, count, edges.from(first));
     }
   }
   // Prefetches what is needed LOOKAHEAD keys after tokens[0:n], as far as tokens[ahead].
@@ -237,7 +240,7 @@ template <class T> class RowEngine {
   }
 
   // The scores of n ≤ N keys, one a lane; -inf behind them.
-  template <int VECTORS, int N> SX_INLINE vf scores(const KeyRows<T>& rows, const int32_t* tokens, int n) const {
+  template <int VECTORS, int N> SX_INLINE vf scores(const KeyRows<T>& rows, const int32_t* tokens, int n, RowEdges edges) const {
     vf partial[N];
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) partial[i] = i < n ? dot<VECTORS>(rows.k + tokens[i] * rows.k_pitch) : vf{};
@@ -245,19 +248,20 @@ template <class T> class RowEngine {
     if constexpr (HAS_SCORE_MOD) {
       vi places{};
       for (int i = 0; i < n; ++i) places[i] = tokens[i];
-      sums = modifier_.value(sums * raw_scale_, q_token_, places);
+      if constexpr (Score::NEEDS_EDGES) sums = modifier_.value(sums * raw_scale_, q_token_, places, edges.take(n));
+      else sums = modifier_.value(sums * raw_scale_, q_token_, places, 0);
     }
     return select_bits((1u << n) - 1, sums, splat(NEG_INF));
   }
-  template <int VECTORS> SX_INLINE vf few_scores(const KeyRows<T>& rows, const int32_t* tokens, int n) const {
-    if (n <= 4) return scores<VECTORS, 4>(rows, tokens, n);
-    if constexpr (VL > 8) if (n <= 8) return scores<VECTORS, 8>(rows, tokens, n);
-    return scores<VECTORS, VL>(rows, tokens, n);
+  template <int VECTORS> SX_INLINE vf few_scores(const KeyRows<T>& rows, const int32_t* tokens, int n, RowEdges edges) const {
+    if (n <= 4) return scores<VECTORS, 4>(rows, tokens, n, edges);
+    if constexpr (VL > 8) if (n <= 8) return scores<VECTORS, 8>(rows, tokens, n, edges);
+    return scores<VECTORS, VL>(rows, tokens, n, edges);
   }
 
-  template <int VECTORS> SX_INLINE void step(const KeyRows<T>& rows, const int32_t* tokens, int n) {
+  template <int VECTORS> SX_INLINE void step(const KeyRows<T>& rows, const int32_t* tokens, int n, RowEdges edges) {
     count_dot_products(n);
-    const vf s = n == VL ? scores<VECTORS, VL>(rows, tokens, n) : few_scores<VECTORS>(rows, tokens, n);
+    const vf s = n == VL ? scores<VECTORS, VL>(rows, tokens, n, edges) : few_scores<VECTORS>(rows, tokens, n, edges);
     if (any_greater(s, splat(m_ + RESCALE_LOG2 / log2_scale_))) raise_maximum(horizontal_max(s));
     const float base = m_ == NEG_INF ? 0.0f : m_ * -log2_scale_;
     alignas(64) float p[VL];

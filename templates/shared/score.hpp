@@ -1,8 +1,9 @@
 // Score modifiers on vectors: the functions that printed expressions call, and the modifier of this build.
 //
 // A build without SX_SCORE_HEADER leaves scores alone (HAS_SCORE_MOD is false and nothing below costs anything). With it,
-// the generated header defines `Score`: `value` and `slope` (the derivative by the score) of a modifier that takes the
-// scaled score, the batch element and head as scalars, and positions as scalars or vectors, whichever lies in lanes.
+// the generated header defines `Score`: `value`, `slope` (the derivative by the score) and `scatter` (what scores add to the
+// gradients of tables that are arguments) of a modifier that takes the scaled score, the batch element and head as scalars,
+// and positions as scalars or vectors, whichever lies in lanes. NEEDS_EDGES says whether it reads the number of the edge.
 #pragma once
 
 #include <cmath>
@@ -96,13 +97,30 @@ template <class X> SX_INLINE auto sx_sigmoid(X x) {
   auto small = sx_exp(-sx_abs(sx_to_float(x)));
   return sx_where(x >= 0, 1.0f / (1.0f + small), small / (1.0f + small));
 }
+// tanh(x) = x · P(x²) / Q(x²) where |x| ≤ 8.3, and the value at 8.3 beyond. P and Q, lowest power first, are a rational least
+// squares fit driven to minimax: relative error 1e-8, and 3e-7 in fp32 arithmetic, towards 0 too.
+constexpr float TANH_END = 8.3f;
+constexpr float TANH_P[] = {1.0f, 0.1342586726f, 3.54916486e-3f, 2.15084165e-5f, 1.46481218e-8f};
+constexpr float TANH_Q[] = {1.0f, 0.4675919116f, 2.60799341e-2f, 3.37394304e-4f, 8.29505836e-7f};
+SX_INLINE vf reciprocal(vf x) {
+#if defined(SX_AVX512)
+  const vf near = (vf)_mm512_rcp14_ps((__m512)x);
+  return near * (2.0f - x * near);  // a Newton step: 14 bits become 28
+#else
+  return 1.0f / x;
+#endif
+}
 template <class X> SX_INLINE auto sx_tanh(X x) {
-  // Near 0 the quotient would cancel: x - x³/3 + 2x⁵/15 is exact to fp32 below 0.05.
-  auto y = sx_abs(sx_to_float(x));
-  auto small = sx_exp(-2.0f * y);
-  auto y2 = y * y;
-  auto size = sx_where(y < 0.05f, y * (1.0f - y2 * (1.0f / 3 - y2 * (2.0f / 15))), (1.0f - small) / (1.0f + small));
-  return sx_where(x < 0, -size, size);
+  if constexpr (!is_vector<X>) return std::tanh((float)x);
+  else {
+    vf y = maximum(splat(-TANH_END), as_vf(x));  // NaN goes through
+    y = y > TANH_END ? splat(TANH_END) : y;
+    const vf y2 = y * y;
+    vf p = splat(TANH_P[4]), q = splat(TANH_Q[4]);
+#pragma GCC unroll 4
+    for (int i = 3; i >= 0; --i) { p = p * y2 + TANH_P[i]; q = q * y2 + TANH_Q[i]; }
+    return y * p * reciprocal(q);
+  }
 }
 
 // Look-ups: an index counts from the end where negative, and is kept inside, so that lanes beyond the ends are harmless.
@@ -114,6 +132,19 @@ template <class E, class I> SX_INLINE auto sx_load(const E* table, I index) {
   else { vi x; for (int i = 0; i < VL; ++i) x[i] = (int32_t)table[index[i]]; return x; }
 }
 
+// to[index] += x for the lanes whose bit is set, one after the other: lanes may share an index.
+template <class I> SX_INLINE void sx_scatter(float* to, I index, vf x, uint32_t live) {
+  if constexpr (!is_vector<I>) {
+    to[index] += horizontal_sum(select_bits(live, x, vf{}));
+  } else {
+    alignas(64) float each[VL];
+    alignas(64) int32_t at[VL];
+    store(each, x);
+    std::memcpy(at, &index, sizeof at);
+    for (; live; live &= live - 1) to[at[__builtin_ctz(live)]] += each[__builtin_ctz(live)];
+  }
+}
+
 }  // namespace sx
 
 #if defined(SX_SCORE_HEADER)
@@ -123,9 +154,13 @@ namespace sx { constexpr bool HAS_SCORE_MOD = true; }
 namespace sx {
 constexpr bool HAS_SCORE_MOD = false;
 struct Score {
+  static constexpr bool NEEDS_EDGES = false;
+  static constexpr int LIVE_TABLES = 0;
   Score(const void* const*, int32_t, int32_t) {}
-  template <class Q, class K> SX_INLINE vf value(vf score, Q, K) const { return score; }
-  template <class Q, class K> SX_INLINE vf slope(vf, Q, K) const { return splat(1.0f); }
+  template <class At> void take_gradients(At&&) {}
+  template <class Q, class K, class E> SX_INLINE vf value(vf score, Q, K, E) const { return score; }
+  template <class Q, class K, class E> SX_INLINE vf slope(vf, Q, K, E) const { return splat(1.0f); }
+  template <class Q, class K, class E> SX_INLINE void scatter(vf, vf, Q, K, E, uint32_t) const {}
 };
 }  // namespace sx
 #endif

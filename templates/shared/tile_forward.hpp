@@ -64,6 +64,7 @@ template <class T> class TileForward {
     if (has_columns)
       for (int64_t c = a_.column_start[index]; c < a_.column_stop[index]; ++c) {
         const int64_t token = kv_token(a_.gathered_columns[c]);
+        engine.number(a_, c);
         engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, token, a_.gathered_lanes[c]);
       }
     if (!is_whole) {
@@ -81,9 +82,11 @@ template <class T> class TileForward {
     const int64_t first = a_.tile_columns[tile] * a_.block_kv;
     const int64_t n = a_.kv_len - first < a_.block_kv ? a_.kv_len - first : a_.block_kv;
     const int32_t pattern = a_.tile_pattern[tile];
+    TileEdges edges(a_, tile);
     if (pattern < 0) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t token = kv_token(first + i);
+        engine.number(edges, ~uint64_t(0));
         engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, token);
       }
       return;
@@ -92,6 +95,7 @@ template <class T> class TileForward {
     for (int64_t i = 0; i < n; ++i) {
       if (!lanes[i]) continue;
       const int64_t token = kv_token(first + i);
+      engine.number(edges, lanes[i]);
       engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, token, lanes[i]);
     }
   }
@@ -136,14 +140,14 @@ template <class T> class TileForward {
   // Adds edges [from, from + count) to a query; edges before `end` follow.
   void add_edges(RowEngine<T>& row, const Head& h, int64_t from, int64_t count, int64_t end) const {
     if (!a_.kv_order) {
-      row.add(rows(h), a_.row_start + from, count, end - from);
+      row.add(rows(h), a_.row_start + from, count, end - from, row_edges(a_, from));
       return;
     }
     int32_t tokens[LOOKAHEAD];
     for (int64_t e = 0; e < count; e += LOOKAHEAD) {
       const int64_t some = std::min<int64_t>(count - e, LOOKAHEAD);
       for (int64_t j = 0; j < some; ++j) tokens[j] = a_.kv_order[a_.row_start[from + e + j]];
-      row.add(rows(h), tokens, some, some);
+      row.add(rows(h), tokens, some, some, row_edges(a_, from + e));
     }
   }
 

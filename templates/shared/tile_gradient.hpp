@@ -123,6 +123,15 @@ template <class T> class TileGradient {
     if (++keys_ == STRIP) flush();
   }
 
+  // As in TileEngine.
+  SX_INLINE void number(TileEdges& tile, uint64_t lanes) {
+    edges_.put(keys_, tile.next, block_q_, lanes);
+  }
+  SX_INLINE void number(const Arguments& a, int64_t column) {
+    if constexpr (Score::NEEDS_EDGES)
+      edges_.put(keys_, a.gathered_edges + a.gathered_edge_indptr[column], a.gathered_lanes[column]);
+  }
+
   void flush() {
     if (!keys_) return;
     stage();
@@ -253,19 +262,23 @@ template <class T> class TileGradient {
   void differentiate(const Chunk& c) {
     for (int v = c.low; v < c.high; ++v) {
       const vf lse = load(lse_ + v * VL), delta = load(delta_ + v * VL);
+      const uint32_t within = n_ - v * VL >= VL ? ALL_LANES : (1u << (n_ - v * VL)) - 1;
       auto both = [&](int i, vf& p, vf& ds) {
         const vf s = load(s_ + i * block_q_ + v * VL);
         const vf d_score = load(dp_ + i * block_q_ + v * VL) - delta;
         if constexpr (HAS_SCORE_MOD) {
           const vf scaled = s * magnitude_;
-          const vf modified = modifier_.value(scaled, q_tokens_[v], kv_tokens_[i]);
+          const auto edge = edges_.at(i, v);
+          const vf modified = modifier_.value(scaled, q_tokens_[v], kv_tokens_[i], edge);
           p = exp2((modified - lse) * LOG2_E);
-          ds = p * d_score * modifier_.slope(scaled, q_tokens_[v], kv_tokens_[i]);
-          if (masked_) {
-            const uint32_t live = (uint32_t)(lanes_[i] >> (v * VL)) & ALL_LANES;
+          const vf d_value = p * d_score;
+          ds = d_value * modifier_.slope(scaled, q_tokens_[v], kv_tokens_[i], edge);
+          const uint32_t live = (masked_ ? (uint32_t)(lanes_[i] >> (v * VL)) : ALL_LANES) & within;
+          if (live != ALL_LANES) {
             p = select_bits(live, p, vf{});
             ds = select_bits(live, ds, vf{});
           }
+          modifier_.scatter(d_value, scaled, q_tokens_[v], kv_tokens_[i], edge, live);
         } else {
           // The difference first: of large scores it keeps every digit.
           p = exp2((s * magnitude_ - lse) * LOG2_E);
@@ -336,6 +349,7 @@ template <class T> class TileGradient {
   const Score& modifier_;
   vi q_tokens_[MAX_BLOCK_Q / VL];
   int32_t kv_tokens_[STRIP];
+  StripEdges<STRIP, MAX_BLOCK_Q, Score::NEEDS_EDGES> edges_;
   const int64_t block_q_, head_dim_, v_dim_;
   const float scale_, sign_, magnitude_;
   int64_t q_pitch_, v_pitch_, n_ = 0;

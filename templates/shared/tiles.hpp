@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "arguments.hpp"
+#include "edge_numbers.hpp"
 #include "score.hpp"
 #include "simd.hpp"
 
@@ -237,6 +238,15 @@ template <class T> class TileEngine {
     if (++keys_ == STRIP) flush();
   }
 
+  // The numbers of the edges of the key that is added next: within a tile, or gathered.
+  SX_INLINE void number(TileEdges& tile, uint64_t lanes) {
+    edges_.put(keys_, tile.next, block_q_, lanes);
+  }
+  SX_INLINE void number(const Arguments& a, int64_t column) {
+    if constexpr (Score::NEEDS_EDGES)
+      edges_.put(keys_, a.gathered_edges + a.gathered_edge_indptr[column], a.gathered_lanes[column]);
+  }
+
   void flush() {
     if (!keys_) return;
     stage();
@@ -410,7 +420,7 @@ template <class T> class TileEngine {
       vf highest = load(peak_ + v * VL);
       for (int i = c.first; i < c.last; ++i) {
         float* s = s_ + i * block_q_ + v * VL;
-        vf modified = modifier_.value(load(s) * raw_scale_, q_tokens_[v], kv_tokens_[i]);
+        vf modified = modifier_.value(load(s) * raw_scale_, q_tokens_[v], kv_tokens_[i], edges_.at(i, v));
         if (masked_) modified = select_bits((uint32_t)(lanes_[i] >> (v * VL)) & ALL_LANES, modified, splat(NEG_INF));
         highest = maximum(modified, highest);
         store(s, modified);
@@ -489,6 +499,7 @@ template <class T> class TileEngine {
   const float raw_scale_;
   vi q_tokens_[MAX_BLOCK_Q / VL];
   int32_t kv_tokens_[STRIP];
+  StripEdges<STRIP, MAX_BLOCK_Q, Score::NEEDS_EDGES> edges_;
   const int64_t block_q_, head_dim_, v_dim_, depth_;
   const float sign_, scale_, log2_scale_;
   int64_t padded_, v_pitch_, n_ = 0;
