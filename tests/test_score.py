@@ -166,7 +166,11 @@ def test_captured_tensors_are_read_anew_and_get_gradients(name, dtype):
     trained = Trained()
     attention = sparsec.compile(MASK, LENGTH, score_mod=trained.mod(), template=name)
     leaves = _leaves(dtype)
-    above = torch.randn(2, 4, LENGTH, 16).to(dtype), torch.randn(2, 4, LENGTH)
+    generator = torch.Generator().manual_seed(9)
+    above = (
+        torch.randn(2, 4, LENGTH, 16, generator=generator).to(dtype),
+        torch.randn(2, 4, LENGTH, generator=generator),
+    )
     for step in range(2):
         found, exact = _gradients(attention, leaves, trained, above), _exact(leaves, trained, above)
         for got, wanted in zip((*found[:2], *found[2]), (*exact[:2], *exact[2]), strict=True):
@@ -179,7 +183,7 @@ def test_captured_tensors_are_read_anew_and_get_gradients(name, dtype):
                 # As without gradients; then a step of an optimiser.
                 assert torch.equal(attention(*leaves), found[0])
                 for tensor in trained.tensors:
-                    tensor.add_(torch.randn(tensor.shape) * 0.5)
+                    tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.5)
     # With gradients and without.
     assert len(attention.plans()) == 2
 
