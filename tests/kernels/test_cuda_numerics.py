@@ -212,7 +212,7 @@ def _every_operation(value, b, h, q_idx, kv_idx):
     return torch.sigmoid(near) * 3 + torch.abs(near) * 0.25 + torch.maximum(near, value) * 0.5 + b * 0.125 - h
 
 
-_TABLE = torch.from_numpy(np.random.default_rng(3).standard_normal(8).astype(np.float32))
+_TABLE = np.random.default_rng(3).standard_normal(8).astype(np.float32)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
