@@ -158,3 +158,14 @@ def test_planning_for_a_gpu_imports_neither_torch_nor_triton():
         "assert not {'torch', 'triton'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_captured_tensors_are_served_where_no_gradient_is_wanted():
+    import torch
+
+    score = sparsec.score.relative_bias(torch.zeros(2, 33, requires_grad=True))
+    problem = Problem(200, 200, 2, 2, dtype="bf16")
+    made = sparsec.plan(m.window(40, 0), problem, "nvidia-h100", backend="triton", score=score)
+    assert made.steps[0].launch.backend == "triton"
+    with pytest.raises(sparsec.errors.UnsupportedError, match="detach"):
+        sparsec.plan(m.window(40, 0), replace(problem, needs_grad=True), "nvidia-h100", backend="triton", score=score)

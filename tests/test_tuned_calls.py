@@ -124,7 +124,11 @@ def test_a_calibration_is_used_when_it_is_of_this_cost_model_and_can_be_believed
 
     cpu, problem = detect_cpu(), sparsec.Problem(LENGTH, LENGTH, 2, 2)
     plain = plan(MASK, problem, cpu, template="block_sparse")
-    values = (("memory_bandwidth", cpu.memory_bandwidth * 1.5), ("vector_flops", cpu.vector_flops * 100), ("tiles_fp32", 1.7))
+    values = (
+        ("memory_bandwidth", cpu.memory_bandwidth * 1.5),
+        ("vector_flops", cpu.vector_flops * 100),
+        ("tiles_fp32", 1.7),
+    )
     no_records.append(Calibration(cpu.key, "of another model", values))
     assert plan(MASK, problem, cpu).device == cpu
     no_records.append(Calibration(cpu.key, model_digest(), values))

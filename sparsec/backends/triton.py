@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ from sparsec.backends.triton_calls import ALIGNMENT_BYTES, Array, Call, calls_of
 from sparsec.backends.triton_gradients import gradient_calls_of
 from sparsec.backends.triton_lowering import LoweredSource, lower_call
 from sparsec.device import Device
-from sparsec.errors import BackendMissingError, CompileError
+from sparsec.errors import BackendMissingError, CompileError, UnsupportedError
 from sparsec.template import Config, Template
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class _Calls:
         self.launch = launch
         self._calls = calls
         self._module = kernel_module(launch.template)
+        score_tables = () if launch.score is None else launch.score.tables
+        self._live_places = [place for place, table in enumerate(score_tables) if table.is_live]
         self._functions = [
             {name: None if given is None else given[0].function(given[1]) for name, given in call.functions.items()}
             for call in calls
@@ -71,18 +74,31 @@ class _Calls:
         written = {f"{path.parent.name}/{path.name}": path.read_text() for path in source_files(self.launch.template)}
         return written | {f"{made.name}.py": made.source for made in printed}
 
-    def run(self, tensors: dict[str, torch.Tensor | None], device: torch.device, batch: int) -> None:
-        """Runs the kernels in their order, on the current stream of a device."""
+    def run(
+        self,
+        tensors: dict[str, torch.Tensor | None],
+        device: torch.device,
+        batch: int,
+        tables: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Runs the kernels in their order, on the current stream of a device; `tables` are the modifier's live ones."""
         batches = self._batch_elements(device, batch)
         if any(call.constants.get("DESCRIBED") for call in self._calls):
             # The kernels keep their descriptors in memory that Triton asks for; the caller's own answer stays.
             context = contextvars.copy_context()
             context.run(_provide_scratch, device)
-            context.run(self._launch_all, tensors, device, batches)
+            context.run(self._launch_all, tensors, device, batches, tables)
         else:
-            self._launch_all(tensors, device, batches)
+            self._launch_all(tensors, device, batches, tables)
 
-    def _launch_all(self, tensors: dict[str, torch.Tensor | None], device: torch.device, batches: torch.Tensor) -> None:
+    def _launch_all(
+        self,
+        tensors: dict[str, torch.Tensor | None],
+        device: torch.device,
+        batches: torch.Tensor,
+        tables: Sequence[torch.Tensor],
+    ) -> None:
+        live = dict(zip(self._live_places, tables, strict=True)) if tables else {}
         with _on(device):
             for call, functions, arrays in zip(self._calls, self._functions, self._arrays_on(device), strict=True):
                 kernel = getattr(self._module, call.name)
@@ -93,7 +109,7 @@ class _Calls:
                     batches=batches,
                     **given,
                     **_strides(given, kernel.arg_names),
-                    **arrays,
+                    **(_with_live(arrays, live) if live else arrays),
                     **call.numbers,
                     **{**call.constants, **_undescribed(call, given)},
                     **functions,
@@ -143,14 +159,20 @@ class TritonKernel(_Calls):
         return super().nbytes + self._partial_words(len(self.launch.batch)) * 4
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        tables: Sequence[torch.Tensor] = (),
     ) -> None:
         import torch
 
         words = self._partial_words(len(self.launch.elements(q.shape[0])))
         partial = torch.empty(words, dtype=torch.float32, device=q.device)
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "partial": partial}
-        self.run(tensors, q.device, q.shape[0])
+        self.run(tensors, q.device, q.shape[0], tables)
 
     def _partial_words(self, batch: int) -> int:
         launch = self.launch
@@ -176,16 +198,23 @@ class TritonGradient(_Calls):
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
+        tables: Sequence[torch.Tensor] = (),
+        d_tables: Sequence[torch.Tensor | None] = (),
     ) -> None:
         import torch
 
+        if any(wanted is not None for wanted in d_tables):
+            raise UnsupportedError(
+                "the gradient of an array that score_mod captures was asked for, and the Triton kernels make none; "
+                "detach it, or let torch differentiate a bias of your own"
+            )
         words = self._partial_words(len(self.launch.elements(q.shape[0])))
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "d_out": d_out, "dq": dq, "dk": dk, "dv": dv}
         # Without gradients of the log-sum-exp, zeros stand for them: one kernel serves both.
         tensors["d_lse"] = torch.zeros_like(lse) if d_lse is None else d_lse
         tensors["delta"] = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
         tensors["partial"] = torch.empty(words, dtype=torch.float32, device=q.device)
-        self.run(dict(tensors), q.device, q.shape[0])
+        self.run(dict(tensors), q.device, q.shape[0], tables)
 
     def _partial_words(self, batch: int) -> int:
         problem = self.launch.problem
@@ -208,6 +237,14 @@ def _strides(given: dict[str, torch.Tensor | None], parameters: list[str]) -> di
             if f"{name}_{axis}" in parameters:
                 strides[f"{name}_{axis}"] = size
     return strides
+
+
+def _with_live(arrays: dict[str, Uploaded], live: Mapping[int, torch.Tensor]) -> dict[str, Uploaded]:
+    """The arrays of a kernel with this call's tables in the places of those that are read anew."""
+    kept = arrays.get("score_tables")
+    if not isinstance(kept, tuple):
+        return arrays
+    return arrays | {"score_tables": tuple(live.get(place, table) for place, table in enumerate(kept))}
 
 
 def _undescribed(call: Call, given: dict[str, torch.Tensor | None]) -> dict[str, bool]:
@@ -276,6 +313,8 @@ class TritonBackend:
 
     def _check(self, launch: Launch) -> None:
         reason = self.config_refusal(launch.template, launch.config, launch.problem, launch.device)
+        if launch.score is not None and launch.score.needs_edges:
+            raise UnsupportedError("score_mod asks for the numbers of edges, which the Triton kernels do not have")
         if reason is not None:
             raise CompileError(reason, launch.template.kernel_path("triton"))
 

@@ -321,6 +321,11 @@ class _Search:
         score = self._wanted.score
         if score is None or name in _TAKE_TABLES or not (score.live_tables or score.needs_edges):
             return None
+        if name == "triton" and not score.needs_edges:
+            # Its kernels read live tables, and make no gradients of them.
+            return (
+                "its kernels make no gradients of captured tensors: detach them" if self._problem.needs_grad else None
+            )
         return "its kernels take no captured tensors, nor numbers of edges: capture arrays, not tensors"
 
     def _dense_refusal(self) -> str | None:

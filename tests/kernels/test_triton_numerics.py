@@ -24,6 +24,7 @@ from sparsec.backends import triton as triton_backend
 from sparsec.backends.base import Launch, Work
 from sparsec.backends.reference import Modifier
 from sparsec.device import device
+from sparsec.errors import UnsupportedError
 from sparsec.layout import Ordering, reordered, row_lists, schedule
 from sparsec.score import ScoreMod, alibi, as_score_mod, relative_bias, soft_cap
 from sparsec.template import Config, template
@@ -72,7 +73,12 @@ def _checked(made: Launch, tried: Case) -> None:
     triton_backend.backend().lower(made)(q, k, v, out, lse)
     if made.score is None:
         running.check(tried, out, lse)
-        return
+    else:
+        _check_modified(made, tried, out, lse)
+
+
+def _check_modified(made: Launch, tried: Case, out: torch.Tensor, lse: torch.Tensor) -> None:
+    q, k, v = running.inputs(tried)
     group = tried.problem.q_heads // tried.problem.kv_heads
     for b, h in np.ndindex(lse.shape[:2]):
         heads = tuple(t.double().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group]))
@@ -186,6 +192,24 @@ def _run_modified_shuffled(name: str, tried: Case) -> None:
     made = replace(made, score=modifiers()["relative-bias"])
     _checked(made, tried)
     _check_gradient(made, tried)
+
+
+def _run_live(name: str, tried: Case) -> None:
+    """A captured tensor that is given anew at each call; its gradient is refused, not left out."""
+    bias = torch.zeros(4, 33, requires_grad=True)
+    made = replace(_launch(name, tried), score=relative_bias(bias))
+    kernel, p = triton_backend.backend().lower(made), tried.problem
+    q, k, v = running.inputs(tried)
+    for seed in (1, 2):
+        given = torch.randn(4, 33, generator=torch.Generator().manual_seed(seed))
+        out, lse = running.poisoned(tried)
+        kernel(q, k, v, out, lse, [given])
+        _check_modified(replace(made, score=made.score.given([given])), tried, out, lse)
+    dq, dk, dv = (torch.zeros(like.shape) for like in (q, k, v))
+    gradient = triton_backend.backend().lower_backward(made)
+    d_out = torch.ones(p.batch, p.q_heads, p.q_len, p.v_dim).to(out)
+    with pytest.raises(UnsupportedError, match="detach"):
+        gradient(q, k, v, out, lse, d_out, None, dq, dk, dv, [given], [torch.zeros_like(given)])
 
 
 def _run_by_predicate(name: str, tried: Case) -> None:
@@ -416,6 +440,11 @@ def test_gradients_in_tiles_of_other_sizes(interpreter, values):
 def test_modifiers(interpreter, modifier, name, direction):
     dtype = "fp32" if modifier in ("everything", "forbids") else "fp16"
     interpreter(_run_modified, name, GROUPED.with_dtype(dtype), modifier, direction)
+
+
+@pytest.mark.parametrize("name", ["block_sparse", spread("row_traversal"), spread("hybrid")])
+def test_captured_tensors_are_read_anew(interpreter, name):
+    interpreter(_run_live, name, GROUPED.with_dtype("fp32"))
 
 
 @pytest.mark.spread
