@@ -213,6 +213,7 @@ def test_modifiers_and_predicates_compile(name, direction):
     lowered = triton_backend.lower_source(replace(made, score=score), direction)
     for each in lowered:
         if each.name in ("forward", "backward"):
-            assert each.spilled_bytes <= 32, each
+            # Three look-ups for every score take some registers more than there are.
+            assert each.spilled_bytes <= 128, each
             assert "score_tables" in each.texts["ttgir"]
             assert ("mask_tables" in each.texts["ttgir"]) == bool(by_predicate)
