@@ -133,7 +133,13 @@ class ScoreMod:
         return _evaluated(self.slope, score, places)
 
     def add_gradients(
-        self, d_value: FloatArray, score: FloatArray, places: Places, into: Sequence[npt.NDArray[np.floating]]
+        self,
+        d_value: FloatArray,
+        score: FloatArray,
+        places: Places,
+        into: Sequence[npt.NDArray[np.floating]],
+        *,
+        sizes: bool = False,
     ) -> None:
         """Adds to the gradients of the live tables what those of modified scores contribute.
 
@@ -142,12 +148,13 @@ class ScoreMod:
             score: The scores.
             places: Where they stand.
             into: An array for each live table, of its shape.
+            sizes: Whether to add the absolute values instead.
         """
         counted = np.nonzero(d_value)
         for number, look_up, factor in self.look_ups:
             indices = [np.broadcast_to(_integers(index, places), d_value.shape)[counted] for index in look_up.args]
             share = (d_value * _evaluated(factor, score, places))[counted]
-            np.add.at(into[number], look_up.captured.wrapped(indices), share)
+            np.add.at(into[number], look_up.captured.wrapped(indices), np.abs(share) if sizes else share)
 
     def check(self, extents: Mapping[str, int]) -> None:
         """Raises where an array is too short for the variable it is indexed by, or of the wrong length for the edges.

@@ -57,9 +57,11 @@ class Modifier:
     def slope(self, scaled: Floats, rows: Integers) -> Floats:
         return self.score.slopes(scaled, self._places(scaled, rows))
 
-    def add_gradients(self, d_value: Floats, scaled: Floats, rows: Integers, into: Sequence[Floats]) -> None:
+    def add_gradients(
+        self, d_value: Floats, scaled: Floats, rows: Integers, into: Sequence[Floats], *, sizes: bool = False
+    ) -> None:
         """Adds what these rows contribute to the gradients of the modifier's live tables."""
-        self.score.add_gradients(d_value, scaled, self._places(scaled, rows), into)
+        self.score.add_gradients(d_value, scaled, self._places(scaled, rows), into, sizes=sizes)
 
     def zeros(self, dtype: type[np.floating] = np.float64) -> list[Floats]:
         """An array for the gradient of each live table."""
@@ -280,8 +282,17 @@ def gradient_tolerances(
     weights, d_scores = plain_weights(q, k, v, bound, scale, d_out, d_lse, dtype, modifier, plain_tables)
     q32, k32, d_out32 = (array.astype(np.float32) for array in (q, k, d_out))
     plain = (d_scores @ k32 * np.float32(scale), d_scores.T @ q32 * np.float32(scale), weights.T @ d_out32)
-    pairs = zip((*plain, *plain_tables), exact, strict=True)
-    return tuple(allowed_error(got, wanted, dtype) for got, wanted in pairs)
+    allowed = [allowed_error(got, wanted, dtype) for got, wanted in zip((*plain, *plain_tables), exact, strict=True)]
+    if modifier is not None and tables:
+        # An entry is a sum over any number of edges, in another order than here: fp32 rounds by the size of its terms.
+        sizes, every = modifier.zeros(), np.arange(bound.q_len)
+        scaled = q @ k.T * scale
+        slopes = np.abs(modifier.slope(scaled, every))
+        terms = np.abs(d_scores) / np.where(slopes > 0, slopes, 1.0)
+        modifier.add_gradients(terms, scaled, every, sizes, sizes=True)
+        for i, size in enumerate(sizes, 3):
+            allowed[i] += 2.0 * unit_roundoff("fp32") * float(size.max())
+    return tuple(allowed)
 
 
 def plain_weights(
