@@ -174,7 +174,10 @@ def test_captured_tensors_are_read_anew_and_get_gradients(name, dtype):
     for step in range(2):
         found, exact = _gradients(attention, leaves, trained, above), _exact(leaves, trained, above)
         for got, wanted in zip((*found[:2], *found[2]), (*exact[:2], *exact[2]), strict=True):
+            # A sum of n rounded terms errs by √n: of the edges, an entry of a small table sums thousands.
+            summed = max(1.0, NNZ * 8 / wanted.numel() / 1000) ** 0.5
             limit = {torch.float32: 4e-6, torch.bfloat16: 0.02}[dtype] * max(1.0, float(wanted.detach().abs().max()))
+            limit *= summed
             torch.testing.assert_close(got.double(), wanted, atol=limit, rtol=0)
         assert torch.equal(found[0][:, :, 3], torch.zeros(2, 4, 16, dtype=dtype)), "an empty row"
         assert torch.equal(found[1][:, :, 3], trained.sinks.detach().expand(2, 4)), "an empty row"

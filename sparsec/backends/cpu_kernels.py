@@ -131,7 +131,7 @@ class _Prepared:
         import torch
 
         a = Arguments.from_buffer_copy(self._arguments)
-        a.tables = tables.ctypes.data
+        a.tables = tables.ctypes.data if len(tables) > 1 else None
         a.q, a.k, a.v, a.out = _tensor(q), _tensor(k), _tensor(v), _tensor(out)
         a.batch, a.kv_len = q.shape[0], k.shape[2]
         if lse is not None:
@@ -305,9 +305,11 @@ class CpuGradient(_Prepared):
             for total, copies in zip(d_tables, table_sums, strict=True):
                 if total is not None and copies is not None:
                     total += copies.sum((0, 1, 2))
-            for dk_part, dv_part in zip(dk_sums, dv_sums, strict=True):
-                dk[b].add_(dk_part[..., : k.shape[3]], alpha=self.launch.scale)
-                dv[b].add_(dv_part[..., : v.shape[3]])
+            for part in range(1, n_parts):
+                dk_sums[0] += dk_sums[part]
+                dv_sums[0] += dv_sums[part]
+            dk[b].add_(dk_sums[0, ..., : k.shape[3]], alpha=self.launch.scale)
+            dv[b].add_(dv_sums[0, ..., : v.shape[3]])
 
     def _table_sums(self, a: Arguments, d_tables: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """fp32 zeros `[parts, batch, groups of key heads, *table]` for the gradient of each live table.
