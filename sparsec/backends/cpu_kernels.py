@@ -292,7 +292,7 @@ class CpuGradient(_Prepared):
             n_parts = self._n_parts(a.batch * a.n_kv_groups, a.threads)
             parts = self._part_indptr(n_parts)
             a.n_parts, a.part_indptr = n_parts, parts.ctypes.data
-            dk_sums, dv_sums = (_sums(n_parts, like[b]) for like in (k, v))
+            dk_sums, dv_sums = (_sums(n_parts, total[b]) for total in (dk, dv))
             a.dk, a.dv = _tensor(dk_sums[0]), _tensor(dv_sums[0])
             a.dk_part, a.dv_part = dk_sums.stride(0), dv_sums.stride(0)
             table_sums = self._table_sums(a, d_tables)
@@ -305,11 +305,11 @@ class CpuGradient(_Prepared):
             for total, copies in zip(d_tables, table_sums, strict=True):
                 if total is not None and copies is not None:
                     total += copies.sum((0, 1, 2))
-            for part in range(1, n_parts):
-                dk_sums[0] += dk_sums[part]
-                dv_sums[0] += dv_sums[part]
-            dk[b].add_(dk_sums[0, ..., : k.shape[3]], alpha=self.launch.scale)
-            dv[b].add_(dv_sums[0, ..., : v.shape[3]])
+            for sums, total in ((dk_sums, dk[b]), (dv_sums, dv[b])):
+                if sums.data_ptr() != total.data_ptr():
+                    for part in sums[1:]:
+                        sums[0] += part
+                    total += sums[0, ..., : total.shape[3]]
 
     def _table_sums(self, a: Arguments, d_tables: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """fp32 zeros `[parts, batch, groups of key heads, *table]` for the gradient of each live table.
@@ -371,12 +371,17 @@ def _tensor(t: torch.Tensor) -> _Tensor:
     return _Tensor(t.data_ptr(), *t.stride()[:3])
 
 
-def _sums(n_parts: int, like: torch.Tensor) -> torch.Tensor:
-    """fp32 zeros `[n_parts, batch, kv_heads, kv_len, dimension]`, the last padded to whole vectors."""
+def _sums(n_parts: int, total: torch.Tensor) -> torch.Tensor:
+    """What a kernel adds to, `[n_parts, batch, kv_heads, kv_len, dimension]` in fp32, the last padded to whole vectors.
+
+    The total itself where it has that form; else zeros, to be added to it.
+    """
     import torch
 
-    padded = -(-like.shape[3] // _PADDING) * _PADDING
-    return buffers.zeros((n_parts, *like.shape[:3], padded), torch.float32, like.device)
+    padded = -(-total.shape[3] // _PADDING) * _PADDING
+    if n_parts == 1 and padded == total.shape[3] and total.is_contiguous():
+        return total.unsqueeze(0)
+    return buffers.zeros((n_parts, *total.shape[:3], padded), torch.float32, total.device)
 
 
 @cache

@@ -3,9 +3,9 @@
 #if defined(SX_BACKWARD)
 #include "../shared/backward.hpp"
 
-extern "C" void backward(const sx::Arguments* a) { sx::Backward<SX_DTYPE, true>(*a).run(); }
+extern "C" void backward(const sx::Arguments* a) { sx::Backward<SX_DTYPE, true, true>(*a).run(); }
 #else
 #include "../shared/tile_forward.hpp"
 
-extern "C" void forward(const sx::Arguments* a) { sx::TileForward<SX_DTYPE>(*a).run(); }
+extern "C" void forward(const sx::Arguments* a) { sx::TileForward<SX_DTYPE, true>(*a).run(); }
 #endif

@@ -6,7 +6,7 @@
 #if defined(SX_BACKWARD)
 #include "../shared/backward.hpp"
 
-extern "C" void backward(const sx::Arguments* a) { sx::Backward<SX_DTYPE, false>(*a).run(); }
+extern "C" void backward(const sx::Arguments* a) { sx::Backward<SX_DTYPE, false, true>(*a).run(); }
 #else
 #include <algorithm>
 #include <new>

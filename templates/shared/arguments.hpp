@@ -71,7 +71,7 @@ struct Arguments {
   const int64_t* merge_indptr;
   float* partial;  // [batch * n_heads, n_slots, (v_dim + 2) * block_q]
 
-  // The backward pass: `out`, `lse` are then inputs. dK (without the scale) and dV are fp32 sums, [n_parts, batch,
+  // The backward pass: `out`, `lse` are then inputs. dK and dV are fp32 sums, added to, [n_parts, batch,
   // kv_heads, kv_len, dimension padded to whole vectors]; `heads` are sorted by key head and cut by kv_group_indptr [n_kv_groups + 1]; part_indptr
   // [n_parts + 1] cuts the units.
   Tensor d_out, dq, dk, dv;

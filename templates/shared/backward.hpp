@@ -16,7 +16,7 @@
 
 namespace sx {
 
-template <class T, bool HAS_TILES> class Backward {
+template <class T, bool HAS_TILES, bool HAS_ROWS> class Backward {
  public:
   explicit Backward(const Arguments& a) : a_(a), group_(a.q_heads / a.kv_heads) {}
 
@@ -120,24 +120,28 @@ template <class T, bool HAS_TILES> class Backward {
 
   // Finishes each query with its single edges, from what the tiles gave (or from nothing).
   void walk_rows(const Head& h, int64_t first, int64_t n, const TileGradient<T>* tiles) const {
-    RowGradient<T> row(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
-    const bool has_rows = a_.row_form != 0 || a_.row_indptr;
-    for (int64_t done = 0; done < n;) {
-      int64_t rows = n - done;
-      const Keys keys = has_rows ? collect_keys(a_, first + done, rows) : Keys{nullptr, nullptr, 0};
-      for (int64_t i = done; i < done + rows; ++i) {
-        const int64_t token = q_token(first + i);
-        const int64_t from = has_rows ? keys.indptr[i - done] : 0, to = has_rows ? keys.indptr[i - done + 1] : 0;
-        if (from == to) {
-          write_plain(h, token, tiles ? tiles->row(i) : nullptr);
-          continue;
+    if constexpr (!HAS_ROWS) {
+      for (int64_t i = 0; i < n; ++i) write_plain(h, q_token(first + i), tiles ? tiles->row(i) : nullptr);
+    } else {
+      RowGradient<T> row(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
+      const bool has_rows = a_.row_form != 0 || a_.row_indptr;
+      for (int64_t done = 0; done < n;) {
+        int64_t rows = n - done;
+        const Keys keys = has_rows ? collect_keys(a_, first + done, rows) : Keys{nullptr, nullptr, 0};
+        for (int64_t i = done; i < done + rows; ++i) {
+          const int64_t token = q_token(first + i);
+          const int64_t from = has_rows ? keys.indptr[i - done] : 0, to = has_rows ? keys.indptr[i - done + 1] : 0;
+          if (from == to) {
+            write_plain(h, token, tiles ? tiles->row(i) : nullptr);
+            continue;
+          }
+          row.begin(h.q + token * a_.q.row, h.d_out + token * a_.d_out.row, h.lse[token], delta(h, token), token,
+                    tiles ? tiles->row(i) : nullptr);
+          row.add(h.rows, keys.tokens + from, to - from, keys.indptr[rows] - from, row_edges(a_, keys.first_edge + from));
+          write(h, token, row);
         }
-        row.begin(h.q + token * a_.q.row, h.d_out + token * a_.d_out.row, h.lse[token], delta(h, token), token,
-                  tiles ? tiles->row(i) : nullptr);
-        row.add(h.rows, keys.tokens + from, to - from, keys.indptr[rows] - from, row_edges(a_, keys.first_edge + from));
-        write(h, token, row);
+        done += rows;
       }
-      done += rows;
     }
   }
   void write_plain(const Head& h, int64_t token, const float* dq) const {

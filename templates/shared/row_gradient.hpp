@@ -80,15 +80,25 @@ template <class T> class RowGradient {
     return sum;
   }
 
-  template <int VECTORS> SX_INLINE void step(const GradientRows<T>& rows, const int32_t* tokens, int n, RowEdges edges) {
-    vf scores[VL], products[VL];
+  // a · b of n ≤ N rows b, one a lane; only the first n lanes mean anything.
+  template <int VECTORS, int N>
+  SX_INLINE vf products(const float* a, const T* b, int64_t pitch, const int32_t* tokens, int n, int64_t dim) const {
+    vf partial[N];
 #pragma GCC unroll 16
-    for (int i = 0; i < VL; ++i) {
-      scores[i] = i < n ? dot<VECTORS>(q_, rows.k + tokens[i] * rows.k_pitch, head_dim_) : vf{};
-      products[i] = i < n ? dot<VECTORS>(do_, rows.v + tokens[i] * rows.v_pitch, v_dim_) : vf{};
-    }
-    alignas(64) float p[VL], ds[VL];
-    const vf s = horizontal_sums(scores), d_score = horizontal_sums(products) - delta_;
+    for (int i = 0; i < N; ++i) partial[i] = i < n ? dot<VECTORS>(a, b + tokens[i] * pitch, dim) : vf{};
+    return horizontal_sums<N>(partial);
+  }
+  template <int VECTORS>
+  SX_INLINE vf few_products(const float* a, const T* b, int64_t pitch, const int32_t* tokens, int n, int64_t dim) const {
+    if (n <= 4) return products<VECTORS, 4>(a, b, pitch, tokens, n, dim);
+    if constexpr (VL > 8) if (n <= 8) return products<VECTORS, 8>(a, b, pitch, tokens, n, dim);
+    return products<VECTORS, VL>(a, b, pitch, tokens, n, dim);
+  }
+
+  template <int VECTORS> SX_INLINE void step(const GradientRows<T>& rows, const int32_t* tokens, int n, RowEdges edges) {
+    alignas(64) float p[VL], ds[VL], scaled_ds[VL];
+    const vf s = few_products<VECTORS>(q_, rows.k, rows.k_pitch, tokens, n, head_dim_);
+    const vf d_score = few_products<VECTORS>(do_, rows.v, rows.v_pitch, tokens, n, v_dim_) - delta_;
     if constexpr (HAS_SCORE_MOD) {
       vi places{};
       for (int i = 0; i < n; ++i) places[i] = tokens[i];
@@ -106,6 +116,7 @@ template <class T> class RowGradient {
       store(p, probability);
       store(ds, probability * d_score);
     }
+    store(scaled_ds, load(ds) * scale_);
     if constexpr (VECTORS > 0) {
       vf dq[VECTORS];
 #pragma GCC unroll 8
@@ -116,7 +127,7 @@ template <class T> class RowGradient {
 #pragma GCC unroll 8
         for (int x = 0; x < VECTORS; ++x) {
           dq[x] += ds[i] * load_f32(k + x * VL);
-          store(dk + x * VL, load(dk + x * VL) + ds[i] * load(q_ + x * VL));
+          store(dk + x * VL, load(dk + x * VL) + scaled_ds[i] * load(q_ + x * VL));
           store(dv + x * VL, load(dv + x * VL) + p[i] * load(do_ + x * VL));
         }
       }
@@ -130,7 +141,7 @@ template <class T> class RowGradient {
         for (int64_t x = 0; x < head_dim_; x += VL) {
           const vf key = x + VL <= head_dim_ ? load_f32(k + x) : load_f32_partial(k + x, (int)(head_dim_ - x));
           store(dq_ + x, load(dq_ + x) + ds[i] * key);
-          store(dk + x, load(dk + x) + ds[i] * load(q_ + x));
+          store(dk + x, load(dk + x) + scaled_ds[i] * load(q_ + x));
         }
         for (int64_t x = 0; x < v_dim_; x += VL) store(dv + x, load(dv + x) + p[i] * load(do_ + x));
       }

@@ -10,7 +10,8 @@
 
 namespace sx {
 
-template <class T> class TileForward {
+// HAS_LEFTOVERS: whether there may be gathered columns and single edges beside the tiles.
+template <class T, bool HAS_LEFTOVERS> class TileForward {
  public:
   explicit TileForward(const Arguments& a) : a_(a), group_(a.q_heads / a.kv_heads) {}
 
@@ -52,12 +53,10 @@ template <class T> class TileForward {
     const Head h = head(copy);
     const int64_t unit = a_.item_unit[index];
     const bool is_whole = a_.item_slot[index] < 0;
-    const bool has_columns = a_.column_start && a_.column_start[index] < a_.column_stop[index];
-    const bool has_edges = a_.edge_start && a_.edge_start[index] < a_.edge_stop[index];
-    if (is_whole && has_edges && !has_columns && a_.tile_start[index] == a_.tile_stop[index]) {
-      walk_rows(h, unit, nullptr);
-      return;
-    }
+    const bool has_columns = HAS_LEFTOVERS && a_.column_start && a_.column_start[index] < a_.column_stop[index];
+    const bool has_edges = HAS_LEFTOVERS && a_.edge_start && a_.edge_start[index] < a_.edge_stop[index];
+    if constexpr (HAS_LEFTOVERS)
+      if (is_whole && has_edges && !has_columns && a_.tile_start[index] == a_.tile_stop[index]) return walk_rows(h, unit, nullptr);
     TileEngine<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     begin(engine, h, unit);
     for (int64_t t = a_.tile_start[index]; t < a_.tile_stop[index]; ++t) add_tile(engine, h, t);
@@ -67,15 +66,15 @@ template <class T> class TileForward {
         engine.number(a_, c);
         engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, token, a_.gathered_lanes[c]);
       }
-    if (!is_whole) {
+    if constexpr (HAS_LEFTOVERS) {
+      if (has_edges && is_whole) {
+        engine.unpack();
+        return walk_rows(h, unit, &engine);
+      }
       if (has_edges) join_rows(engine, h, unit, a_.edge_start[index], a_.edge_stop[index]);
-      engine.save(slot(copy, a_.item_slot[index]));
-    } else if (has_edges) {
-      engine.unpack();
-      walk_rows(h, unit, &engine);
-    } else {
-      finish(engine, h, unit);
     }
+    if (is_whole) finish(engine, h, unit);
+    else engine.save(slot(copy, a_.item_slot[index]));
   }
 
   void add_tile(TileEngine<T>& engine, const Head& h, int64_t tile) const {

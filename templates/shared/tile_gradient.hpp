@@ -5,8 +5,8 @@
 //
 //     dQ = scale · dS·K      dK = scale · dSᵀ·Q      dV = Pᵀ·dO
 //
-// where dK is left without its scale for whoever adds up its parts. S, dP and dS lie as in the forward pass, one lane a
-// query. dQ is accumulated transposed, as the output is; dK and dV are added to fp32 rows in memory, whose lanes lie along the dimension while the sum runs over the block's queries. Whoever
+// S, dP and dS lie as in the forward pass, one lane a query. dQ is accumulated transposed, as the output is; dK and dV are
+// added to fp32 rows in memory, whose lanes lie along the dimension while the sum runs over the block's queries. Whoever
 // calls sees to it that no two threads add to the same rows: there are no atomics, and the order of sums is fixed.
 //
 // Source: Dao et al., "FlashAttention", NeurIPS 2022, algorithm 4 and appendix B.
@@ -19,7 +19,7 @@ namespace sx {
 // to[key][lanes] += Σ_query weight[key][query] · rows[query][lanes] for KEYS keys and VECTORS vectors of a dimension.
 template <int KEYS, int VECTORS, class Operand>
 static void row_block(const Operand* weight, int64_t weight_pitch, const Operand* rows, int64_t rows_pitch, int64_t first,
-                      int64_t last, float* const* to, int64_t column) {
+                      int64_t last, float factor, float* const* to, int64_t column) {
   using V = decltype(broadcast((const Operand*)nullptr));
   vf acc[KEYS][VECTORS];
 #pragma GCC unroll 16
@@ -41,7 +41,7 @@ static void row_block(const Operand* weight, int64_t weight_pitch, const Operand
 #pragma GCC unroll 16
   for (int i = 0; i < KEYS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) store(to[i] + column + j * VL, load(to[i] + column + j * VL) + acc[i][j]);
+    for (int j = 0; j < VECTORS; ++j) store(to[i] + column + j * VL, load(to[i] + column + j * VL) + acc[i][j] * factor);
 }
 
 template <class T> class TileGradient {
@@ -146,11 +146,11 @@ template <class T> class TileGradient {
       differentiate(chunk);
       add_dq(chunk);
       if constexpr (PACK == 2) {
-        add_rows(chunk, (const Operand*)p_half_, block_q_ / 2, do_pairs_, v_pitch_, v_dim_, dv_);
-        add_rows(chunk, (const Operand*)ds_half_, block_q_ / 2, q_pairs_, q_pitch_, head_dim_, dk_);
+        add_rows(chunk, (const Operand*)p_half_, block_q_ / 2, do_pairs_, v_pitch_, v_dim_, 1.0f, dv_);
+        add_rows(chunk, (const Operand*)ds_half_, block_q_ / 2, q_pairs_, q_pitch_, head_dim_, scale_, dk_);
       } else {
-        add_rows(chunk, (const Operand*)s_, block_q_, (const Operand*)do_rows_, v_pitch_, v_dim_, dv_);
-        add_rows(chunk, (const Operand*)dp_, block_q_, (const Operand*)q_rows_, q_pitch_, head_dim_, dk_);
+        add_rows(chunk, (const Operand*)s_, block_q_, (const Operand*)do_rows_, v_pitch_, v_dim_, 1.0f, dv_);
+        add_rows(chunk, (const Operand*)dp_, block_q_, (const Operand*)q_rows_, q_pitch_, head_dim_, scale_, dk_);
       }
     }
     keys_ = 0;
@@ -330,9 +330,10 @@ template <class T> class TileGradient {
       });
   }
 
-  // to[key] += Σ weight[key][query] · rows[query] over the chunk's live queries; rows of `to` are padded to whole vectors.
+  // to[key] += factor · Σ weight[key][query] · rows[query] over the chunk's live queries; rows of `to` are padded to whole
+  // vectors.
   void add_rows(const Chunk& c, const Operand* weight, int64_t weight_pitch, const Operand* rows, int64_t pitch, int64_t dim,
-                float* const* to) {
+                float factor, float* const* to) {
     const int64_t first = c.low * VL / PACK, last = c.high * VL / PACK;
     for (int64_t column = 0; column < dim; column += BLOCK_VECTORS * VL)
       with_vectors((dim - column + VL - 1) / VL, [&](auto vectors) {
@@ -340,7 +341,7 @@ template <class T> class TileGradient {
         int i = c.first;
         in_groups<group_of(VECTORS)>(c.last - c.first, [&](auto keys) {
           constexpr int KEYS = decltype(keys)::value;
-          row_block<KEYS, VECTORS>(weight + i * weight_pitch, weight_pitch, rows, pitch, first, last, to + i, column);
+          row_block<KEYS, VECTORS>(weight + i * weight_pitch, weight_pitch, rows, pitch, first, last, factor, to + i, column);
           i += KEYS;
         });
       });

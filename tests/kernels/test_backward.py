@@ -170,8 +170,8 @@ def test_adds_to_dk_and_dv(name):
     kernel(*tensors, *again)
     kernel(*tensors, *again)
     assert torch.equal(again[0], once[0])
-    assert torch.equal(again[1], 2 * once[1])
-    assert torch.equal(again[2], 2 * once[2])
+    for twice, single in zip(again[1:], once[1:], strict=True):
+        torch.testing.assert_close(twice, 2 * single, rtol=1e-5, atol=1e-6 * float(single.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
