@@ -13,9 +13,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from bench.provenance import provenance
 
 import sparsec
 from sparsec import masks, score
@@ -89,7 +91,8 @@ def main() -> None:
     for (dtype, direction, name), ms in found.items():
         print(f"| {dtype} | {direction} | {name} | {ms:.2f} | {ms / found[dtype, direction, 'plain']:.2f} |")
     if options.json:
-        options.json.write_text(json.dumps({" / ".join(key): ms for key, ms in found.items()}, indent=1))
+        figures = {" / ".join(key): ms for key, ms in found.items()}
+        options.json.write_text(json.dumps({"provenance": asdict(provenance()), "ms": figures}, indent=1))
 
 
 if __name__ == "__main__":
