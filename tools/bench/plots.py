@@ -65,7 +65,8 @@ def _bars(rows: Sequence[CaseRow]) -> Figure:
             rates = [_rate(row, row.best(wanted)) for row in shown]
             places = [place - 0.4 + width * (index + 0.5) for place in range(len(shown))]
             axis.bar(places, rates, width, label=title(wanted), color=_COLOURS[index % len(_COLOURS)])
-        axis.set_xticks(range(len(shown)), [_label(row) for row in shown], rotation=30, ha="right", fontsize=8)
+        labels = [_label(row, shown) for row in shown]
+        axis.set_xticks(range(len(shown)), labels, rotation=30, ha="right", fontsize=8)
         axis.set_ylabel("useful GFLOP/s")
         axis.set_title(dtype, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
@@ -77,8 +78,11 @@ def _rate(row: CaseRow, best: PeerRow | None) -> float:
     return (row.gflops(best) or 0.0) if best is not None else 0.0
 
 
-def _label(row: CaseRow) -> str:
-    return row.case.name + "".join(f"\n{key} {value}" for key, value in row.case.varied.items())
+def _label(row: CaseRow, shown: Sequence[CaseRow]) -> str:
+    """The case's name, with the number of tokens where that tells two cases apart."""
+    lengths = {other.q_len for other in shown if other.case.name == row.case.name}
+    tokens = f"\n{row.q_len:,}" if len(lengths) > 1 else ""
+    return row.case.name + tokens + "".join(f"\n{key} {value}" for key, value in row.case.varied.items())
 
 
 def _lines(run: Run, rows: Sequence[CaseRow]) -> Figure:
