@@ -306,6 +306,13 @@ def test_derivative_is_the_slope(expr: Expr, at: float):
     assert slope == pytest.approx((left + right) / 2, rel=2e-2, abs=2e-3)
 
 
+def test_a_constant_branch_has_no_slope_where_the_function_around_it_is_steep():
+    expr = apply("sqrt", apply("where", q > 2, 0.0, score))
+    slope = expr.derivative("score")
+    assert slope.evaluate(score=np.float64(4.0), q_idx=3) == 0.0
+    assert slope.evaluate(score=np.float64(4.0), q_idx=1) == 0.25
+
+
 def test_derivative_with_respect_to_a_table():
     slope = Table(SLOPES, (h, kv % 3))
     expr = score + slope * slope * (q - kv)

@@ -59,9 +59,21 @@ def _chain(node: Apply, inner: list[Expr | None]) -> Expr | None:
     for slope, partial in zip(inner, _PARTIALS.get(node.op, _piecewise_constant)(node), strict=True):
         if slope is None or partial is None:
             continue
-        term = partial if slope == Const(1.0) else apply("mul", slope, partial)
+        term = _times(slope, partial)
         total = term if total is None else apply("add", total, term)
     return total
+
+
+def _times(slope: Expr, partial: Expr) -> Expr:
+    """`slope · partial`, branch by branch: a constant branch has slope 0 even where `partial` is infinite."""
+    if slope == Const(1.0):
+        return partial
+    if slope == _ZERO:
+        return _ZERO
+    if isinstance(slope, Apply) and slope.op == "where":
+        condition, chosen, other = slope.args
+        return apply("where", condition, _times(chosen, partial), _times(other, partial))
+    return apply("mul", slope, partial)
 
 
 def _piecewise_constant(node: Apply) -> tuple[Expr | None, ...]:
