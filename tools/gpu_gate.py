@@ -133,6 +133,9 @@ def run(minutes: float, parts: tuple[str, ...], results: Path) -> None:
         lost = watched(worker, record, until)
         if lost is None:
             break
+        if not record.running() and worker.returncode != _RUINED:
+            # No task is at fault: the next worker would end the same way.
+            raise click.ClickException(f"the process that does the work ended between two tasks: {lost}; see above")
         settle(record, lost, run_id)
     counts = record.counts()
     click.echo(json.dumps({**record.about, **counts, "record": str(record.path)}))

@@ -1,4 +1,4 @@
-"""Times on a GPU: our kernels beside torch's own, each checked for exactness before it is timed.
+"""Times on a GPU: our kernels beside torch's own, some rows of each held to the fp64 reference before it is timed.
 
 This file decides what is worth timing in minutes; the tuner measures the rest. It must not know what is recorded of it.
 """
@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
+import sparsec
 from gate.checks import TORCH_NAMES, Case, launch_of, own_kernels
 from sparsec import masks as m
 from sparsec.backends import reference
-from sparsec.backends.base import Launch, Problem, backend
+from sparsec.backends.base import Problem, backend
 from sparsec.device import Device
-from sparsec.masks.mask import Mask
+from sparsec.masks.mask import BoundMask, Mask
 from sparsec.template import Template
 
-ROOT = Path(__file__).resolve().parents[2]
+GRAPH = Path(sparsec.__file__).parent / "demo_data" / "debian_depends.npz"
 
 Result = dict[str, Any]  # one JSON object of a record
 
@@ -32,13 +33,9 @@ def bench_cases() -> Iterator[tuple[str, Mask, Problem]]:
     yield "causal", m.causal(), plain
     yield "bigbird", m.bigbird(64, 3, 2, 3, 0), plain
     yield "dilated", m.dilated(2048, 16), plain
-    graph = ROOT / "data" / "debian_depends.npz"
-    for found in (graph, *sorted(ROOT.parent.glob("shared/data/debian_depends.npz"))):
-        if found.is_file():
-            mask = m.load(found)
-            length = mask.bind(None).q_len
-            yield "debian-graph", mask, Problem(length, length, 8, 8, 64, 64, "fp16")
-            return
+    graph = m.load(GRAPH)
+    length = graph.bind(None).q_len
+    yield "debian-graph", graph, Problem(length, length, 8, 8, 64, 64, "fp16")
 
 
 def benchmarks(device: Device) -> Iterator[tuple[str, Callable[[], Result]]]:
@@ -70,20 +67,18 @@ def time_own(each: Template, name: str, case: Case, device: Device) -> Result:
     q, k, v = bench_inputs(p)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device="cuda")
     kernel(q, k, v, out, lse)
-    check_rows(q, k, v, out, launch)
+    check_rows(q, k, v, out, launch.work.bound, p)
     timed = median_us(lambda: kernel(q, k, v, out, lse))
     return timed | {"tflops": p.flops(launch.work.bound.nnz) / timed["us"] * 1e-6, "config": str(launch.config)}
 
 
-def check_rows(q: Any, k: Any, v: Any, out: Any, launch: Launch) -> None:
-    """Holds a few rows to the reference: a timed kernel is an exact one."""
-    bound = launch.work.bound
+def check_rows(q: Any, k: Any, v: Any, out: Any, bound: BoundMask, p: Problem) -> None:
+    """Holds a few rows to the reference: whatever is timed computes this mask."""
     rows = np.unique(np.linspace(0, bound.q_len - 1, 24).astype(int))
-    kv = (launch.problem.q_heads - 1) // (launch.problem.q_heads // launch.problem.kv_heads)
-    heads = tuple(t.double().cpu().numpy() for t in (q[0, -1], k[0, kv], v[0, kv]))
-    wanted, _ = reference.attention(*heads, bound, launch.scale, rows)
+    heads = tuple(t.double().cpu().numpy() for t in (q[0, -1], k[0, -1], v[0, -1]))
+    wanted, _ = reference.attention(*heads, bound, p.head_dim**-0.5, rows)
     got = out[0, -1].double().cpu().numpy()[rows]
-    limit = 8 * reference.unit_roundoff(launch.problem.dtype) * max(1.0, float(np.abs(wanted).max()))
+    limit = 8 * reference.unit_roundoff(p.dtype) * max(1.0, float(np.abs(wanted).max()))
     error = float(np.abs(got - wanted).max())
     if not error <= limit:
         raise AssertionError(f"a timed row is off by {error:.3g}, and {limit:.3g} is allowed")
@@ -104,9 +99,10 @@ def time_flex(mask: Mask, p: Problem) -> Result:
     block_mask = create_block_mask(predicate, None, None, p.q_len, p.kv_len, device="cuda")
     compiled = torch.compile(flex_attention, mode="max-autotune-no-cudagraphs", dynamic=False)
     q, k, v = bench_inputs(p)
-    grouped = p.q_heads != p.kv_heads
+    grouped, bound = p.q_heads != p.kv_heads, mask.bind(p.q_len, p.kv_len)
+    check_rows(q, k, v, compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped), bound, p)
     timed = median_us(lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped))
-    return timed | {"tflops": p.flops(mask.bind(p.q_len, p.kv_len).nnz) / timed["us"] * 1e-6}
+    return timed | {"tflops": p.flops(bound.nnz) / timed["us"] * 1e-6}
 
 
 def time_sdpa(p: Problem) -> Result:
@@ -114,6 +110,7 @@ def time_sdpa(p: Problem) -> Result:
 
     q, k, v = bench_inputs(p)
     attend = torch.nn.functional.scaled_dot_product_attention
+    check_rows(q, k, v, attend(q, k, v, is_causal=True), m.causal().bind(p.q_len, p.kv_len), p)
     timed = median_us(lambda: attend(q, k, v, is_causal=True))
     return timed | {"tflops": p.flops(p.q_len * (p.q_len + 1) // 2) / timed["us"] * 1e-6}
 
