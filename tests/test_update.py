@@ -13,8 +13,15 @@ from cases import by_degree, case, scattered
 import sparsec
 from sparsec import buffers, runtime
 from sparsec import masks as m
+from sparsec.analysis import analyse
+from sparsec.backends import cpu, reference
+from sparsec.backends.base import Problem, backend
+from sparsec.device import detect_cpu
 from sparsec.errors import MaskError
 from sparsec.planner import plans, search
+from sparsec.planner.shortlist import shortlist
+from sparsec.records import RecordKey, TuningRecord, Workload
+from sparsec.template import template
 
 from kernels import running  # isort: skip
 
@@ -90,6 +97,69 @@ def test_the_result_is_that_of_the_new_mask(name, monkeypatch):
     fresh = sparsec.compile(after, 600, template="row_traversal")
     for mine, other in zip(got, torch.autograd.grad(fresh(q, k, v), (q, k, v), d_out), strict=True):
         torch.testing.assert_close(mine, other, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (PAIRS["csr"][0], PAIRS["csr"][1]),
+        PAIRS["heads"][:2],
+        # Two groups of one mask, with other heads: the plan itself gives them the same launches.
+        tuple(
+            m.per_batch(
+                [m.per_head([m.random_edges(d, 0), m.random_edges(3, 0)]), m.per_head([m.random_edges(3, 0)] * 2)]
+            )
+            for d in (2, 5)
+        ),
+    ],
+    ids=["edges", "heads", "batch-of-heads"],
+)
+def test_a_backward_pass_that_records_name_follows_the_new_mask(before, after, no_records):
+    bound = after.bind(600)
+    heads = bound.n_heads or 2
+    problem = Problem(600, 600, heads, heads, 24, 24, batch=bound.n_batch or 1, needs_grad=True)
+    rows, tiles = template("row_traversal"), template("block_sparse")
+    compiler = backend("cpu").toolchain()
+    workload = Workload.of(analyse(before.bind(600).select(0, 0)), heads=heads, batch=problem.batch)
+    for each, direction, us in (
+        (rows, "forward", 1.0),
+        (tiles, "forward", 9.0),
+        (template("hybrid"), "forward", 9.0),
+        (rows, "backward", 9.0),
+        (tiles, "backward", 1.0),
+    ):
+        key = RecordKey.of(each, "cpu", problem, detect_cpu(), direction)
+        config = shortlist(each, "cpu", problem, detect_cpu())[0][0]
+        no_records.extend([TuningRecord(key, workload, config, (us,), toolchain=compiler)])
+    attn = sparsec.compile(before, 600, reorder="off")
+    generator = torch.Generator().manual_seed(5)
+    q, k, v, d_out = torch.randn(4, problem.batch, heads, 600, 24, generator=generator)
+
+    def check(bound):
+        given = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        attn(*given).backward(d_out)
+        by_records = [group.backward for group in attn.plan.groups]
+        assert any(launches and launches[0].template is tiles for launches in by_records)
+        for b in range(problem.batch):
+            for h in range(heads):
+                own = bound.select(b, h)
+                arrays = [tensor[b, h].double().numpy() for tensor in (q, k, v)]
+                above = d_out[b, h].double().numpy(), np.zeros(600)
+                expected = reference.gradients(*arrays, own, 24**-0.5, *above)
+                allowed = reference.gradient_tolerances(*arrays, own, 24**-0.5, *above, "fp32")
+                for name, tensor, wanted, limit in zip("qkv", given, expected, allowed, strict=True):
+                    running.check_close(tensor.grad[b, h], wanted, limit, f"d{name} of head {h}, batch element {b}")
+
+    check(before.bind(600))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cpu, "_compile", lambda *_: pytest.fail("compiled again"))
+        attn.update(after)
+        check(bound)
+    group = attn.plan.groups[0]
+    assert group.expected_us is None
+    assert group.backward is None or group.backward_source.endswith("kept for another mask")
+    attn.update(before)
+    check(before.bind(600))
 
 
 def test_a_mask_of_another_structure_is_refused():

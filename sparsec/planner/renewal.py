@@ -14,14 +14,14 @@ from operator import add
 
 import numpy as np
 
-from sparsec.backends.base import Problem
+from sparsec.backends.base import Launch, Problem, Work
 from sparsec.cost import estimate
 from sparsec.device import Device
 from sparsec.errors import MaskError
-from sparsec.layout import EdgeOrder, reordered
+from sparsec.layout import EdgeOrder, Ordering, reordered
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.parts import distinct_masks, residue_part, rows_apart
-from sparsec.planner.plans import Group, Plan, Step
+from sparsec.planner.plans import Group, Plan
 from sparsec.planner.works import build_work
 
 
@@ -69,14 +69,19 @@ def shared_group(
     twin: Group, heads: tuple[int, ...], batch: tuple[int, ...], problem: Problem, device: Device
 ) -> Group:
     """Other heads and batch elements of the same mask: the same launches, over the same index arrays."""
+
+    def shared(launch: Launch) -> Launch:
+        schedule = launch.work.schedule
+        copies = max(1, schedule.copies * len(heads) // len(twin.heads))
+        work = replace(launch.work, schedule=replace(schedule, copies=copies))
+        return replace(launch, work=work, heads=heads, batch=batch)
+
     steps = []
     for step in twin.steps:
-        work = step.launch.work
-        copies = max(1, work.schedule.copies * len(heads) // len(twin.heads))
-        work = replace(work, schedule=replace(work.schedule, copies=copies))
-        is_dense = step.launch.template.layout == "none"
-        cost = step.estimate if is_dense else estimate(work, problem, device, len(heads))
-        steps.append(replace(step, launch=replace(step.launch, work=work, heads=heads, batch=batch), estimate=cost))
+        launch = shared(step.launch)
+        is_dense = launch.template.layout == "none"
+        cost = step.estimate if is_dense else estimate(launch.work, problem, device, len(heads))
+        steps.append(replace(step, launch=launch, estimate=cost))
     return replace(
         twin,
         heads=heads,
@@ -84,15 +89,27 @@ def shared_group(
         is_whole_batch=batch == tuple(range(problem.batch)),
         steps=tuple(steps),
         estimate=reduce(add, (step.estimate for step in steps)),
+        expected_us=None,
+        backward=None if twin.backward is None else tuple(map(shared, twin.backward)),
     )
 
 
 def _renewed_group(plan: Plan, group: Group, bound: BoundMask, heads: tuple[int, ...], batch: tuple[int, ...]) -> Group:
-    parts = _parts(group, bound)
     edges = _edges(group, bound)
-    steps = tuple(
-        _renewed_step(plan, step, part, heads, batch, edges) for step, part in zip(group.steps, parts, strict=True)
-    )
+
+    def taken_over(launch: Launch, part: BoundMask) -> Launch:
+        return replace(launch, work=_renewed_work(plan, launch, part, len(heads), edges), heads=heads, batch=batch)
+
+    steps = []
+    for step, part in zip(group.steps, _parts(group, bound), strict=True):
+        launch = taken_over(step.launch, part)
+        is_dense = launch.template.layout == "none"
+        cost = step.estimate if is_dense else estimate(launch.work, plan.problem, plan.device, len(heads))
+        steps.append(replace(step, launch=launch, estimate=cost))
+    backward = group.backward
+    if backward is not None:
+        # Records name one launch for the whole mask, or none.
+        backward = tuple(taken_over(launch, _in_order(bound, launch.work.ordering)) for launch in backward)
     return replace(
         group,
         bound=bound,
@@ -100,13 +117,21 @@ def _renewed_group(plan: Plan, group: Group, bound: BoundMask, heads: tuple[int,
         batch=batch,
         is_whole_batch=batch == tuple(range(plan.problem.batch)),
         known_profile=None,
-        steps=steps,
+        steps=tuple(steps),
         estimate=reduce(add, (step.estimate for step in steps)),
-        config_source=f"{group.config_source.removesuffix(_KEPT)}{_KEPT}",
+        config_source=_kept(group.config_source),
+        # What was measured was another mask.
+        expected_us=None,
+        backward=backward,
+        backward_source=_kept(group.backward_source) if backward is not None else "",
     )
 
 
 _KEPT = ", kept for another mask"
+
+
+def _kept(source: str) -> str:
+    return f"{source.removesuffix(_KEPT)}{_KEPT}"
 
 
 def _edges(group: Group, bound: BoundMask) -> EdgeOrder | None:
@@ -118,43 +143,38 @@ def _edges(group: Group, bound: BoundMask) -> EdgeOrder | None:
     return EdgeOrder(bound)
 
 
-def _renewed_step(
-    plan: Plan,
-    step: Step,
-    part: BoundMask,
-    heads: tuple[int, ...],
-    batch: tuple[int, ...],
-    edges: EdgeOrder | None,
-) -> Step:
-    launch, problem = step.launch, plan.problem
+def _renewed_work(plan: Plan, launch: Launch, part: BoundMask, n_heads: int, edges: EdgeOrder | None) -> Work:
+    before = launch.work
     if launch.template.layout == "none":
-        if part.nnz != launch.work.bound.nnz or part != launch.work.bound:
+        if part.nnz != before.bound.nnz or part != before.bound:
             raise MaskError(
-                f"this plan runs {launch.work.bound.mask} as dense attention, which {part.mask} is not: compile it on "
+                f"this plan runs {before.bound.mask} as dense attention, which {part.mask} is not: compile it on "
                 "its own"
             )
-        return replace(step, launch=replace(launch, heads=heads, batch=batch))
-    rows = launch.work.rows
-    work = build_work(
+        return before
+    return build_work(
         launch.template,
         launch.config,
         part,
-        problem,
+        plan.problem,
         plan.device,
-        heads=len(heads),
-        ordering=launch.work.ordering,
-        row_form=rows.form if rows is not None and rows.form == "edges" else None,
+        heads=n_heads,
+        ordering=before.ordering,
+        row_form=before.rows.form if before.rows is not None and before.rows.form == "edges" else None,
         edges=edges,
     )
-    cost = estimate(work, problem, plan.device, len(heads))
-    return replace(step, launch=replace(launch, work=work, heads=heads, batch=batch), estimate=cost)
+
+
+def _in_order(bound: BoundMask, order: Ordering) -> BoundMask:
+    """The mask in an order of tokens."""
+    return bound if order.q_order is None and order.kv_order is None else reordered(bound, order)
 
 
 def _parts(group: Group, bound: BoundMask) -> tuple[BoundMask, ...]:
     """The mask of each step, in its order of tokens: the same parts that the group's own mask was taken apart into."""
     orders = [step.launch.work.ordering for step in group.steps]
     if len(group.steps) == 1:
-        return (bound if orders[0].q_order is None and orders[0].kv_order is None else reordered(bound, orders[0]),)
+        return (_in_order(bound, orders[0]),)
     if not group.is_joined:
         rows = orders[1].q_order
         assert rows is not None, "heavy rows have an order of their own"
