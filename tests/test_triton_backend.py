@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from dataclasses import replace
@@ -58,6 +59,23 @@ def test_the_default_fits_every_device(name, gpu, head_dim, dtype):
     assert shape.shared_bytes <= made.device.shared_bytes_per_block
     assert shape.num_warps <= 8
     assert shape.num_stages >= 1
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_shapes_hold_no_elements_of_tuples(name):
+    """Triton 3.6 does not compile `tl.zeros([BLOCK, DIMS[1]])`; later ones do."""
+    n_shapes = 0
+    for path in triton.source_files(template(name)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("zeros", "full")
+            ):
+                n_shapes += 1
+                elements = [each.value for each in node.args[0].elts if isinstance(each, ast.Subscript)]
+                assert not any(isinstance(each, ast.Name) for each in elements), f"{path.name}:{node.lineno}"
+    assert n_shapes > 4
 
 
 def test_refusals():

@@ -257,8 +257,11 @@ def backward(
         if DIMS[3] == CHUNK_2:
             rows_2 = load_rows(base_2, offsets_2, inside, DIMS[2], DIMS[3])
     rows = (rows_1, rows_2, base_1, offsets_1, base_2, offsets_2, inside)
-    acc_1 = tl.zeros([BLOCK, DIMS[1]], tl.float32)
-    acc_2 = tl.zeros([BLOCK, DIMS[3]], tl.float32)
+    # Triton 3.6 takes no element of a tuple as part of a shape.
+    width_1: tl.constexpr = DIMS[1]
+    width_2: tl.constexpr = DIMS[3]
+    acc_1 = tl.zeros([BLOCK, width_1], tl.float32)
+    acc_2 = tl.zeros([BLOCK, width_2], tl.float32)
 
     for i in range(tl.load(head_indptr + head_index), tl.load(head_indptr + head_index + 1)):
         other_head = tl.load(stream_heads + i).to(tl.int64)
@@ -348,8 +351,10 @@ def add_up(
     width: tl.constexpr = DIMS[0] if IS_DQ else DIMS[0] + DIMS[2]
     column_1, column_2 = tl.arange(0, DIMS[1])[None, :], tl.arange(0, DIMS[3])[None, :]
     is_1, is_2 = inside[:, None] & (column_1 < DIMS[0]), inside[:, None] & (column_2 < DIMS[2])
-    sum_1 = tl.zeros([ROWS, DIMS[1]], tl.float32)
-    sum_2 = tl.zeros([ROWS, DIMS[3]], tl.float32)
+    width_1: tl.constexpr = DIMS[1]
+    width_2: tl.constexpr = DIMS[3]
+    sum_1 = tl.zeros([ROWS, width_1], tl.float32)
+    sum_2 = tl.zeros([ROWS, width_2], tl.float32)
     first_slot = tl.load(merge_indptr + merged)
     for i in range((tl.load(merge_indptr + merged + 1) - first_slot).to(tl.int32)):
         at = partial + (((copy * n_slots + first_slot + i) * BLOCK + row) * width)[:, None]
