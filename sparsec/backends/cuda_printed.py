@@ -17,7 +17,7 @@ from sparsec.expr import CUDA, CUDA_FUNCTIONS, Expr, needs_int64
 from sparsec.masks.mask import BoundMask
 from sparsec.score import ScoreMod
 
-# `kMaxTables` of row_traversal/rows.cuh.
+# `kMaxTables` of shared/launch.cuh.
 MAX_TABLES: Final = 16
 # More batch elements and heads than these are in no GPU's memory.
 _MOST: Final = 1 << 20

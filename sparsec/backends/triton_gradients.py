@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sparsec.backends.base import Launch, Work
+from sparsec.backends.tile_lists import tile_arrays
 from sparsec.backends.triton_calls import (
     ACCUMULATOR_PER_THREAD,
     MERGE_ROWS,
@@ -19,7 +20,6 @@ from sparsec.backends.triton_calls import (
     Call,
     functions_of,
     kernel_scale,
-    tile_arrays,
     width,
 )
 from sparsec.layout import Ordering, RowLists, row_lists, schedule

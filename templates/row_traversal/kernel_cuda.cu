@@ -8,6 +8,7 @@
 #include "row_traversal/backward.cuh"
 #else
 #include "row_traversal/rows.cuh"
+#include "shared/states.cuh"
 
 namespace sx {
 
@@ -92,12 +93,6 @@ SX_INLINE void join_teams(State& state) {
   }
 }
 
-// A sum that is not a number is not 0: it goes through to the output.
-SX_INLINE float inverse_of(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
-SX_INLINE float lse_of(float peak, float total) {
-  return total == 0.0f ? negative_infinity() : (peak + log2f(total)) * kLn2;
-}
-
 SX_INLINE void write_row(const Arguments& a, const Copy& copy, i64 token, const State& state, int lane) {
 #pragma unroll
   for (int p = 0; p < kPack; ++p) {
@@ -114,26 +109,21 @@ SX_INLINE void write_row(const Arguments& a, const Copy& copy, i64 token, const 
 constexpr int kStateWords = kVDim + 2;
 
 // Joins `n` states of one head, `stride` floats apart, in their order; the block shares the columns.
-SX_INLINE void join_states(const Arguments& a, const Copy& copy, int p, i64 token, const float* states, int n, i64 stride, float* to) {
-  float peak = negative_infinity(), total = 0.0f;
-  for (int i = 0; i < n; ++i) peak = fmaxf(peak, states[i * stride]);
-  const float base = peak == negative_infinity() ? 0.0f : peak;
-  for (int i = 0; i < n; ++i) total = fmaf(states[i * stride + 1], power_of_two(states[i * stride] - base), total);
-  for (int column = threadIdx.x; column < kVDim; column += blockDim.x) {
-    float sum = 0.0f;
-    for (int i = 0; i < n; ++i) sum = fmaf(states[i * stride + 2 + column], power_of_two(states[i * stride] - base), sum);
+SX_INLINE void join(const Arguments& a, const Copy& copy, int p, i64 token, const float* states, int n, i64 stride, float* to) {
+  Out* row = a.out.at<Out>(copy.batch, copy.head + p) + token * a.out.row;
+  const float2 joined = join_states<kVDim>(states, n, stride, threadIdx.x, blockDim.x, [&](int column, float sum, float total) {
     if (to) {
       to[2 + column] = sum;
     } else {
       sum *= inverse_of(total);
-      Writer<Out, 1>::write(a.out.at<Out>(copy.batch, copy.head + p) + token * a.out.row + column, &sum);
+      Writer<Out, 1>::write(row + column, &sum);
     }
-  }
+  });
   if (threadIdx.x == 0) {
     if (to)
-      to[0] = peak, to[1] = total;
+      to[0] = joined.x, to[1] = joined.y;
     else if (a.lse)
-      a.lse[copy.batch * a.lse_batch + (copy.head + p) * a.lse_head + token] = lse_of(peak, total);
+      a.lse[copy.batch * a.lse_batch + (copy.head + p) * a.lse_head + token] = lse_of(joined.x, joined.y);
   }
 }
 
@@ -235,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __g
   const int row = a.lists.piece_row[job.entry], slot = a.lists.piece_slot[job.entry];
   for (int p = 0; p < kPack; ++p) {
     float* to = slot < 0 ? nullptr : a.partial + ((copy.index * a.lists.n_slots + slot) * kPack + p) * kStateWords;
-    join_states(a, copy, p, token_of(a.lists, row), states[0][p], kWarps, kPack * kStateWords, to);
+    join(a, copy, p, token_of(a.lists, row), states[0][p], kWarps, kPack * kStateWords, to);
   }
 }
 
@@ -247,6 +237,6 @@ extern "C" __global__ void __launch_bounds__(128) merge(const __grid_constant__ 
   const int merged = index / kPack, p = index % kPack;
   const i64 first = a.lists.merge_indptr[merged], n = a.lists.merge_indptr[merged + 1] - first;
   const float* states = a.partial + ((copy.index * a.lists.n_slots + first) * kPack + p) * kStateWords;
-  join_states(a, copy, p, token_of(a.lists, a.lists.merge_row[merged]), states, (int)n, kPack * kStateWords, nullptr);
+  join(a, copy, p, token_of(a.lists, a.lists.merge_row[merged]), states, (int)n, kPack * kStateWords, nullptr);
 }
 #endif

@@ -7,6 +7,7 @@
 // The backward pass walks the transposed lists with the same words: a "row" is then a key, and its "keys" are queries.
 #pragma once
 #include "shared/device.cuh"
+#include "shared/launch.cuh"
 // A score modifier is a header that the host generates: Score::value and Score::slope.
 #if defined(SX_SCORE)
 #include "score_generated.cuh"
@@ -20,9 +21,6 @@ constexpr int kLanes = SX_LANES;
 constexpr int kTeams = 32 / SX_LANES;
 constexpr int kKeys = SX_KEYS;
 constexpr int kWarps = SX_WARPS;
-
-constexpr int kMaxTables = 16;
-constexpr float kLog2E = 1.4426950408889634f;
 
 // The index arrays of a launch; the host's side of it is `Lists` in backends/cuda_calls.py.
 struct Lists {
@@ -47,21 +45,6 @@ struct Lists {
   int n_offsets, row_len, key_len, group;
   const void* tables[kMaxTables];  // of the score modifier
 };
-
-// One batch element and head pack.
-struct Copy {
-  i64 index, batch, head;
-};
-
-// Packs that share keys walk the same rows side by side, so that one finds in the cache what another has fetched.
-SX_INLINE Copy copy_of(const Lists& lists, unsigned n_jobs, unsigned* job) {
-  const unsigned inner = blockIdx.x % lists.abreast, rest = blockIdx.x / lists.abreast;
-  const unsigned index = rest / n_jobs * lists.abreast + inner;
-  *job = rest % n_jobs;
-  return {index, lists.batches[index / lists.n_heads], lists.heads[index % lists.n_heads]};
-}
-
-SX_INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // What a team takes: entries of a bin, one after the other, and of a row's keys every so manyth.
 struct Job {

@@ -16,6 +16,7 @@ using i64 = long long;
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
 
 SX_INLINE float negative_infinity() { return __int_as_float(0xff800000); }
 
