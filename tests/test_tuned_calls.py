@@ -10,12 +10,15 @@ from click.testing import CliRunner
 
 import sparsec
 from sparsec import masks as m
+from sparsec import score
 from sparsec.cli import entry
 from sparsec.cli.entry import sparsec as program
 from sparsec.device import detect_cpu
 from sparsec.planner import plan
+from sparsec.planner.measured import COST_MODEL
 from sparsec.records import Calibration
-from sparsec.tuning import first_call, tuner
+from sparsec.tuning import calibrate, first_call, tuner
+from sparsec.tuning.measure import LocalMeasurer, Measurement
 
 MASK, LENGTH = m.window(100, 0), 1500
 
@@ -27,12 +30,12 @@ def eager(monkeypatch):
     monkeypatch.setattr(first_call, "_CALLS", 1e9)
 
 
-def call(tune: str) -> sparsec.Attention:
-    attention = sparsec.compile(MASK, LENGTH, tune=tune)
+def call(tune: str, scale: float | None = None) -> sparsec.Attention:
+    attention = sparsec.compile(MASK, LENGTH, tune=tune, scale=scale)
     q = torch.randn(1, 2, LENGTH, 32)
     out = attention(q, q, q)
     dense = torch.from_numpy(MASK.bind(LENGTH).to_dense())
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=dense)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=dense, scale=scale)
     assert torch.allclose(out, wanted, atol=1e-5)
     return attention
 
@@ -46,7 +49,35 @@ def test_a_first_call_measures_a_short_list_once_and_remembers(no_records, eager
     assert {record.key.template for record in kept} == {first.plan.steps[0].launch.template.name}
     again = call("auto")
     assert len(list(no_records.records())) == len(kept)
-    assert again.plan.config_source != "cost model"
+    assert again.plan.config_source != COST_MODEL
+
+
+@pytest.mark.parametrize("score_mod", [None, score.soft_cap(5.0)])
+def test_what_plain_attention_would_call_wrong_is_not_measured(no_records, eager, score_mod):
+    """Of another scale, or of modified scores, a check against plain attention would say that every kernel is wrong."""
+    if score_mod is None:
+        call("auto", scale=0.9)
+    else:
+        q = torch.randn(1, 2, LENGTH, 32)
+        sparsec.compile(MASK, LENGTH, tune="auto", score_mod=score_mod)(q, q, q)
+    assert list(no_records.records()) == []
+
+
+def test_a_long_first_call_is_left_alone(no_records, eager, monkeypatch):
+    made = plan(MASK, sparsec.Problem(LENGTH, LENGTH, 2, 2), detect_cpu(), records=no_records)
+    assert first_call.is_welcome(made)
+    monkeypatch.setattr(first_call, "_MOST_US", made.estimate.us / 2)
+    assert not first_call.is_welcome(made)
+
+
+def test_a_first_call_lets_go_of_its_tensors_whatever_happens(no_records, eager, monkeypatch):
+    closed = []
+    close = LocalMeasurer.close
+    monkeypatch.setattr(LocalMeasurer, "close", lambda self: (closed.append(self), close(self)))
+    monkeypatch.setattr(LocalMeasurer, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        call("auto")
+    assert len(closed) == 1
 
 
 def test_a_new_mask_of_the_same_attention_is_not_measured(no_records, eager):
@@ -74,7 +105,7 @@ def test_quick_tuning_measures_in_another_process_and_plans_by_it(no_records, mo
     kept = list(no_records.records())
     assert any(record.timings_us for record in kept)
     assert all(record.failure is None for record in kept)
-    assert isinstance(attention.plan.config_source, str)
+    assert attention.plan.config_source.startswith("records of such a mask on this device")
 
 
 # The command.
@@ -137,3 +168,22 @@ def test_a_calibration_is_used_when_it_is_of_this_cost_model_and_can_be_believed
     assert made.device.vector_flops == cpu.vector_flops
     # The factor is that of all tiles' work.
     assert made.estimate.compute_us == pytest.approx(1.7 * plain.estimate.compute_us, rel=1e-5)
+
+
+def test_a_second_calibration_is_not_measured_through_the_first(no_records, monkeypatch):
+    took_us: dict[str, float] = {}
+
+    class AsAtFirst(LocalMeasurer):
+        """Takes 1.7 times what the model says the first time, and as long the second time."""
+
+        def measure(self, choice, look):
+            estimate_us = self._space.group(choice).estimate.us
+            us = took_us.setdefault(str(self._space.task), 1.7 * estimate_us)
+            return Measurement((us,), estimate_us=estimate_us)
+
+    monkeypatch.setattr(calibrate, "LocalMeasurer", AsAtFirst)
+    monkeypatch.setattr(calibrate, "_cpu_ceilings", lambda where: iter([("launch_us", detect_cpu().launch_us)]))
+    first = calibrate.calibrate(detect_cpu(), "cpu")
+    no_records.append(first)
+    assert dict(first.values)["tiles_fp32"] == pytest.approx(1.7)
+    assert calibrate.calibrate(detect_cpu(), "cpu").values == first.values

@@ -18,9 +18,10 @@ from tuning_programs import space, true_us
 
 from sparsec import masks as m
 from sparsec.backends.base import Problem
+from sparsec.cost import model_digest
 from sparsec.device import detect_cpu
 from sparsec.errors import SparsecError
-from sparsec.records import NEAR_TIE, RecordBase
+from sparsec.records import NEAR_TIE, Calibration, RecordBase
 from sparsec.template import Config, template
 from sparsec.tuning.exactness import Oracle, Result, make_inputs
 from sparsec.tuning.fleet import spaces_in
@@ -29,7 +30,7 @@ from sparsec.tuning.measure import LocalMeasurer, Look, Measurement
 from sparsec.tuning.recording import Recorder, nearest_choices, recorded_results
 from sparsec.tuning.replay import ReplayMeasurer, replay
 from sparsec.tuning.search import Budget, search
-from sparsec.tuning.space import Choice, Space, Task
+from sparsec.tuning.space import Arm, Choice, Space, Task, planned_group
 from sparsec.tuning.studies import Settings, Study, open_storage
 from sparsec.tuning.worker import Host, Limits, WorkerMeasurer
 
@@ -112,6 +113,34 @@ def test_a_wrong_or_failing_choice_never_wins():
     for kind in ("incorrect", "launch", "timeout", "compile", "constraint"):
         outcome, _ = searched(tried, results | {best: Measurement(failure=kind, reason="planted")})
         assert outcome.winner != best
+
+
+def test_where_the_default_failed_what_ran_serves_even_alone():
+    tried = one_kernel()
+    survivor = next(choice for choice in tried.choices() if choice not in tried.seeds())
+    results = {choice: Measurement(failure="launch", reason="planted") for choice in tried.choices()}
+    measurer = ReplayMeasurer(results | {survivor: Measurement((70.0,) * 9)})
+    study = Study(tried, open_storage(None), TPE)
+    outcome = search(tried, measurer, study, Budget(trials=100), near=[survivor])
+    assert (outcome.winner, outcome.winner_us, outcome.reason) == (survivor, 70.0, "")
+
+
+def test_estimates_of_a_space_are_all_of_one_calibration(no_records):
+    plain = one_kernel()
+    values = tuple((f"{kind}_fp32", 1.7) for kind in ("tiles", "rows"))
+    no_records.append(Calibration(plain.task.device.key, model_digest(), values))
+    tried = one_kernel()
+    other = next(choice for choice in tried.choices() if choice not in (tried.default, plain.default))
+    us = tried.group(other).estimate.compute_us
+    assert us == pytest.approx(1.7 * plain.group(other).estimate.compute_us, rel=1e-5)
+
+
+def test_dense_attention_as_a_choice_serves_the_heads_of_its_task_alone(no_records):
+    task = Task(m.full().bind(300), Problem(300, 300, 4, 4, 32, 32), detect_cpu(), heads=(1, 3))
+    by_tiles = planned_group(replace(task, template="block_sparse"))
+    dense = Choice(Arm("dense", "torch"), Config())
+    (step,) = Space(task, (dense.arm,), by_tiles).steps(dense)
+    assert (step.launch.template.name, step.launch.heads) == ("dense", (1, 3))
 
 
 def test_a_near_tie_goes_to_the_default():

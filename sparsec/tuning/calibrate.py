@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -36,6 +37,11 @@ _GPU_BYTES: Final = 1 << 30
 # A row of K or V, as single edges fetch it.
 _ROW_FLOATS: Final = 64
 _MATMUL: Final = 8192
+# What factors are measured of: the template of each, and a mask that suits it.
+_KINDS: Final[dict[str, tuple[str, masks.Mask]]] = {
+    "tiles": ("block_sparse", masks.window(511, 511)),
+    "rows": ("row_traversal", masks.random_edges(32, 0)),
+}
 
 
 def calibrate(device: Device, where: str, tell: Callable[[str], None] = lambda what: None) -> Calibration:
@@ -54,11 +60,13 @@ def calibrate(device: Device, where: str, tell: Callable[[str], None] = lambda w
     for name, value in probes:
         tell(name)
         values[name] = value
-    known = calibrated(device, values)
+    # The model as it is without factors, an earlier calibration's among them: they are what is measured.
+    plain = {f"{kind}_{dtype}": 1.0 for kind in _KINDS for dtype in DTYPES}
+    known = calibrated(device, values | plain)
     for dtype in DTYPES:
-        for kind, mask in (("tiles", masks.window(511, 511)), ("rows", masks.random_edges(32, 0))):
+        for kind in _KINDS:
             tell(f"{kind} in {dtype}")
-            factor = _factor(known, where, dtype, kind, mask)
+            factor = _factor(known, where, dtype, kind)
             if factor is not None:
                 values[f"{kind}_{dtype}"] = factor
     if not values:
@@ -185,19 +193,17 @@ def _best_s(call: Callable[[], object], where: str) -> float:
 # Factors of the cost model.
 
 
-def _factor(device: Device, where: str, dtype: Dtype, kind: str, mask: masks.Mask) -> float | None:
-    """Measured over estimated, of a mask that its template suits; None where the kernel is not to be had."""
+def _factor(device: Device, where: str, dtype: Dtype, kind: str) -> float | None:
+    """Measured over estimated; None where the kernel is not to be had."""
     length = 8192 if device.kind == "cpu" else 32_768
     heads = max(4, device.units // 4)
-    template_name = {"tiles": "block_sparse", "rows": "row_traversal"}[kind]
+    template_name, mask = _KINDS[kind]
     problem = Problem(length, length, heads, heads, _ROW_FLOATS, _ROW_FLOATS, dtype)
-    # The model as it is without factors: they are what is measured.
     try:
         task = Task(mask.bind(length), problem, device, template=template_name, reorder="off")
         space = Space(task)
-        measurer = LocalMeasurer(space, where, n_rows=2)
-        found = measurer.measure(space.default, Look(runs=_REPEATS, seconds=0.0))
-        measurer.close()
+        with closing(LocalMeasurer(space, where, n_rows=2)) as measurer:
+            found = measurer.measure(space.default, Look(runs=_REPEATS, seconds=0.0))
     except SparsecError:
         return None
     if not found.timings_us or not found.estimate_us:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsec.backends import reference
-from sparsec.backends.base import Dtype, Problem
+from sparsec.backends.base import Dtype
 from sparsec.masks import from_dense
 from sparsec.masks.mask import BoundMask
 from sparsec.tuning.space import Task
@@ -278,11 +278,6 @@ def make_inputs(task: Task, where: str) -> Inputs:
         return Inputs(q, k, v)
     d_out = normal(problem.q_heads, problem.q_len, problem.v_dim)
     return Inputs(q, k, v, d_out, normal(problem.q_heads, problem.q_len, 0, torch.float32))
-
-
-def input_bytes(problem: Problem, *, is_backward: bool) -> int:
-    """About what the tensors of a task take, results among them."""
-    return problem.tensor_bytes * (4 if is_backward else 2)
 
 
 # Any: an index array of numpy, which torch takes as it is.

@@ -6,7 +6,8 @@ sooner. So this measures only what cannot be felt:
 - only where no record is near: once per machine and kind of mask, and then it is remembered;
 - only configurations of the kernel that was chosen, whose parameters the compiled binary takes at run time. On a GPU
   each configuration is a compilation of seconds, which belongs in `sparsec tune`;
-- only for calls long enough to matter, and for no longer than some tens of them take, a second at most;
+- only for calls long enough to matter, and short enough that some tens of them take about a second;
+- only with the scale that records speak of, and without a score modifier: results are checked against plain attention;
 - never in a distributed job, where ranks must not differ; nor while a graph is captured or a call is traced.
 
 This file decides that. Results are checked as in every search, and near-ties go to the default.
@@ -19,7 +20,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
 from sparsec import data
@@ -31,12 +32,15 @@ from sparsec.template import template
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from sparsec.tuning.measure import Measurer
     from sparsec.tuning.space import Choice, Space
 
 logger = logging.getLogger(__name__)
 
-# Calls that take less are left alone; and so many of them are spent, up to a second.
+# Calls that take less are left alone, and so are those of which a contest would take seconds; of the rest so many are
+# spent, up to a second.
 _LEAST_US: Final = 2_000.0
+_MOST_US: Final = 40_000.0
 _CALLS: Final = 15
 _MOST_S: Final = 1.0
 
@@ -45,21 +49,29 @@ def is_welcome(made: Plan) -> bool:
     """Whether a first call of this plan may measure."""
     if made.device.kind != "cpu" or any(group.config_source != COST_MODEL for group in made.groups):
         return False
-    if len(made.groups) != 1 or len(made.steps) != 1 or made.estimate.us < _LEAST_US:
+    if len(made.groups) != 1 or len(made.steps) != 1:
+        return False
+    launch = made.steps[0].launch
+    if launch.score is not None or launch.scale != made.problem.head_dim**-0.5:
+        return False
+    if not _LEAST_US <= made.estimate.us <= _MOST_US:
         return False
     return not (data.is_distributed_job() or _is_distributed(sys.modules.get("torch")) or _is_traced())
 
 
 def measure(made: Plan, where: str, base: RecordBase) -> bool:
     """Measures a short list in this process, and remembers it; whether something was better than the plan."""
+    from sparsec.tuning.measure import LocalMeasurer
     from sparsec.tuning.space import Space, Task
 
     deadline = time.monotonic() + min(_MOST_S, _CALLS * made.estimate.us * 1e-6)
     group = made.groups[0]
-    problem = replace(made.problem, has_score_mod=False)
-    space = Space(Task(group.bound, problem, made.device, heads=group.heads, batch=group.batch), group=group)
+    space = Space(Task(group.bound, made.problem, made.device, heads=group.heads, batch=group.batch), group=group)
     choices = short_list(space)
-    return len(choices) > 1 and _contest(space, choices, where, deadline, base)
+    if len(choices) < 2:
+        return False
+    with closing(LocalMeasurer(space, where, n_rows=4)) as measurer:
+        return _contest(space, choices, measurer, deadline, base)
 
 
 def short_list(space: Space) -> list[Choice]:
@@ -73,12 +85,11 @@ def short_list(space: Space) -> list[Choice]:
     return list(dict.fromkeys([default, own, *space.neighbours(default), *space.neighbours(own)]))
 
 
-def _contest(space: Space, choices: Sequence[Choice], where: str, deadline: float, base: RecordBase) -> bool:
+def _contest(space: Space, choices: Sequence[Choice], measurer: Measurer, deadline: float, base: RecordBase) -> bool:
     """Those there is time for, in turns; whether the default lost."""
-    from sparsec.tuning.measure import LocalMeasurer, Look, Measurement
+    from sparsec.tuning.measure import Look, Measurement
     from sparsec.tuning.recording import Recorder
 
-    measurer = LocalMeasurer(space, where, n_rows=4)
     recorder = Recorder(space, base)
     took: dict[Choice, Measurement] = {}
     for choice in choices:
@@ -93,7 +104,6 @@ def _contest(space: Space, choices: Sequence[Choice], where: str, deadline: floa
     if len(finalists) < 2 or finalists[0] != space.default:
         return False
     found = measurer.compare(finalists, 7, max(deadline - time.monotonic(), 0.05))
-    measurer.close()
     finals = dict(zip(finalists, found, strict=True))
     recorder.contested(uuid.uuid4().hex[:12], finals)
     best = min(finals, key=lambda choice: finals[choice].us)

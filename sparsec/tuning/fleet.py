@@ -27,9 +27,6 @@ from sparsec.tuning.tuner import Job, check_is_here, search_space, spaces_of, wh
 from sparsec.tuning.worker import Host
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     import optuna
 
 # A task is given at least this.

@@ -113,16 +113,6 @@ class Observer(Protocol):
         ...
 
 
-class Silent:
-    """Watches nothing."""
-
-    def tried(self, choice: Choice, found: Measurement) -> None:
-        pass
-
-    def contested(self, contest: str, finals: dict[Choice, Measurement]) -> None:
-        pass
-
-
 def search(
     space: Space,
     measurer: Measurer,
@@ -265,11 +255,13 @@ class _Search:
 
     def _winner(self, finals: dict[Choice, Measurement], results: dict[Choice, Measurement]) -> tuple[Choice, str]:
         default = self._space.default
-        timed = {choice: found.us for choice, found in finals.items() if found.timings_us}
+        # There is no contest of one: what ran alone, beside a default that failed, wins by what it took.
+        timed = {choice: found.us for choice, found in (finals or results).items() if found.timings_us}
         if not timed:
-            return default, "nothing else ran" if len(results) < 2 else "the finalists could not be run in turns"
+            return default, "the finalists could not be run in turns" if finals else "nothing ran"
         best = min(timed, key=lambda choice: timed[choice])
-        if default in timed and timed[default] <= timed[best] * NEAR_TIE:
-            reason = "nothing was faster" if best == default else f"the best is within {NEAR_TIE - 1:.0%} of it"
-            return default, reason
-        return best, ""
+        if default not in timed or timed[default] > timed[best] * NEAR_TIE:
+            return best, ""
+        if len(timed) == 1:
+            return default, "nothing else ran"
+        return default, "nothing was faster" if best == default else f"the best is within {NEAR_TIE - 1:.0%} of it"

@@ -27,7 +27,6 @@ from sparsec.planner.works import IDENTITY, build_work, span_of
 from sparsec.template import Config, Tunable, template
 
 Direction = Literal["forward", "backward"]
-DIRECTIONS: Final[tuple[Direction, ...]] = ("forward", "backward")
 
 # An arm is left out of the space when the cost model puts its best at so many times the cheapest: the model is not that
 # wrong (tools/eval_cost.py says how wrong it is).
@@ -140,9 +139,10 @@ class Space:
     """
 
     def __init__(self, task: Task, arms: tuple[Arm, ...] | None = None, group: Group | None = None) -> None:
-        self.task = task
         planned = planned_group(task) if group is None else group
         self._group = replace(planned, heads=task.heads, batch=task.batch)
+        # The planner's device, by whose calibration its estimates are: others are compared with them.
+        self.task = replace(task, device=planned.steps[0].launch.device)
         self.arms = self._eligible() if arms is None else arms
         self._orders: dict[str, tuple[BoundMask, Ordering, MaskProfile]] = {}
 
@@ -263,8 +263,10 @@ class Space:
 
     def _dense_steps(self, choice: Choice) -> tuple[Step, ...]:
         """torch's own attention, which walks no index arrays."""
-        made = plan(self.task.bound, self.task.problem, self.task.device, template=choice.arm.template, reorder="off")
-        return made.groups[0].steps
+        task = self.task
+        alone = replace(task, template=choice.arm.template, backend=choice.arm.backend, reorder="off")
+        steps = planned_group(alone).steps
+        return tuple(replace(step, launch=replace(step.launch, heads=task.heads, batch=task.batch)) for step in steps)
 
     def group(self, choice: Choice) -> Group:
         """The planner's group with a choice in place of its own."""
@@ -277,16 +279,6 @@ class Space:
     def profile_of(self, arm: Arm) -> MaskProfile:
         """The mask's profile as the kernel of an arm walks it: in its order of tokens."""
         return self._ordered(arm.order)[2]
-
-    def estimate_us(self, choice: Choice) -> float | None:
-        """What the planner worked out for a choice, where it did."""
-        if choice == self.default:
-            return self._group.estimate.us
-        for each in self._group.alternatives:
-            named = Arm(each.template, each.backend, each.ordering)
-            if each.estimate is not None and (named, each.config) == (choice.arm, choice.config):
-                return each.estimate.us
-        return None
 
     def _ordered(self, name: str) -> tuple[BoundMask, Ordering, MaskProfile]:
         if name not in self._orders:

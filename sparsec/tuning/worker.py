@@ -126,7 +126,7 @@ class WorkerMeasurer:
         return {
             "mask": str(self._mask),
             "problem": asdict(task.problem),
-            "device": self._where if self._where != "cpu" else "cpu",
+            "device": self._where,
             "direction": task.direction,
             "heads": task.heads,
             "batch": task.batch,
