@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from test_records import DEFAULT, KEY, SMALL, WIDE, WIDER, WINDOW, record
 
 from sparsec.cli.entry import sparsec
+from sparsec.cost import model_digest
 from sparsec.records import Calibration, RecordBase, base
 from sparsec.records.upkeep import entries
 
@@ -25,6 +26,9 @@ import promote_records  # noqa: E402
 OTHER = replace(KEY, device="cpu-x86-64-avx2-8c")
 STALE = replace(KEY, source="0123456789abcdef")
 NEWER = json.dumps(record(SMALL).to_json() | {"schema": 2, "surprise": []})
+
+# Of today's cost model and of another, the last one of today's not the last of all.
+CALIBRATIONS = [(model_digest(), 2.0), (model_digest(), 3.0), ("another model", 4.0)]
 
 
 @pytest.fixture
@@ -139,6 +143,13 @@ def test_prune_drops_only_what_can_never_be_served(own):
     assert "dropped nothing" in db("prune")
 
 
+def test_prune_keeps_the_last_calibration_of_todays_cost_model(own):
+    own.extend(Calibration(KEY.device, source, (("launch_us", us),)) for source, us in CALIBRATIONS)
+    assert in_json("verify", file_of(own))["files"] == [{"path": str(file_of(own)), "usable": 2, "stale": 1}]
+    assert in_json("prune")[0]["dropped"] == {"stale": 2}
+    assert [dict(each.values)["launch_us"] for each in RecordBase([], own.own_folder).calibrations(KEY.device)] == [3.0]
+
+
 def test_an_unknown_command_names_the_nearest(own):
     assert "did you mean verify?" in db("verfy", code=2)
 
@@ -151,7 +162,7 @@ def test_promoting_takes_winners_contestants_and_lasting_failures_once(own, tmp_
     own.extend([record(), *(record(config, (20.0 + n,)) for n, config in enumerate(configs))])
     own.extend([record(WIDE, (), failure="timeout", workload=WIDER), record(key=STALE)])
     own.extend([record(configs[0], (), key=replace(KEY, dtype="bf16"), failure="launch")] * 2)
-    own.append(Calibration(KEY.device, "1", (("fma", 1e11),), date="2026-01-01"))
+    own.extend(Calibration(KEY.device, source, (("launch_us", us),)) for source, us in CALIBRATIONS)
     into = tmp_path / "autotune_db"
     into.mkdir()
 
@@ -165,7 +176,7 @@ def test_promoting_takes_winners_contestants_and_lasting_failures_once(own, tmp_
     shipped = RecordBase([], into)
     assert {each.config for each in shipped.records() if each.failure is None} == {DEFAULT, *configs[:4]}
     assert [each.failure for each in shipped.records() if each.failure] == ["launch"]
-    assert len(shipped.calibrations(KEY.device)) == 1
+    assert [each.values for each in shipped.calibrations(KEY.device)] == [(("launch_us", 3.0),)]
     assert shipped.lookup(KEY, WINDOW).config == own.lookup(KEY, WINDOW).config == configs[0]
     content = (into / f"{KEY.device}.jsonl").read_bytes()
     assert "nothing new" in promote().output

@@ -1,8 +1,9 @@
-"""Moves reviewed records of the user's cache into `autotune_db/`, from which they are shipped.
+"""Copies reviewed records of the user's cache into `autotune_db/`, from which they are shipped.
 
 What goes: of every workload that has a winner, the measurements of the winner, of the default and of the next best;
-failures that hold for every mask; calibrations. What does not: records of other sources than today's, configurations
-that are not legal, what is there already. Look at the table, run it again without `--dry-run`, and review the diff.
+failures that hold for every mask; the last calibration. What does not: records of other sources than today's,
+configurations that are not legal, what is there already. Look at the table, run it again without `--dry-run`, and review
+the diff.
 
     python tools/promote_records.py --dry-run
     python tools/promote_records.py --device cpu-x86-64-avx512-bf16-2c
@@ -28,7 +29,7 @@ from sparsec.report import Column, table
 @click.option("--into", type=click.Path(path_type=Path), help="Another folder than autotune_db/.")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Only show what would go.")
 def promote(devices: tuple[str, ...], source: Path | None, into: Path | None, is_dry_run: bool) -> None:
-    """Moves records worth shipping into autotune_db/."""
+    """Copies records worth shipping into autotune_db/."""
     try:
         _promote(devices, source or data.records_dir(), into or data.autotune_db_dir(), is_dry_run)
     except SparsecError as error:

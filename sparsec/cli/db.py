@@ -192,7 +192,7 @@ def prune(is_dry_run: bool, is_json: bool) -> None:
     """Drops from one's own records what can never be served again.
 
     That is: lines that say nothing, records of other sources than today's, configurations that the template no longer
-    allows, and repeated lines. Records of a newer sparsec stay.
+    allows, calibrations but the last, and repeated lines. Records of a newer sparsec stay.
     """
     from sparsec.records import upkeep
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from sparsec import data
+from sparsec.cost import model_digest
 from sparsec.data import JsonLine
 from sparsec.errors import RecordError, SparsecError
 from sparsec.records.base import DEVICE_KEY, RecordBase
@@ -19,8 +20,9 @@ from sparsec.records.record import Calibration, TuningRecord, is_newer, settings
 from sparsec.records.winners import Case
 from sparsec.template import templates
 
-# What a line is worth: it can be served (or forbids something); its sources are no longer today's; the template no
-# longer allows its configuration; a newer sparsec wrote it; it is in another device's file; it says nothing.
+# What a line is worth: it can be served (or forbids something); its sources, or the cost model that it calibrates, are
+# no longer today's; the template no longer allows its configuration; a newer sparsec wrote it; it is in another device's
+# file; it says nothing.
 Worth = Literal["usable", "stale", "illegal", "newer", "misplaced", "garbage"]
 
 # Failures that hold for every mask of a key: they are shipped, so that nobody meets them again.
@@ -86,6 +88,8 @@ def _entry(path: Path, line: JsonLine) -> Entry:
         return entry("garbage", str(error))
     if not device:
         return entry("garbage", f"device {named!r} is no device key")
+    if isinstance(record, Calibration) and record.source != model_digest():
+        return entry("stale", "the cost model is another now", record)
     if isinstance(record, TuningRecord):
         each = templates().get(record.key.template)
         if each is None or each.digest_of(record.key.backend) != record.key.source:
@@ -188,7 +192,8 @@ class Pruned:
 
 
 def prune(path: Path, *, is_dry_run: bool = False) -> Pruned:
-    """Drops what can never be served again: garbage, other sources, illegal configurations, repeated lines.
+    """Drops what can never be served again: garbage, other sources, illegal configurations, repeated lines, and every
+    calibration of a device but the last.
 
     Lines of a newer schema stay. The file appears anew, whole or not at all.
 
@@ -210,11 +215,18 @@ def prune(path: Path, *, is_dry_run: bool = False) -> Pruned:
 def _pruned(path: Path) -> tuple[Pruned, list[bytes]]:
     kept: dict[bytes, None] = {}
     dropped: dict[Worth, int] = defaultdict(int)
+    calibrated: dict[str, bytes] = {}
     for entry in entries(path):
-        if entry.worth in ("usable", "newer", "misplaced") and entry.text not in kept:
-            kept[entry.text] = None
-        else:
+        if entry.worth not in ("usable", "newer", "misplaced") or entry.text in kept:
             dropped[entry.worth] += 1
+            continue
+        kept[entry.text] = None
+        if isinstance(entry.record, Calibration):
+            earlier = calibrated.get(entry.device)
+            if earlier is not None:
+                del kept[earlier]
+                dropped["stale"] += 1
+            calibrated[entry.device] = entry.text
     return Pruned(path, dict(dropped), len(kept)), list(kept)
 
 
@@ -225,9 +237,10 @@ def worth_shipping(base: RecordBase, device: str) -> list[TuningRecord | Calibra
     """What of a device's records others should have, in order.
 
     Of each case that has a winner: the measurements of the winner, the default and the next best; failures that hold
-    for every mask, once for each configuration; and the device's calibrations.
+    for every mask, once for each configuration; and the device's last calibration of today's cost model.
     """
-    chosen: list[TuningRecord | Calibration] = list(base.calibrations(device))
+    calibrations = [each for each in base.calibrations(device) if each.source == model_digest()]
+    chosen: list[TuningRecord | Calibration] = [*calibrations[-1:]]
     seen: set[object] = set()
     for case in base.cases(device):
         for record in case.records:
