@@ -15,7 +15,7 @@ from sparsec.cli import entry
 from sparsec.cli.entry import sparsec as program
 from sparsec.device import detect_cpu
 from sparsec.planner import plan
-from sparsec.planner.measured import COST_MODEL
+from sparsec.planner.plans import COST_MODEL
 from sparsec.records import Calibration
 from sparsec.tuning import calibrate, first_call, tuner
 from sparsec.tuning.measure import LocalMeasurer, Measurement

@@ -2,8 +2,8 @@
 
 What goes: of every workload that has a winner, the measurements of the winner, of the default and of the next best;
 failures that hold for every mask; the last calibration. What does not: records of other sources than today's,
-configurations that are not legal, what is there already. Look at the table, run it again without `--dry-run`, and review
-the diff.
+configurations that are not legal, what is there already. Look at the table, run it again without `--dry-run`, and
+review the diff.
 
     python tools/promote_records.py --dry-run
     python tools/promote_records.py --device cpu-x86-64-avx512-bf16-2c

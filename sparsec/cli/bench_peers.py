@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sparsec.backends.base import DTYPE_BYTES, Dtype, Problem
 from sparsec.cli.demo_cases import Absent, Case, Tensors, peers
 from sparsec.masks import BoundMask, full
+from sparsec.planner.works import IDENTITY
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ def _ours(made: Plan, asked: Asked, given: Tensors) -> Iterator[Contestant]:
             if " + " in each.template or len(shown) > _RIVALS:
                 continue
             wanted = replace(asked, template=each.template, backend=each.backend, reorder="force")
-            if each.ordering == "tokens' own order":
+            if each.ordering == IDENTITY.name:
                 wanted = replace(wanted, reorder="off")
             rival = _planned(wanted, made.mask)
             if rival is None or _words(rival) in shown:

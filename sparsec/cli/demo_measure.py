@@ -18,6 +18,7 @@ import numpy.typing as npt
 from sparsec.backends import reference
 from sparsec.backends.base import Dtype
 from sparsec.masks import BoundMask, from_dense
+from sparsec.tuning.exactness import sampled_rows
 
 if TYPE_CHECKING:
     import torch
@@ -116,16 +117,8 @@ class Oracle:
 
 def _sampled(bound: BoundMask) -> tuple[npt.NDArray[np.int64], BoundMask]:
     """Some rows, and a mask of these alone: explicit edges give up their rows faster than an expression does."""
-    rows = _sampled_rows(bound)
+    rows = sampled_rows(bound, _SAMPLED_ROWS)
     return rows, _only(bound, rows)
-
-
-def _sampled_rows(bound: BoundMask) -> npt.NDArray[np.int64]:
-    """The first and the last query, those of most and of fewest keys, and others at random."""
-    degrees = bound.degrees("q")
-    marked = [0, bound.q_len - 1, int(degrees.argmax()), int(degrees.argmin())]
-    drawn = np.random.default_rng(0).choice(bound.q_len, min(_SAMPLED_ROWS, bound.q_len), replace=False)
-    return np.unique(np.concatenate((marked, drawn)))[:_SAMPLED_ROWS].astype(np.int64)
 
 
 def _only(bound: BoundMask, rows: npt.NDArray[np.int64]) -> BoundMask:

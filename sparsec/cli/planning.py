@@ -5,7 +5,7 @@ This file decides how the options of `explain` and `bench` become a `Problem`. I
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -118,8 +118,8 @@ def count(name: str, text: str, most: int | None = None) -> Callable[[_Command],
     return click.option(name, type=click.IntRange(1, most), metavar="N", help=text)
 
 
-def planning_options(command: _Command) -> _Command:
-    """The options of `Asked`."""
+def shape_options(command: _Command) -> _Command:
+    """Lengths, heads, dimensions and dtype."""
     options = (
         count("--seq-len", "Queries; may be left out where the mask knows its lengths."),
         count("--kv-len", "Keys, where they are not as many."),
@@ -131,6 +131,13 @@ def planning_options(command: _Command) -> _Command:
         click.option(
             "--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of q, k, v and out."
         ),
+    )
+    return _with(command, options)
+
+
+def planning_options(command: _Command) -> _Command:
+    """The options of `Asked`."""
+    options = (
         click.option(
             "--device",
             "devices",
@@ -157,6 +164,10 @@ def planning_options(command: _Command) -> _Command:
             help="Whether to go by tuning records where there are any, or by the cost model alone.",
         ),
     )
+    return shape_options(_with(command, options))
+
+
+def _with(command: _Command, options: Sequence[Callable[[_Command], _Command]]) -> _Command:
     for option in reversed(options):
         command = option(command)
     return command

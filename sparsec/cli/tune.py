@@ -22,8 +22,9 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 
-from sparsec.cli.arguments import DTYPES, read_mask
+from sparsec.cli.arguments import read_mask
 from sparsec.cli.console import err, out, show, waiting
+from sparsec.cli.planning import shape_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,24 +92,13 @@ class _Options:
     worker: str | None
 
 
-def _count(name: str, text: str) -> Callable[[Any], Any]:  # Any: a command as click takes it
-    return click.option(name, type=click.IntRange(1), metavar="N", help=text)
-
-
 def _time(name: str, default: str, text: str) -> Callable[[Any], Any]:  # Any: a command as click takes it
     return click.option(name, type=_Duration(), default=default, show_default=True, metavar="TIME", help=text)
 
 
 @click.command(short_help="Measure what is fastest, and remember it.", epilog=_EXAMPLES)
 @click.argument("what", metavar="[MASK|JOBS.yaml]", required=False)
-@_count("--seq-len", "Queries; may be left out where the mask knows its lengths.")
-@_count("--kv-len", "Keys, where they are not as many.")
-@_count("--heads", "Query heads; as many as the mask has, or 1, by default.")
-@_count("--kv-heads", "Key and value heads; as many by default.")
-@_count("--head-dim", "Of q and k; 64 by default.")
-@_count("--v-dim", "Of v; as that of q and k by default.")
-@_count("--batch", "Batch elements; as many as the mask has, or 1, by default.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of q, k, v and out.")
+@shape_options
 @click.option("--needs-grad", is_flag=True, help="Tune the backward pass too.")
 @click.option(
     "--device", metavar="NAME", help="One of `sparsec devices`, which must be here; the job file's by default."
@@ -460,12 +450,8 @@ def _gain(row: _Row) -> str:
 
 
 def _cells(title: str, row: _Row) -> tuple[str, ...]:
+    from sparsec.planner.words import duration
+
     gain = f"{row.default_us / row.best_us:.2f}×" if _is_known(row) else ""
-    times = (_us(row.default_us), _us(row.best_us))
+    times = (duration(us) if math.isfinite(us) else "" for us in (row.default_us, row.best_us))
     return title, row.state, str(row.measured), str(row.failed), *times, gain, row.note
-
-
-def _us(us: float) -> str:
-    if not math.isfinite(us):
-        return ""
-    return f"{us / 1e3:.2f} ms" if us >= 1e3 else f"{us:.0f} µs"

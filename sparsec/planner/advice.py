@@ -12,7 +12,7 @@ from dataclasses import replace
 from sparsec.errors import SparsecError
 from sparsec.planner.ceiling import matrix_rate, tile_fill
 from sparsec.planner.lengths import crossover_words, dense_crossover, dense_us
-from sparsec.planner.plans import Plan
+from sparsec.planner.plans import COST_MODEL, Plan
 from sparsec.planner.search import Reorder, plan
 from sparsec.planner.words import duration
 
@@ -110,7 +110,7 @@ def _on_dtype(made: Plan) -> Iterator[str]:
 
 def _on_tuning(made: Plan) -> Iterator[str]:
     """Where nothing was measured yet."""
-    if made.config_source != "cost model":
+    if made.config_source != COST_MODEL:
         return
     problem, mask = made.problem, str(made.mask.mask)
     words = [f"sparsec tune '{mask}'" if len(mask) <= _SHORT_MASK and "'" not in mask else "sparsec tune MASK"]

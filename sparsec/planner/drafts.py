@@ -13,8 +13,7 @@ from sparsec.backends.base import Work
 from sparsec.cost import Estimate
 from sparsec.layout import Ordering
 from sparsec.masks.mask import BoundMask
-from sparsec.planner.measured import COST_MODEL
-from sparsec.planner.plans import Candidate
+from sparsec.planner.plans import COST_MODEL, Candidate
 from sparsec.records import Served
 from sparsec.template import Config, Template
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import cache
 from statistics import median
-from typing import Final
 
 from sparsec.analysis import MaskProfile
 from sparsec.backends.base import Problem, backend
@@ -19,8 +18,6 @@ from sparsec.layout import Ordering
 from sparsec.planner.shortlist import shortlist
 from sparsec.records import Direction, RecordBase, RecordKey, Served, Workload
 from sparsec.template import Config, Template
-
-COST_MODEL: Final = "cost model"
 
 
 class Measured:

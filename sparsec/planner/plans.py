@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 from sparsec.analysis import MaskProfile, analyse
 from sparsec.backends.base import Launch, Problem
 from sparsec.cost import Estimate
 from sparsec.device import Device
 from sparsec.masks.mask import BoundMask
+from sparsec.planner.works import IDENTITY
 from sparsec.template import Config
 
 PLAN_SCHEMA = 1
+
+# Where a configuration comes from that no record speaks for.
+COST_MODEL: Final = "cost model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +56,10 @@ class Candidate:
     estimate: Estimate | None
     us: float
     layout_bytes: int
-    config_source: str = "cost model"
+    config_source: str = COST_MODEL
 
     def __str__(self) -> str:
-        order = "" if self.ordering == "tokens' own order" else f", {self.ordering}"
+        order = "" if self.ordering == IDENTITY.name else f", {self.ordering}"
         settings = f"{self.config}{order}" if self.config.items else order.removeprefix(", ")
         return f"{self.template} on {self.backend}" + (f" ({settings})" if settings else "")
 
@@ -74,7 +78,7 @@ class Step:
     launch: Launch
     edges: str
     estimate: Estimate
-    config_source: str = "cost model"
+    config_source: str = COST_MODEL
 
 
 @dataclass(frozen=True, slots=True)

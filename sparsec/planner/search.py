@@ -35,9 +35,9 @@ from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.layout import EdgeOrder, Ordering, reordered
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.drafts import Arm, Draft, Part
-from sparsec.planner.measured import COST_MODEL, Measured
+from sparsec.planner.measured import Measured
 from sparsec.planner.parts import distinct_masks, heavy_rows_apart, residue_part
-from sparsec.planner.plans import Candidate, Group, Plan, Refusal, Step
+from sparsec.planner.plans import COST_MODEL, Candidate, Group, Plan, Refusal, Step
 from sparsec.planner.renewal import shared_group
 from sparsec.planner.shortlist import shortlist
 from sparsec.planner.works import IDENTITY, build_work, heads_sharing, span_of

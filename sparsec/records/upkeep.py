@@ -21,8 +21,8 @@ from sparsec.records.winners import Case
 from sparsec.template import templates
 
 # What a line is worth: it can be served (or forbids something); its sources, or the cost model that it calibrates, are
-# no longer today's; the template no longer allows its configuration; a newer sparsec wrote it; it is in another device's
-# file; it says nothing.
+# no longer today's; the template no longer allows its configuration; a newer sparsec wrote it; it is in another
+# device's file; it says nothing.
 Worth = Literal["usable", "stale", "illegal", "newer", "misplaced", "garbage"]
 
 # Failures that hold for every mask of a key: they are shipped, so that nobody meets them again.

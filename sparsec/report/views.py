@@ -18,7 +18,7 @@ from sparsec.layout.tiles import BlockTiles
 from sparsec.masks import BoundMask, ranges
 from sparsec.masks.ranges import IntArray
 from sparsec.planner import Group, Plan, Step
-from sparsec.planner.works import heads_sharing, is_scattered, span_of
+from sparsec.planner.works import IDENTITY, heads_sharing, is_scattered, span_of
 from sparsec.report.runs import Runs, pack, runs_of_edges, runs_of_mask
 from sparsec.report.territory import KINDS, cell_size, cells, is_listed, territory
 
@@ -87,7 +87,7 @@ def _token_view(group: Group, first: int) -> Json:
             kind = _MAIN_KINDS[step.launch.template.layout]
             layers.insert(0, _Layer(kind, first + number, everything))
     is_moved = any(step.launch.work.ordering.q_order is not None for step in group.steps)
-    title = "tokens' own order" if is_moved else "the mask"
+    title = IDENTITY.name if is_moved else "the mask"
     held = territory(group)
     overview = {
         "block": held.block,

@@ -202,7 +202,7 @@ def _factor(device: Device, where: str, dtype: Dtype, kind: str) -> float | None
     try:
         task = Task(mask.bind(length), problem, device, template=template_name, reorder="off")
         space = Space(task)
-        with closing(LocalMeasurer(space, where, n_rows=2)) as measurer:
+        with closing(LocalMeasurer(space, where, n_rows=6)) as measurer:
             found = measurer.measure(space.default, Look(runs=_REPEATS, seconds=0.0))
     except SparsecError:
         return None

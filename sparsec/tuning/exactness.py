@@ -85,10 +85,10 @@ class Oracle:
     Args:
         task: What is computed.
         inputs: From what.
-        n_rows: Random rows beside the fullest, the emptiest and both ends.
+        n_rows: Rows that are looked at.
     """
 
-    def __init__(self, task: Task, inputs: Inputs, n_rows: int = 24) -> None:
+    def __init__(self, task: Task, inputs: Inputs, n_rows: int = 28) -> None:
         is_forward = task.direction == "forward"
         self._known = _forward(task, inputs, n_rows) if is_forward else _backward(task, inputs, n_rows)
         self._trusted: Result | None = None
@@ -140,7 +140,7 @@ def _heads(task: Task) -> list[tuple[int, int]]:
 
 def _forward(task: Task, inputs: Inputs, n_rows: int) -> list[_Known]:
     bound, problem = task.bound, task.problem
-    rows, keys, attended = _dense(bound, _sampled_rows(bound, n_rows), _MAX_FORWARD_PAIRS)
+    rows, keys, attended = _dense(bound, sampled_rows(bound, n_rows), _MAX_FORWARD_PAIRS)
     found = []
     for b, h in _heads(task):
         kv = h // (problem.q_heads // problem.kv_heads)
@@ -189,7 +189,7 @@ def _small_problem(bound: BoundMask, n_rows: int) -> _Corner:
             rows, whole = more, [*whole, key]
     if not len(rows):
         # Every key is attended by too many: rows alone then, whose dq is whole.
-        rows = _sampled_rows(bound, n_rows)
+        rows = sampled_rows(bound, n_rows)
     rows, keys, _ = _dense(bound, rows, _MAX_BACKWARD_PAIRS)
     keys = np.union1d(keys, np.array(whole, np.int64))
     return _Corner(rows, keys, _attended(bound, rows, keys), np.array(whole, np.int64))
@@ -224,12 +224,12 @@ def _gradients_at(task: Task, inputs: Inputs, corner: _Corner) -> list[_Known]:
     ]
 
 
-def _sampled_rows(bound: BoundMask, n_random: int) -> IntArray:
-    """The fullest and the emptiest row, both ends, and random ones; sorted."""
+def sampled_rows(bound: BoundMask, n_rows: int) -> IntArray:
+    """So many rows, sorted, or all where there are fewer: both ends, the fullest, the emptiest, and random ones."""
     degrees = bound.degrees("q")
-    rng = np.random.default_rng(5)
-    chosen = [0, bound.q_len - 1, int(degrees.argmin()), int(degrees.argmax())]
-    return np.unique(np.array([*chosen, *rng.integers(0, bound.q_len, n_random)], np.int64))
+    marked = [0, bound.q_len - 1, int(degrees.argmax()), int(degrees.argmin())]
+    drawn = np.random.default_rng(5).choice(bound.q_len, min(n_rows, bound.q_len), replace=False)
+    return np.array(sorted([*dict.fromkeys([*marked, *drawn.tolist()])][:n_rows]), np.int64)
 
 
 def _dense(bound: BoundMask, rows: IntArray, most_pairs: int) -> tuple[IntArray, IntArray, Bools]:

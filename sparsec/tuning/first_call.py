@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from sparsec import data
 from sparsec.planner import Plan
-from sparsec.planner.measured import COST_MODEL
+from sparsec.planner.plans import COST_MODEL
 from sparsec.records import NEAR_TIE, RecordBase
 from sparsec.template import template
 
@@ -70,7 +70,7 @@ def measure(made: Plan, where: str, base: RecordBase) -> bool:
     choices = short_list(space)
     if len(choices) < 2:
         return False
-    with closing(LocalMeasurer(space, where, n_rows=4)) as measurer:
+    with closing(LocalMeasurer(space, where, n_rows=8)) as measurer:
         return _contest(space, choices, measurer, deadline, base)
 
 

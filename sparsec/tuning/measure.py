@@ -119,10 +119,10 @@ class LocalMeasurer:
     Args:
         space: Makes the launches.
         where: The torch device of the tensors.
-        n_rows: Random rows that are compared with fp64.
+        n_rows: Rows that are compared with fp64.
     """
 
-    def __init__(self, space: Space, where: str, n_rows: int = 24) -> None:
+    def __init__(self, space: Space, where: str, n_rows: int = 28) -> None:
         self._space, self._where, self._n_rows = space, where, n_rows
         self._inputs: Inputs | None = None
         self._oracle: Oracle | None = None

@@ -21,7 +21,7 @@ from sparsec.cost import estimate
 from sparsec.device import Device
 from sparsec.layout import Ordering, reordered
 from sparsec.masks.mask import BoundMask
-from sparsec.planner import Group, Step, plan
+from sparsec.planner import Group, Plan, Step, plan
 from sparsec.planner.search import Reorder
 from sparsec.planner.works import IDENTITY, build_work, span_of
 from sparsec.template import Config, Tunable, template
@@ -139,10 +139,10 @@ class Space:
     """
 
     def __init__(self, task: Task, arms: tuple[Arm, ...] | None = None, group: Group | None = None) -> None:
-        planned = planned_group(task) if group is None else group
-        self._group = replace(planned, heads=task.heads, batch=task.batch)
+        made = planned_group(task) if group is None else group
+        self._group = replace(made, heads=task.heads, batch=task.batch)
         # The planner's device, by whose calibration its estimates are: others are compared with them.
-        self.task = replace(task, device=planned.steps[0].launch.device)
+        self.task = replace(task, device=made.steps[0].launch.device)
         self.arms = self._eligible() if arms is None else arms
         self._orders: dict[str, tuple[BoundMask, Ordering, MaskProfile]] = {}
 
@@ -312,13 +312,14 @@ class Space:
         return f"{arm} {self.source_digest(arm)} {values}"
 
 
-def planned_group(task: Task) -> Group:
+def planned(task: Task) -> Plan:
     """What the planner makes of a task by the cost model alone.
 
     Raises:
+        MaskError: The mask does not fit the problem.
         UnsupportedError: Nothing can run it.
     """
-    made = plan(
+    return plan(
         task.bound,
         task.problem,
         task.device,
@@ -327,5 +328,9 @@ def planned_group(task: Task) -> Group:
         backend=task.backend,
         reorder=task.reorder,
     )
-    assert len(made.groups) == 1, "a task has one mask"
-    return made.groups[0]
+
+
+def planned_group(task: Task) -> Group:
+    """The same of a task whose mask is one for all heads and batch elements."""
+    (group,) = planned(task).groups
+    return group

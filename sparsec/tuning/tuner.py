@@ -21,14 +21,14 @@ from sparsec.backends.base import BACKENDS, Problem, backend
 from sparsec.device import Device
 from sparsec.errors import BackendMissingError
 from sparsec.masks.mask import BoundMask
-from sparsec.planner import Plan, plan
+from sparsec.planner import Plan
 from sparsec.planner.search import Reorder
 from sparsec.records import RecordBase, database
 from sparsec.template import KERNEL_FILES, template
 from sparsec.tuning.measure import Measurer
 from sparsec.tuning.recording import Recorder, nearest_choices
 from sparsec.tuning.search import Budget, Observer, Outcome, search
-from sparsec.tuning.space import Arm, Space, Task
+from sparsec.tuning.space import Arm, Space, Task, planned
 from sparsec.tuning.studies import Study, open_storage
 from sparsec.tuning.worker import Host, WorkerMeasurer, default_limits
 
@@ -72,16 +72,7 @@ def spaces_of(job: Job) -> list[Space]:
         MaskError: The mask does not fit the problem.
         UnsupportedError: Nothing can run it.
     """
-    made = plan(
-        job.bound,
-        job.problem,
-        job.device,
-        tune="off",
-        template=job.template,
-        backend=job.backend,
-        reorder=job.reorder,
-    )
-    return list(_spaces(job, made))
+    return list(_spaces(job, planned(whole_task(job))))
 
 
 def whole_task(job: Job) -> Task:

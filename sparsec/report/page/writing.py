@@ -20,6 +20,7 @@ from sparsec.planner import Plan, Step
 from sparsec.planner.advice import advice
 from sparsec.planner.ceiling import ceiling
 from sparsec.planner.words import duration, rate, size
+from sparsec.planner.works import IDENTITY
 from sparsec.report.charts import degrees, locality, roofline
 from sparsec.report.history import history
 from sparsec.report.views import step_costs, views
@@ -215,7 +216,7 @@ def _candidates(made: Plan) -> str:
         config, backend = str(group.steps[0].launch.config), group.steps[0].launch.backend
         rows.append(_row(chosen, backend, config, order, duration(best), 1.0, size(group.layout_bytes), is_chosen=True))
         for each in group.alternatives:
-            order = "" if each.ordering == "tokens' own order" else each.ordering
+            order = "" if each.ordering == IDENTITY.name else each.ordering
             about = "about " if each.estimate is None else ""
             held = size(each.layout_bytes) if each.layout_bytes else "not built"
             time = f"{about}{duration(each.us)}"
