@@ -153,7 +153,7 @@ class ScoreMod:
         counted = np.nonzero(d_value)
         for number, look_up, factor in self.look_ups:
             indices = [np.broadcast_to(_integers(index, places), d_value.shape)[counted] for index in look_up.args]
-            share = (d_value * _evaluated(factor, score, places))[counted]
+            share = d_value[counted] * _evaluated(factor, score, places)[counted]
             np.add.at(into[number], look_up.captured.wrapped(indices), np.abs(share) if sizes else share)
 
     def check(self, extents: Mapping[str, int]) -> None:
@@ -397,7 +397,7 @@ _CPP_FUNCTION = """\
 """
 _CPP_SCATTER = """\
     if (gradient{number}_) {{
-{statements}      sx_scatter(gradient{number}_, {index}, d_value * as_vf({factor}), live);
+{statements}      sx_scatter(gradient{number}_, {index}, sx_chained(d_value, as_vf({factor})), live);
     }}
 """
 

@@ -10,6 +10,7 @@ from cases import every_constructor, scattered
 from sparsec import masks as m
 from sparsec.backends import reference
 from sparsec.backends.base import DTYPES
+from sparsec.score import as_score_mod
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -85,6 +86,24 @@ def test_rounding_is_that_of_torch(dtype):
     values = values.astype(np.float32)
     wanted = torch.from_numpy(values).to(TORCH[dtype]).double().numpy()
     assert np.array_equal(reference.rounded(values, dtype), wanted)
+
+
+def test_a_pair_without_weight_has_no_gradient_however_steep_its_modifier():
+    """By the product rule of numbers 0 · inf is none; a weight of 0 is as if the mask had not the pair."""
+    nothing = torch.ones(1, requires_grad=True)
+    score = as_score_mod(
+        lambda s, b, h, q, kv: s + torch.log(torch.clamp(s, max=9e9) - s + 1.0 - kv % 3 // 2) * nothing
+    )
+    q, k, v = _inputs(12, 12, 8, 8)
+    above = np.random.default_rng(1).standard_normal((12, 8)), np.zeros(12)
+    # A row of the window attends nothing that is left: it is empty.
+    mask = (m.window(2, 0) & ~m.window(1, 0) | m.window(0, 0)).bind(12)
+    remaining = m.from_dense(mask.to_dense() & (np.arange(12) % 3 != 2)).bind(12)
+    d_table = [np.zeros(1)]
+    found = reference.gradients(q, k, v, mask, 0.3, *above, reference.Modifier(score, 0, 0), d_table)
+    for got, wanted in zip(found, reference.gradients(q, k, v, remaining, 0.3, *above), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-14)
+    assert d_table[0] == 0
 
 
 def test_rounding_keeps_what_is_not_finite():

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 _RNG = np.random.default_rng(3)
 _BIAS = _RNG.standard_normal((4, 63)).astype(np.float32)
 _TABLE = torch.from_numpy(_RNG.standard_normal(8).astype(np.float32))
+_GAIN = torch.ones(4, requires_grad=True)
 TEMPLATES = ["row_traversal", "block_sparse", "hybrid"]
 
 
@@ -27,7 +28,14 @@ def _every_operation(value, b, h, q_idx, kv_idx):
     return torch.sigmoid(near) * 3 + torch.abs(near) * 0.25 + torch.maximum(near, value) * 0.5 + b * 0.125 - h
 
 
+def _steep(value, b, h, q_idx, kv_idx):
+    """Forbids every fifth key by the logarithm of 0, whose slope is no number."""
+    nothing = torch.clamp(value, max=9e9) - value
+    return value + _GAIN[h] * _GAIN[h] * torch.log(torch.where(kv_idx % 5 == 4, nothing, nothing + 1.0))
+
+
 MODIFIERS = {
+    "steep": score.as_score_mod(_steep),
     "alibi": score.alibi([0.5, 0.25, 0.125, 0.0625]),
     "soft_cap": score.soft_cap(3.0),
     "relative_bias": score.relative_bias(_BIAS),
@@ -40,6 +48,7 @@ MODIFIERS = {
     ("modifier", "name", "dtype"),
     [
         *(("everything", name, dtype) for name in TEMPLATES for dtype in ("fp32", "bf16")),
+        *(("steep", name, "fp32") for name in TEMPLATES),
         ("alibi", "row_traversal", "fp32"),
         ("soft_cap", "block_sparse", "fp32"),
         ("soft_cap", "row_traversal", "bf16"),

@@ -16,6 +16,7 @@ from sparsec.backends import triton
 from sparsec.backends.base import Launch, Problem
 from sparsec.device import device
 from sparsec.planner.works import build_work
+from sparsec.score import as_score_mod
 from sparsec.template import Config, template, templates
 
 GPUS = (
@@ -133,6 +134,22 @@ def test_tiles_are_walked_full_ones_first_and_ragged_ones_by_pattern():
     cut = call.arrays["patterns"][pattern[column == 150 // 16]]
     assert len(cut)
     assert (cut.view(np.uint64) < 1 << (150 % 16)).all(), "keys beyond the sequence are attended by nobody"
+
+
+def test_modifiers_are_told_queries_in_one_width_by_keys_too():
+    """Of a million times a query of thousands, 32 bits hold nothing; that its keys are few makes no difference."""
+    made = launch("row_traversal", "nvidia-h100", Problem(5000, 10), m.full())
+    score = as_score_mod(lambda score, b, h, q_idx, kv_idx: score + q_idx * 1_000_000 // (kv_idx + 1))
+    forward, *backward = (
+        call.functions["MODIFY"][0].source
+        for call in (
+            *triton.calls_of(replace(made, score=score)),
+            *triton.gradient_calls_of(replace(made, score=score)),
+        )
+        if call.functions.get("MODIFY")
+    )
+    assert "q_idx = q_idx.to(tl.int64)" in forward
+    assert [source == forward for source in backward] == [True, True]
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -179,15 +179,18 @@ def gradients(
             continue
         scaled = q[rows] @ k.T * scale
         scores = np.where(attended, scaled if modifier is None else modifier.value(scaled, rows), -np.inf)
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        weights /= weights.sum(axis=1, keepdims=True)
+        peak = scores.max(axis=1, keepdims=True)
+        weights = np.exp(scores - np.where(np.isneginf(peak), 0.0, peak))
+        total = weights.sum(axis=1, keepdims=True)
+        # A modifier may forbid all that the mask allows: a row without weights, like one without keys.
+        weights /= np.where(total == 0, 1.0, total)
         d_weights = d_out[rows] @ v.T
         mean = (weights * d_weights).sum(axis=1, keepdims=True)
         d_scores = weights * (d_weights - mean + d_lse[rows, None])
         if modifier is not None:
             if d_tables:
                 modifier.add_gradients(np.where(attended, d_scores, 0.0), scaled, rows, d_tables)
-            d_scores = np.where(attended, d_scores * modifier.slope(scaled, rows), 0.0)
+            d_scores = chained(np.where(attended, d_scores, 0.0), modifier.slope(scaled, rows))
         dq[rows] = d_scores @ k * scale
         dk += d_scores.T @ q[rows] * scale
         dv += weights.T @ d_out[rows]
@@ -328,8 +331,12 @@ def plain_weights(
         return halves, rounded(d_values, dtype).astype(np.float32)
     if d_tables:
         modifier.add_gradients(rounded(d_values, dtype).astype(np.float32), scaled, every, d_tables)
-    slopes = np.where(attended, modifier.slope(scaled, every), np.float32(0.0))
-    return halves, rounded(d_values * slopes, dtype).astype(np.float32)
+    return halves, rounded(chained(d_values, modifier.slope(scaled, every)), dtype).astype(np.float32)
+
+
+def chained(d_values: Floats, slopes: Floats) -> Floats:
+    """Gradients of scores from those of what a modifier made of them; 0 where those are 0, whatever the slope."""
+    return np.multiply(d_values, slopes, out=np.zeros_like(d_values), where=d_values != 0)
 
 
 def allowed_error(plain: Floats, exact: Floats, dtype: Dtype) -> float:

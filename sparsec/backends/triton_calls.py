@@ -282,7 +282,7 @@ class Functions:
 
 def functions_of(launch: Launch, work: Work, *, with_slope: bool = False) -> Functions:
     """The score modifier and, where the configuration wants it and the mask has one, the predicate of partial tiles."""
-    score = None if launch.score is None else printed_score(launch.score, work.bound)
+    score = None if launch.score is None else printed_score(launch.score, launch.work.bound)
     functions: dict[str, tuple[Printed, str] | None] = {"MODIFY": None if score is None else (score, "value")}
     if with_slope:
         functions["SLOPE"] = None if score is None else (score, "slope")

@@ -132,6 +132,9 @@ SX_INLINE float modified(const Places& at, int p, int u, float score, float* slo
 }
 #endif
 
+// The gradient of what a modified score was made of; 0 where that of the score is 0, though the factor be infinite.
+SX_INLINE float chained(float d_value, float factor) { return d_value == 0.0f ? 0.0f : d_value * factor; }
+
 // Adds kKeys partners of a row.
 SX_INLINE void add(
     const Places& at, Sums& sums, const float (&own_1)[kPack][One::kSize], const float (&own_2)[kPack][Two::kSize],
@@ -166,8 +169,8 @@ SX_INLINE void add(
       const float slope = 1.0f, above = fmaf(score, scale, -known.lse);
 #endif
       const float weight = is_live[u] ? power_of_two(above * kLog2E) : 0.0f;
-      // A weight of 0 has no gradient, whatever its slope.
-      One::add(sums.one[p], weight == 0.0f ? 0.0f : weight * (product - known.delta) * slope, values_1);
+      const float d_value = weight == 0.0f ? 0.0f : weight * (product - known.delta);
+      One::add(sums.one[p], chained(d_value, slope), values_1);
       if constexpr (!kIsDq) Two::add(sums.two[p], weight, values_2);
     }
   }

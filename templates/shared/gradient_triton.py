@@ -52,6 +52,12 @@ def statistics(lse, delta, offsets, delta_offsets, inside):
 
 
 @triton.jit
+def chained(d_value, factor):
+    """Of what a modified score was made of, the gradient: 0 where the score has none, though the factor be infinite."""
+    return tl.where(d_value == 0.0, 0.0, d_value * factor)
+
+
+@triton.jit
 def add_tile(
     rows, row_base, row_delta, stream, token, live, attended, who, acc_1, acc_2, scale,
     MODIFY: tl.constexpr, SLOPE: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, STEP: tl.constexpr,
@@ -82,9 +88,7 @@ def add_tile(
         weights = tl.where(attended, weights, 0.0)
     d_scores = weights * (d_weights - delta)
     if SLOPE is not None:
-        # Where nothing is attended, a slope without a value changes nothing.
-        slope = modified(scores, scale, who, q_token, kv_token, SLOPE)
-        d_scores = tl.where(weights == 0.0, 0.0, d_scores * slope)
+        d_scores = chained(d_scores, modified(scores, scale, who, q_token, kv_token, SLOPE))
     one = load_rows(stream[0], one_offsets, live, DIMS[0], DIMS[1])
     acc_1 = tl.dot(d_scores.to(one.dtype), one, acc_1, input_precision="ieee")
     if not IS_DQ:
@@ -199,8 +203,7 @@ def add_singly(
             weights = tl.where(is_here, weights, 0.0)
             d_scores = weights * (tl.sum(two[None, :, :] * other_2, 2) - delta)
             if SLOPE is not None:
-                slope = modified(scores, scale, who, q_token, kv_token, SLOPE)
-                d_scores = tl.where(weights == 0.0, 0.0, d_scores * slope)
+                d_scores = chained(d_scores, modified(scores, scale, who, q_token, kv_token, SLOPE))
             acc_1 += tl.sum(d_scores[:, :, None] * other_1, 0)
             if not IS_DQ:
                 acc_2 += tl.sum(weights[:, :, None] * other_2, 0)

@@ -109,8 +109,9 @@ template <class T> class RowGradient {
       }();
       const vf probability = exp2((modifier_.value(scaled, q_token_, places, edge) - lse_) * LOG2_E);
       store(p, probability);
-      store(ds, probability * d_score * modifier_.slope(scaled, q_token_, places, edge));
-      modifier_.scatter(probability * d_score, scaled, q_token_, places, edge, (1u << (n - 1)) * 2 - 1);
+      const vf d_value = probability * d_score;
+      store(ds, sx_chained(d_value, modifier_.slope(scaled, q_token_, places, edge)));
+      modifier_.scatter(d_value, scaled, q_token_, places, edge, (1u << (n - 1)) * 2 - 1);
     } else {
       const vf probability = exp2((s * scale_ - lse_) * LOG2_E);
       store(p, probability);

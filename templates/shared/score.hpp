@@ -132,6 +132,9 @@ template <class E, class I> SX_INLINE auto sx_load(const E* table, I index) {
   else { vi x; for (int i = 0; i < VL; ++i) x[i] = (int32_t)table[index[i]]; return x; }
 }
 
+// The gradient of what a modified score was made of; 0 where that of the score is 0, though the factor be infinite.
+SX_INLINE vf sx_chained(vf d_value, vf factor) { return d_value == 0 ? vf{} : d_value * factor; }
+
 // to[index] += x for the lanes whose bit is set, one after the other: lanes may share an index.
 template <class I> SX_INLINE void sx_scatter(float* to, I index, vf x, uint32_t live) {
   if constexpr (!is_vector<I>) {

@@ -272,7 +272,7 @@ template <class T> class TileGradient {
           const vf modified = modifier_.value(scaled, q_tokens_[v], kv_tokens_[i], edge);
           p = exp2((modified - lse) * LOG2_E);
           const vf d_value = p * d_score;
-          ds = d_value * modifier_.slope(scaled, q_tokens_[v], kv_tokens_[i], edge);
+          ds = sx_chained(d_value, modifier_.slope(scaled, q_tokens_[v], kv_tokens_[i], edge));
           const uint32_t live = (masked_ ? (uint32_t)(lanes_[i] >> (v * VL)) : ALL_LANES) & within;
           if (live != ALL_LANES) {
             p = select_bits(live, p, vf{});

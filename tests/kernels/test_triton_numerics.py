@@ -170,6 +170,11 @@ def modifiers() -> dict[str, ScoreMod]:
                 chosen[kv], score * -0.5
             )
         ),
+        "steep": as_score_mod(
+            lambda score, b, h, q, kv: (
+                score + torch.log(torch.clamp(score, max=9e9) - score + 1.0 - (kv % 5) // 4)  # of 0 for every fifth key
+            )
+        ),
         "constant": as_score_mod(lambda score, b, h, q, kv: 0.5),
         "forbids": as_score_mod(lambda score, b, h, q, kv: score.where(kv % 4 != 1, float("-inf"))),
     }
