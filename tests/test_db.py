@@ -195,7 +195,7 @@ def test_what_is_shipped_is_sound():
 # Standing in.
 
 
-def test_a_mask_is_held_out_with_all_its_lengths(own):
+def test_a_mask_is_held_out_with_all_its_lengths(own, tmp_path):
     longer = replace(WINDOW, q_len=8192, kv_len=8192, nnz=2_000_000)
     for workload, best in ((WINDOW, SMALL), (longer, SMALL), (WIDER, WIDE)):
         own.extend([record(us=(100.0,), workload=workload), record(best, (50.0,), workload=workload)])
@@ -206,14 +206,23 @@ def test_a_mask_is_held_out_with_all_its_lengths(own):
     assert window.regret is None
     assert window.default_regret == pytest.approx(1.0)
     assert wider.regret == pytest.approx(0.6)
-    run = CliRunner().invoke(eval_transfer.evaluate, ["--least", "2", "--json", str(own.own_folder)])
-    summary = json.loads(run.output)["summary"]
+    file = tmp_path / "transfer.json"
+    run = CliRunner().invoke(eval_transfer.evaluate, ["--least", "2", "--json", str(file), str(own.own_folder)])
+    assert "MISSED: median regret of a held-out mask: 60.0%" in run.output
+    written = json.loads(file.read_text())
+    assert [aim["is_met"] for aim in written["aims"]] == [False]
+    assert written["provenance"]["device"]
+    summary = written["summary"]
     assert summary["masks held out"] == 3
     assert summary["median regret of transfer"] == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize("tool", ["promote_records.py", "eval_transfer.py"])
-def test_the_tools_run(tool, tmp_path):
+@pytest.mark.parametrize(
+    ("tool", "code", "said"),
+    [("promote_records.py", 0, "nothing was written"), ("eval_transfer.py", 1, "tune some masks first")],
+)
+def test_the_tools_run(tool, code, said, tmp_path):
     option = ["--from", str(tmp_path), "--into", str(tmp_path), "--dry-run"] if "promote" in tool else [str(tmp_path)]
     done = subprocess.run([sys.executable, TOOLS / tool, *option], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr

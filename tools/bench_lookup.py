@@ -11,12 +11,14 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import click
+from bench.script import Aim, finish, json_option
 
 from sparsec import data
 from sparsec.analysis.signatures import MaskSignature
@@ -31,20 +33,27 @@ _TOOLCHAIN = "g++ 12"
 @click.command()
 @click.option("--records", "n_records", type=click.IntRange(min=1), default=100_000, show_default=True)
 @click.option("--questions", "n_questions", type=click.IntRange(min=1), default=2_000, show_default=True)
-def bench(n_records: int, n_questions: int) -> None:
+@json_option
+def bench(n_records: int, n_questions: int, path: Path | None) -> None:
     """Says how long lookups take."""
     keys = [_key(*kernel) for kernel in _KERNELS]
     chance = random.Random(0)
     with TemporaryDirectory() as folder:
-        path = Path(folder) / f"{_DEVICE}.jsonl"
-        path.write_bytes(b"".join(itertools.islice(_lines(keys, chance), n_records)))
+        file = Path(folder) / f"{_DEVICE}.jsonl"
+        file.write_bytes(b"".join(itertools.islice(_lines(keys, chance), n_records)))
         base, empty = RecordBase([], Path(folder)), RecordBase([], Path(folder) / "none")
-        click.echo(f"{n_records:,} records of {len(keys)} kernels, {path.stat().st_size / 1e6:.0f} MB")
-        click.echo(f"first question, the file read: {_us(lambda: _ask(base, keys[0], chance)) / 1e3:.1f} ms")
+        click.echo(f"{n_records:,} records of {len(keys)} kernels, {file.stat().st_size / 1e6:.0f} MB")
+        first_ms = _us(lambda: _ask(base, keys[0], chance)) / 1e3
+        click.echo(f"first question, the file read: {first_ms:.1f} ms")
         for key in keys:
             _ask(base, key, chance)
-        _tell("warm", [_us(lambda: _ask(base, chance.choice(keys), chance)) for _ in range(n_questions)])
-        _tell("empty", [_us(lambda: empty.knows(_DEVICE)) for _ in range(n_questions)])
+        warm = _told("warm", [_us(lambda: _ask(base, chance.choice(keys), chance)) for _ in range(n_questions)])
+        none = _told("empty", [_us(lambda: empty.knows(_DEVICE)) for _ in range(n_questions)])
+    aims = [
+        Aim(f"a warm question to {n_records:,} records, the median:", warm.median_us, at_most=1e3, form="{:.0f} µs")
+    ]
+    times = {"first_ms": first_ms, "warm": asdict(warm), "empty": asdict(none)}
+    finish(aims, {"records": n_records, "questions": n_questions, **times}, path)
 
 
 def _key(direction: str, dtype: str, head_dim: int, group: int) -> RecordKey:
@@ -52,7 +61,7 @@ def _key(direction: str, dtype: str, head_dim: int, group: int) -> RecordKey:
     return RecordKey(_DEVICE, "block_sparse", source, "cpu", direction, dtype, head_dim, head_dim, group)
 
 
-def _lines(keys: list[RecordKey], chance: random.Random):
+def _lines(keys: list[RecordKey], chance: random.Random) -> Iterator[bytes]:
     for key in itertools.cycle(keys):
         workload = _workload(chance)
         for config in template("block_sparse").configs("cpu"):
@@ -78,9 +87,20 @@ def _us(act: Callable[[], object]) -> float:
     return (time.perf_counter_ns() - started) / 1e3
 
 
-def _tell(name: str, times_us: list[float]) -> None:
+@dataclass(frozen=True)
+class _Times:
+    """Of many questions."""
+
+    median_us: float
+    within_us: float
+
+
+def _told(name: str, times_us: list[float]) -> _Times:
+    """The median, and what 99 % of the questions stay within."""
     ordered = sorted(times_us)
-    click.echo(f"{name}: median {median(ordered):.0f} µs, 99 % within {ordered[len(ordered) * 99 // 100 - 1]:.0f} µs")
+    found = _Times(median(ordered), ordered[max(len(ordered) * 99 // 100 - 1, 0)])
+    click.echo(f"{name}: median {found.median_us:.0f} µs, 99 % within {found.within_us:.0f} µs")
+    return found
 
 
 if __name__ == "__main__":

@@ -1,31 +1,48 @@
 """How far the cost model is off, over all records; and how often the template it would choose is the best one.
 
-Two questions, both answered from records alone:
+    python tools/eval_cost.py                      # by shipped records and the user's own
+    python tools/eval_cost.py folder               # by those of some folders
+    python tools/eval_cost.py --grid cpu_forward   # by measuring the masks of a grid
 
-- of every record that keeps what the model said of it: measured over estimated, by template, back end and dtype;
-- of every mask on which several templates were measured: whether the one the model puts first, each with its own best
-  configuration by the model, is within 15 % of the fastest that was measured.
+From records: of each that keeps what the model said of it, measured over estimated, by template, back end and dtype;
+and of every mask on which several templates were measured, whether the one the model puts first is within 15 % of the
+fastest, each at its best.
 
-    python tools/eval_cost.py                 # shipped records and the user's own
-    python tools/eval_cost.py --json folder   # those of some folders
+With `--grid` the masks of a grid are measured. The plan that the model makes without records takes turns with every
+other template and order of tokens, each in the configuration that the model gives it; all are checked against fp64
+first. Left out is only what the model puts at many times the best and at more than half a second.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import click
+from bench.grid import Case, find_grid, load_grid
+from bench.script import Aim, finish, json_option
+from bench.workload import bound_mask, problem
 
-from sparsec.cli.console import out, show
+from sparsec.cli.console import out, show, waiting
+from sparsec.device import detect_cpu
+from sparsec.errors import SparsecError
 from sparsec.records import RecordBase, TuningRecord, database
-from sparsec.report import json_text
+from sparsec.report import Column, table
+from sparsec.tuning.measure import Look
+from sparsec.tuning.space import Arm, Choice, Space, Task, planned_group
+from sparsec.tuning.worker import Host, WorkerMeasurer, default_limits
 
 # A template counts as well chosen when it is this near the best.
 NEAR = 1.15
+# And it should be in so many cases.
+MOST_CASES = 0.9
+_ROUNDS = 15
+# What should take longer, and many times what the best does, is not run to see whether it does.
+_LONGEST_US = 5e5
 
 
 @dataclass(frozen=True)
@@ -115,47 +132,107 @@ def _by_config(records: list[TuningRecord]) -> dict[object, float]:
     return {config: median(each) for config, each in times.items()}
 
 
+@dataclass(frozen=True)
+class Raced(Chosen):
+    """A mask of a grid on which several templates took turns.
+
+    Attributes:
+        times_us: First quartile, median and third quartile of each.
+    """
+
+    times_us: dict[str, tuple[float, float, float]]
+
+
+def raced(case: Case, seconds: float, host: Host) -> Raced:
+    """One case of a grid: the plan without records against the other templates, in turns.
+
+    Raises:
+        SparsecError: Nothing can run it.
+    """
+    bound = bound_mask(case)
+    task = Task(bound, problem(case, bound), detect_cpu())
+    group, usual = planned_group(task), Space(task)
+    rivals = {
+        Arm(each.template, each.backend, each.ordering): each.config
+        for each in reversed(group.alternatives)
+        if each.us <= _LONGEST_US
+    }
+    tried = {choice.arm: choice for choice in reversed(usual.seeds())}
+    tried |= {arm: Choice(arm, config) for arm, config in rivals.items() if arm not in tried and not arm.is_mixture}
+    space = Space(task, tuple(tried), group)
+    with closing(WorkerMeasurer(space, "cpu", default_limits(task), host)) as measurer:
+        # A rival that cannot run is none.
+        able = [each for each in tried.values() if measurer.measure(each, Look(runs=1, seconds=0.0)).timings_us]
+        found = measurer.compare(able, _ROUNDS, seconds)
+    times = {choice: each for choice, each in zip(able, found, strict=True) if each.timings_us}
+    if space.default not in times:
+        raise SparsecError(f"{case.id}: the default, {space.default}, does not run")
+    best = min(times, key=lambda choice: times[choice].us)
+    regret = times[space.default].us / times[best].us - 1.0
+    spreads = {str(choice): _quartiles(each.timings_us) for choice, each in times.items()}
+    return Raced(case.id, str(space.default), str(best), regret, spreads)
+
+
+def _quartiles(timings_us: Sequence[float]) -> tuple[float, float, float]:
+    q25, middle, q75 = quantiles(timings_us, n=4, method="inclusive")
+    return q25, middle, q75
+
+
 @click.command(help=__doc__)
 @click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--json", "is_json", is_flag=True, help="Print JSON.")
-def main(folders: tuple[Path, ...], is_json: bool) -> None:
-    base = RecordBase(folders[:-1], folders[-1]) if folders else database()
-    records = list(base.records())
-    off, chosen = errors(records), choices(records)
-    if is_json:
-        click.echo(json_text({"errors": [asdict(each) for each in off], "choices": [asdict(each) for each in chosen]}))
-        return
-    if not off:
-        raise click.ClickException("no record says what the cost model thought of it; tune something first")
-    _show(off, chosen)
-
-
-def _show(off: list[Error], chosen: list[Chosen]) -> None:
-    from rich.table import Table
-
-    first = Table(box=None, pad_edge=False)
-    for name, side in (
-        ("kernel", "left"),
-        ("records", "right"),
-        ("measured / estimated", "right"),
-        ("half within", "right"),
-    ):
-        first.add_column(name, justify=side, overflow="fold")
-    for each in off:
-        first.add_row(each.kernel, str(each.records), f"{each.median:.2f}", f"× {each.spread:.2f}")
-    show(out(), first)
-    if not chosen:
-        click.echo("\nno mask has records of two templates: nothing can be said of the choice between them")
-        return
-    second = Table(box=None, pad_edge=False)
-    for name, side in (("mask", "left"), ("chosen", "left"), ("fastest", "left"), ("slower by", "right")):
-        second.add_column(name, justify=side, overflow="fold")
-    for each in sorted(chosen, key=lambda one: -one.regret):
-        second.add_row(each.workload, each.chosen, each.best, f"{each.regret:.1%}")
-    click.echo("")
-    show(out(), second)
+@click.option("--grid", "grids", multiple=True, metavar="GRID", help="Measure the masks of this grid instead.")
+@click.option("--only", default="", metavar="TEXT", help="Of a grid, only cases whose name has this in it.")
+@click.option("--seconds", default=2.0, show_default=True, help="Of each contest on a mask of a grid.")
+@json_option
+def main(folders: tuple[Path, ...], grids: tuple[str, ...], only: str, seconds: float, path: Path | None) -> None:
+    off: list[Error] = []
+    chosen: list[Chosen]
+    try:
+        if grids:
+            chosen = [*_races(grids, only, seconds)]
+        else:
+            base = RecordBase(folders[:-1], folders[-1]) if folders else database()
+            records = list(base.records())
+            off, chosen = errors(records), choices(records)
+            if not off:
+                raise click.ClickException("no record says what the cost model thought of it; tune something first")
+            _show_errors(off)
+    except SparsecError as error:
+        raise click.ClickException(str(error)) from error
+    if chosen:
+        _show_choices(chosen)
     good = sum(each.is_good for each in chosen)
-    click.echo(f"\nthe chosen template is the best, or within {NEAR - 1:.0%} of it, in {good} of {len(chosen)} cases")
+    what = f"the template chosen is the best, or within {NEAR - 1:.0%} of it, in {good} of {len(chosen)} cases:"
+    aims = [Aim(what, good / len(chosen) if chosen else None, at_least=MOST_CASES)]
+    finish(aims, {"errors": [asdict(each) for each in off], "choices": [asdict(each) for each in chosen]}, path)
+
+
+def _races(grids: Iterable[str], only: str, seconds: float) -> Iterator[Raced]:
+    cases = [case for name in grids for case in load_grid(find_grid(name)).cases]
+    with waiting("measuring"), closing(Host()) as host:
+        for case in cases:
+            if case.measure == "attention" and only in case.id:
+                found = raced(case, seconds, host)
+                click.echo(f"{case.id}: {found.regret:.1%} slower than {found.best}", err=True)
+                yield found
+
+
+def _show_errors(off: list[Error]) -> None:
+    columns = [
+        Column("kernel"),
+        *(Column(name, "right") for name in ("records", "measured / estimated", "half within")),
+    ]
+    rows = [(each.kernel, str(each.records), f"{each.median:.2f}", f"× {each.spread:.2f}") for each in off]
+    show(out(), table(columns, rows, out()), "")
+
+
+def _show_choices(chosen: list[Chosen]) -> None:
+    columns = [Column("mask"), Column("chosen"), Column("fastest"), Column("slower by", "right")]
+    rows = [
+        (each.workload, each.chosen, each.best, f"{each.regret:.1%}")
+        for each in sorted(chosen, key=lambda one: -one.regret)
+    ]
+    show(out(), table(columns, rows, out()), "")
 
 
 if __name__ == "__main__":

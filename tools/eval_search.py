@@ -1,13 +1,12 @@
-"""Whether searching pays, and how well it searches: three figures, from three commands.
+"""How well a search searches: every configuration is measured once, and those timings are searched again and again.
 
-    python tools/eval_search.py exhaust tools/jobs/cpu.yaml --into tables --match window   # measure every configuration
-    python tools/eval_search.py replay tables                                             # search settings against that
-    python tools/eval_search.py default tools/jobs/cpu.yaml                               # tuned against the default
+    python tools/eval_search.py exhaust tools/jobs/cpu.yaml --into tables --match nat   # measure every configuration
+    python tools/eval_search.py replay tables                                          # search settings against that
 
 `exhaust` enumerates the space of each matching job on the device that is here, and keeps every timing as records in a
 folder of its own. `replay` searches those timings again with each of several settings and seeds, without a device: the
-regret after 40 trials against the exhaustive best, and the trials until one came within 5 % of it. `default` takes what
-the user's records say of each job and runs it in turns with the default: tuned over default, worst and mean.
+regret after 40 trials against the exhaustive best, and the trials until one came within 5 % of it. What `sparsec tune`
+uses is held against the aim, on the spaces that have more configurations than trials: the others are searched whole.
 """
 
 from __future__ import annotations
@@ -16,27 +15,29 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import click
+from bench.script import Aim, finish, json_option
 
 from sparsec.cli.console import out, show
 from sparsec.device import detect_cpu
 from sparsec.errors import SparsecError
-from sparsec.planner import plan
-from sparsec.records import RecordBase, database
+from sparsec.records import RecordBase
+from sparsec.report import Column, table
 from sparsec.tuning.fleet import spaces_in
 from sparsec.tuning.jobs import Entry, Fleet, read_jobs
 from sparsec.tuning.measure import Look
 from sparsec.tuning.recording import Recorder, recorded_results
 from sparsec.tuning.replay import Replayed, replay
-from sparsec.tuning.space import Arm, Choice, Space
+from sparsec.tuning.space import Space
 from sparsec.tuning.studies import Settings
 from sparsec.tuning.worker import WorkerMeasurer, default_limits
 
+MOST_REGRET = 0.05
 # What is compared. The first is what `sparsec tune` uses.
 SETTINGS = {
     "tpe, 6 random first": Settings("tpe", 6),
@@ -54,13 +55,17 @@ def main() -> None:
 @main.command()
 @click.argument("jobs", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--into", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder for records.")
-@click.option("--match", default="", help="Only jobs whose title has this in it.")
+@click.option("--match", multiple=True, help="Only jobs whose title has this in it; may be repeated.")
 @click.option("--seconds", default=0.3, show_default=True, help="Of timed runs of each configuration.")
 @click.option("--most", default=200, show_default=True, help="Spaces with more points are left out.")
-def exhaust(jobs: Path, into: Path, match: str, seconds: float, most: int) -> None:
+@click.option("--budget", default=math.inf, help="Begins no other space after so many seconds.")
+def exhaust(jobs: Path, into: Path, match: tuple[str, ...], seconds: float, most: int, budget: float) -> None:
     """Measures every configuration of each matching job."""
-    base = RecordBase([], into)
+    base, begun = RecordBase([], into), time.monotonic()
     for title, space in _spaces(read_jobs(jobs), match):
+        if time.monotonic() - begun > budget:
+            click.echo(f"{title}: no time left", err=True)
+            continue
         choices = list(itertools.islice(space.choices(), most + 1))
         if len(choices) > most:
             click.echo(f"{title}: more than {most} configurations; left out", err=True)
@@ -87,97 +92,63 @@ def exhaust(jobs: Path, into: Path, match: str, seconds: float, most: int) -> No
 )
 @click.option("--trials", default=40, show_default=True)
 @click.option("--seeds", default=5, show_default=True)
-def replay_command(folder: Path, jobs: Path, trials: int, seeds: int) -> None:
+@json_option
+def replay_command(folder: Path, jobs: Path, trials: int, seeds: int, path: Path | None) -> None:
     """Searches recorded timings with each setting."""
     records = list(RecordBase([], folder).records())
     rows: dict[str, list[Replayed]] = defaultdict(list)
-    n_spaces = 0
-    for _, space in _spaces(read_jobs(jobs), ""):
+    sizes: dict[str, int] = {}
+    for title, space in _spaces(read_jobs(jobs), ()):
         recorded = recorded_results(space, records)
         known = {choice.arm for choice in recorded}
         whole = space.only(tuple(arm for arm in space.arms if arm in known))
         if not recorded or space.default not in recorded:
             continue
-        n_spaces += 1
+        sizes[title] = len(recorded)
         for (name, settings), seed in itertools.product(SETTINGS.items(), range(seeds)):
             rows[name].append(replay(whole, recorded, trials, replace(settings, seed=seed)))
-    if not n_spaces:
+    if not sizes:
         raise click.ClickException(f"{folder} has no records of the jobs in {jobs}; run `exhaust` first")
-    _show_replays(rows, n_spaces, trials, seeds)
+    click.echo(
+        f"{len(sizes)} spaces of {min(sizes.values())} to {max(sizes.values())} configurations, {seeds} seeds each"
+    )
+    told = [_Setting.of(name, each) for name, each in rows.items()]
+    console = out()
+    titles = ("setting", "median regret", "worst", "trials to within 5 %", "never")
+    columns = [Column(title, "right" if number else "left") for number, title in enumerate(titles)]
+    show(console, table(columns, [each.cells for each in told], console))
+    is_large = [n > trials for n in sizes.values() for _ in range(seeds)]
+    regrets = [one.regret for one, large in zip(rows[next(iter(SETTINGS))], is_large, strict=True) if large]
+    what = f"median regret after {trials} trials, on {sum(n > trials for n in sizes.values())} spaces of more:"
+    aims = [Aim(what, median(regrets) if regrets else None, at_most=MOST_REGRET)]
+    finish(aims, {"trials": trials, "seeds": seeds, "spaces": sizes, "settings": [asdict(each) for each in told]}, path)
 
 
-def _show_replays(rows: dict[str, list[Replayed]], n_spaces: int, trials: int, seeds: int) -> None:
-    from rich.table import Table
+@dataclass(frozen=True)
+class _Setting:
+    """How a setting did on all spaces and seeds; a regret of 0.05 is five per cent."""
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("setting")
-    for name in ("median regret", "worst", "trials to within 5 %", "never"):
-        table.add_column(name, justify="right")
-    for name, each in rows.items():
+    setting: str
+    median_regret: float
+    worst_regret: float
+    trials_to_near: float | None
+    never_near: int
+
+    @classmethod
+    def of(cls, name: str, each: Sequence[Replayed]) -> _Setting:
         regrets = [one.regret for one in each]
         reached = [one.trials_to_near for one in each if one.trials_to_near is not None]
-        table.add_row(
-            name,
-            f"{median(regrets):.1%}",
-            f"{max(regrets):.1%}",
-            f"{median(reached):.0f}" if reached else "",
-            str(len(each) - len(reached)),
-        )
-    click.echo(f"{n_spaces} spaces, {seeds} seeds each, {trials} trials")
-    show(out(), table)
+        never = len(each) - len(reached)
+        return cls(name, median(regrets), max(regrets), median(reached) if reached else None, never)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        near = "" if self.trials_to_near is None else f"{self.trials_to_near:.0f}"
+        return self.setting, f"{self.median_regret:.1%}", f"{self.worst_regret:.1%}", near, str(self.never_near)
 
 
-@main.command()
-@click.argument("jobs", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--match", default="", help="Only jobs whose title has this in it.")
-@click.option("--seconds", default=2.0, show_default=True, help="Of each contest.")
-@click.option("--rounds", default=31, show_default=True)
-def default(jobs: Path, match: str, seconds: float, rounds: int) -> None:
-    """Runs what the records say in turns with the default."""
-    from rich.table import Table
-
-    base, table = database(), Table(box=None, pad_edge=False)
-    for name, side in (
-        ("job", "left"),
-        ("default", "right"),
-        ("tuned", "right"),
-        ("gain", "right"),
-        ("tuned to", "left"),
-    ):
-        table.add_column(name, justify=side, overflow="fold")
-    gains = []
-    for title, space in _spaces(read_jobs(jobs), match):
-        tuned = _by_records(space, base)
-        if tuned is None or tuned == space.default:
-            gains.append(1.0)
-            table.add_row(title, "", "", "1.00×", "the default" if tuned else "no record")
-            continue
-        measurer = WorkerMeasurer(space, "cpu", default_limits(space.task))
-        try:
-            before, after = measurer.compare([space.default, tuned], rounds, seconds)
-        finally:
-            measurer.close()
-        gains.append(before.us / after.us)
-        table.add_row(title, f"{before.us / 1e3:.2f} ms", f"{after.us / 1e3:.2f} ms", f"{gains[-1]:.2f}×", str(tuned))
-    show(out(), table)
-    mean = math.exp(sum(map(math.log, gains)) / len(gains))
-    click.echo(f"\ntuned over default: worst {min(gains):.2f}×, mean {mean:.2f}×, best {max(gains):.2f}×")
-
-
-def _by_records(space: Space, base: RecordBase) -> Choice | None:
-    """What a plan by the records runs, where that is one launch."""
-    task = space.task
-    made = plan(task.bound, task.problem, task.device, records=base)
-    group = made.groups[0]
-    launches = group.backward_launches if task.direction == "backward" else tuple(step.launch for step in group.steps)
-    if len(launches) != 1:
-        return None
-    launch = launches[0]
-    return Choice(Arm(launch.template.name, launch.backend, launch.work.ordering.name), launch.config)
-
-
-def _spaces(fleet: Fleet, match: str) -> Iterator[tuple[str, Space]]:
-    entries: list[Entry] = [entry for entry in fleet.entries if match in str(entry)]
+def _spaces(fleet: Fleet, match: tuple[str, ...]) -> Iterator[tuple[str, Space]]:
+    entries: list[Entry] = [entry for entry in fleet.entries if not match or any(each in str(entry) for each in match)]
     for entry in entries:
         try:
             yield from spaces_in(entry, detect_cpu())

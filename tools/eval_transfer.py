@@ -5,7 +5,7 @@ much slower what they serve was, measured on the workload itself, than the best 
 regret of the template's default, which is what there would be without records. Nothing is measured anew.
 
     python tools/eval_transfer.py                     # shipped records and the user's own
-    python tools/eval_transfer.py --json autotune_db  # those of some folders
+    python tools/eval_transfer.py autotune_db         # those of some folders
 
 A workload counts where at least `--least` configurations were measured on it. Where what is served was not measured
 there, the case says nothing and is counted apart.
@@ -19,15 +19,17 @@ from pathlib import Path
 from statistics import median
 
 import click
+from bench.script import Aim, finish, json_option
 
 from sparsec.cli.console import out, show, waiting
 from sparsec.errors import SparsecError
 from sparsec.records import Case, RecordBase, database, upkeep
 from sparsec.records.record import settings_of
-from sparsec.report import Column, json_text, table
+from sparsec.report import Column, table
 from sparsec.template import templates
 
 _LEAST_CONFIGURATIONS = 6
+MOST_REGRET = 0.10
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ def _times(case: Case) -> dict[frozenset[tuple[str, int]], float]:
 @click.command()
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--least", type=click.IntRange(min=2), default=_LEAST_CONFIGURATIONS, show_default=True)
-@click.option("--json", "is_json", is_flag=True, help="Print JSON.")
-def evaluate(folders: tuple[Path, ...], least: int, is_json: bool) -> None:
+@json_option
+def evaluate(folders: tuple[Path, ...], least: int, path: Path | None) -> None:
     """Says how much slower an untuned mask is with records of other masks."""
     try:
         with waiting("holding out"):
@@ -99,13 +101,9 @@ def evaluate(folders: tuple[Path, ...], least: int, is_json: bool) -> None:
             results = held_out(base, least)
     except SparsecError as error:
         raise click.ClickException(str(error)) from error
-    if is_json:
-        click.echo(json_text({"summary": _summary(results), "cases": [asdict(each) for each in results]}))
-        return
     console = out()
     if not results:
-        show(console, f"no workload has {least} configurations measured on it: tune some masks first")
-        return
+        raise click.ClickException(f"no workload has {least} configurations measured on it: tune some masks first")
     columns = [
         Column("kernel"),
         Column("workload"),
@@ -124,8 +122,12 @@ def evaluate(folders: tuple[Path, ...], least: int, is_json: bool) -> None:
         for each in sorted(results, key=lambda each: -(each.regret or 0.0))
     ]
     show(console, table(columns, rows, console))
-    for name, value in _summary(results).items():
+    summary = _summary(results)
+    for name, value in summary.items():
         show(console, f"{name}: {value if isinstance(value, int) else _percent(value)}")
+    told = summary["median regret of transfer"]
+    aims = [Aim("median regret of a held-out mask:", told, at_most=MOST_REGRET)]
+    finish(aims, {"summary": summary, "cases": [asdict(each) for each in results]}, path)
 
 
 def _summary(results: list[HeldOut]) -> dict[str, float | int | None]:

@@ -397,7 +397,9 @@ class _Board:
             elapsed = time.monotonic() - self._started
             table = Table(box=None, pad_edge=False)
             for title in _TITLES:
-                table.add_column(title, justify="right" if title in _NUMBERS else "left", no_wrap=title != _TITLES[-1])
+                # Names are folded where the terminal is narrow, so that the figures stay.
+                is_words = title in (_TITLES[0], _TITLES[-1])
+                table.add_column(title, justify="right" if title in _NUMBERS else "left", no_wrap=not is_words)
             for title in self._latest[:_SHOWN]:
                 table.add_row(*_cells(title, self._rows[title]))
             whole = Table.grid(padding=(0, 1))
