@@ -92,6 +92,39 @@ def test_refusals():
     assert back.config_refusal(template("block_sparse"), tall, problem, device("nvidia-rtx4090")) is None
 
 
+def test_programs_stay_where_as_many_fit():
+    """What one program could have is shared by those that stay on a multiprocessor."""
+    back, h100 = triton.backend(), device("nvidia-h100")
+    problem = Problem(4000, 4000, 8, 8, 128, 128, "bf16")
+    for name in ("block_sparse", "hybrid"):
+        alone, pair = (launch(name, "nvidia-h100", problem, persistent=k) for k in (1, 2))
+        assert triton.shape_of(alone).shared_bytes <= h100.shared_bytes_per_block
+        assert triton.shape_of(pair).shared_bytes * 2 <= h100.shared_bytes_per_block
+        (call, *_), (plain, *_) = triton.calls_of(pair), triton.calls_of(launch(name, "nvidia-h100", problem))
+        assert call.grid(1) == 2 * h100.units < plain.grid(1)
+        assert plain.grid(3) == 3 * plain.grid(1)
+        few = triton.calls_of(launch(name, "nvidia-h100", replace(problem, q_heads=1, kv_heads=1), persistent=4))[0]
+        assert few.grid(1) == few.programs < 4 * h100.units
+
+    def refused(gpu: str, wide: int, **values: int) -> str | None:
+        config = Config.of(**{**template("block_sparse").default("triton").to_dict(), **values})
+        return back.config_refusal(
+            template("block_sparse"), config, Problem(64, 64, 1, 1, wide, wide, "bf16"), device(gpu)
+        )
+
+    assert "where 4 share a multiprocessor" in refused("nvidia-rtx4090", 128, persistent=4)
+    assert refused("nvidia-rtx4090", 128, persistent=1) is None
+    assert "4 programs hold" in refused("nvidia-h100", 256, persistent=4, block_q=64)
+
+
+def test_packed_heads_are_counted():
+    config = Config.of(**{**template("block_sparse").default("triton").to_dict(), "block_q": 16, "pack_gqa": 8})
+    wide = Problem(64, 64, 8, 1, head_dim=256, v_dim=256)
+    refusal = triton.backend().config_refusal
+    assert "KiB" in refusal(template("block_sparse"), config, wide, device("amd-mi300x"))
+    assert refusal(template("block_sparse"), config, replace(wide, kv_heads=8), device("amd-mi300x")) is None
+
+
 def test_a_configuration_that_does_not_fit_is_not_lowered():
     made = launch("block_sparse", "amd-mi300x", Problem(200, 200, head_dim=256, v_dim=256), block_q=128)
     with pytest.raises(sparsec.errors.CompileError, match="KiB of shared memory"):

@@ -103,14 +103,13 @@ class _Calls:
             for call, functions, arrays in zip(self._calls, self._functions, self._arrays_on(device), strict=True):
                 kernel = getattr(self._module, call.name)
                 given = {name: None if key is None else tensors[key] for name, key in call.tensors.items()}
-                heads = call.arrays["heads"]
-                assert heads is not None, "every kernel runs over heads"
-                kernel[(call.programs * len(batches) * len(heads),)](
+                numbers = {**call.numbers, "n_batches": len(batches)} if "n_batches" in call.numbers else call.numbers
+                kernel[(call.grid(len(batches)),)](
                     batches=batches,
                     **given,
                     **_strides(given, kernel.arg_names),
                     **(_with_live(arrays, live) if live else arrays),
-                    **call.numbers,
+                    **numbers,
                     **{**call.constants, **_undescribed(call, given)},
                     **functions,
                     **options_of(call),

@@ -34,6 +34,8 @@ ROW_REGISTERS: Final = 255
 # Values a thread can hold at all before most of them live in memory: 255 registers, or 512 on AMD, less the rest's.
 _NVIDIA_VALUES: Final = 256
 _AMD_VALUES: Final = 384
+# Of a thread, beside its accumulators: addresses, scores, operands.
+_LEAST_REGISTERS: Final = 40
 # Scores a thread holds at most, likewise.
 _SCORES_PER_THREAD: Final = 64
 
@@ -90,7 +92,7 @@ def shape_of(launch: Launch) -> Shape:
     def needed() -> int:
         return shared_bytes(device, rows, step, dims, max(stages - 1, least_buffers), itemsize)
 
-    while needed() > device.shared_bytes_per_block and (step > 16 or stages > 1):
+    while needed() > shared_limit(config, device) and (step > 16 or stages > 1):
         # Two tiles in flight hide most of what can be hidden; smaller steps than that cost less.
         if stages > 2 or step == 16:
             stages -= 1
@@ -118,8 +120,13 @@ def shared_bytes(
     return queries + tiles + passing
 
 
+def shared_limit(config: Config, device: Device) -> int:
+    """Bytes of shared memory a program may have: those that stay on a multiprocessor share what one of them could."""
+    return device.shared_bytes_per_block // max(1, config.get("persistent", 0))
+
+
 def too_large(template: Template, config: Config, problem: Problem, device: Device) -> str | None:
-    """What of a configuration does not fit the device's shared memory or a thread's registers, or None.
+    """What of a configuration does not fit the device's shared memory or its registers, or None.
 
     Everything that can be cut smaller is taken at its smallest: steps, stages, warps.
     """
@@ -130,18 +137,32 @@ def too_large(template: Template, config: Config, problem: Problem, device: Devi
         values = config["block_q"] * (dims[1] + dims[3]) * (3 if problem.needs_grad else 2)
         held, what = values // (warp * config["num_warps"]), "queries and keys"
     else:
+        rows = config["block_q"] * _packed_at_most(config, problem)
+        staying = config.get("persistent", 0)
+        least, limit = shared_bytes(device, rows, 16, dims, 1, problem.itemsize), shared_limit(config, device)
+        if least > limit:
+            return (
+                f"{config} needs at least {least / 1024:.0f} KiB of shared memory, "
+                f"and {device.name} has {limit / 1024:.0f} KiB a block"
+                + (f" where {staying} share a multiprocessor" if staying > 1 else "")
+            )
         # dK and dV of a tile, on as many warps as the kernels take.
         values = config["block_kv"] * (dims[1] + dims[3]) * 2 if problem.needs_grad else 0
         held, what = values // (warp * max(8, config["num_warps"])), "gradients of keys and values"
-        least = shared_bytes(device, config["block_q"], 16, dims, 1, problem.itemsize)
-        if least > device.shared_bytes_per_block:
+        accumulated = max(rows * dims[3], values // 2) + _LEAST_REGISTERS * warp * config["num_warps"]
+        if accumulated * staying > device.registers_per_unit:
             return (
-                f"{config} needs at least {least / 1024:.0f} KiB of shared memory, "
-                f"and {device.name} has {device.shared_bytes_per_block / 1024:.0f} KiB a block"
+                f"{config}: {staying} programs hold {accumulated} registers each at least, "
+                f"and a multiprocessor of {device.name} has {device.registers_per_unit}"
             )
     if held >= most:
         return f"{config}: a thread would hold {held} values of {what}, and {device.name} has registers for {most - 1}"
     return None
+
+
+def _packed_at_most(config: Config, problem: Problem) -> int:
+    """Heads of one group in a query tile, whichever heads a launch serves."""
+    return math.gcd(config.get("pack_gqa", 1), problem.q_heads // problem.kv_heads)
 
 
 def width(dim: int) -> int:
@@ -175,6 +196,7 @@ class Call:
         constants: `tl.constexpr` parameters.
         functions: Generated functions by the `tl.constexpr` parameter that names them: module and function, or None.
         tables: The arrays of those functions, as tuples, by parameter; None where there are none.
+        most_programs: Of its grid for all copies, where its programs take one item after the other; None: an item each.
         num_warps: Warps a program.
         num_stages: Depth of software pipelining.
         max_registers: 32-bit registers a thread may have; None lets the compiler choose.
@@ -188,6 +210,7 @@ class Call:
     constants: Mapping[str, object]
     num_warps: int
     num_stages: int
+    most_programs: int | None = None
     max_registers: int | None = None
     functions: Mapping[str, tuple[Printed, str] | None] = field(default_factory=dict)
     tables: Mapping[str, tuple[Array, ...] | None] = field(default_factory=dict)
@@ -197,6 +220,13 @@ class Call:
         """Bytes of its index arrays and tables."""
         tables = [table for given in self.tables.values() if given is not None for table in given]
         return sum(array.nbytes for array in [*self.arrays.values(), *tables] if array is not None)
+
+    def grid(self, batch: int) -> int:
+        """Programs for so many batch elements."""
+        heads = self.arrays["heads"]
+        assert heads is not None, "every kernel runs over heads"
+        programs = self.programs * batch * len(heads)
+        return programs if self.most_programs is None else min(programs, self.most_programs)
 
 
 def calls_of(launch: Launch) -> tuple[Call, ...]:
@@ -213,6 +243,7 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
     printed = functions_of(launch, work)
     numbers: dict[str, int | float] = {
         "n_items": schedule.n_items,
+        "n_batches": len(launch.batch),
         "abreast": abreast,
         "kv_len": work.bound.kv_len,
         "scale": kernel_scale(launch),
@@ -240,6 +271,7 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
         },
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
+        most_programs=most_programs(launch),
         max_registers=ROW_REGISTERS if launch.template.layout == "rows" and launch.device.kind == "nvidia" else None,
         functions=printed.functions,
         tables=printed.tables,
@@ -264,6 +296,12 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
         num_stages=1,
     )
     return forward, merge
+
+
+def most_programs(launch: Launch) -> int | None:
+    """The size of a grid whose programs stay and take item after item; None where each item has its program."""
+    per_unit = launch.config.get("persistent", 0)
+    return launch.device.units * per_unit if per_unit else None
 
 
 def kernel_scale(launch: Launch) -> float:
@@ -318,7 +356,7 @@ def _tile_lists(launch: Launch, shape: Shape) -> Lists:
     assert tiles is not None, "block_sparse walks tiles"
     arrays = tile_arrays(tiles, schedule.start, schedule.stop)
     constants = {"PACK": shape.pack, "BLOCK_KV": tiles.tile_map.block_kv, "DESCRIBED": is_described(launch)}
-    return arrays, {**constants, **_steps(shape)}
+    return arrays, {**constants, **_steps(shape), "PERSISTENT": most_programs(launch) is not None}
 
 
 def is_described(launch: Launch) -> bool:
@@ -352,7 +390,8 @@ def _hybrid_lists(launch: Launch, shape: Shape) -> Lists:
         "row_indptr": rows.indptr,
         "row_first": rows.columns,
     }
-    return arrays, {"BLOCK_KV": tiles.tile_map.block_kv, **_steps(shape), "KEYS": shape.keys}
+    constants = {"BLOCK_KV": tiles.tile_map.block_kv, "KEYS": shape.keys, **_steps(shape)}
+    return arrays, {**constants, "PERSISTENT": most_programs(launch) is not None}
 
 
 def _steps(shape: Shape) -> dict[str, object]:

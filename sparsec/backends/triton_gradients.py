@@ -20,6 +20,8 @@ from sparsec.backends.triton_calls import (
     Call,
     functions_of,
     kernel_scale,
+    most_programs,
+    shared_limit,
     width,
 )
 from sparsec.layout import Ordering, RowLists, row_lists, schedule
@@ -164,6 +166,7 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
         numbers={
             **numbers,
             "n_items": planned.n_items,
+            "n_batches": len(launch.batch),
             "stream_length": side.stream_length,
             "n_offsets": len(rows.start) if rows is not None and rows.form == "offsets" else 0,
             "scale": kernel_scale(launch),
@@ -175,10 +178,12 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
             "NEGATE": launch.scale < 0 and launch.score is None,
             "BLOCK": work.block_q,
             "DIMS": dims,
+            "PERSISTENT": most_programs(launch) is not None,
             **steps,
         },
         num_warps=warps,
         num_stages=stages,
+        most_programs=most_programs(launch),
         max_registers=ROW_REGISTERS if is_crowded and launch.device.kind == "nvidia" else None,
         functions=printed.functions,
         tables=printed.tables,
@@ -228,7 +233,7 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
     is_roomy = "tcgen05" not in device.features and (side.is_dq or "wgmma" in device.features)
     step, stages = min(stream, 64 if block * accumulated <= 64 * (128 if is_roomy else 64) else 32), 2
     while step > 16 and (block * (dims[1] + dims[3]) + step * (dims[1] + dims[3]) + 2 * block * step) * itemsize > (
-        device.shared_bytes_per_block - 4096
+        shared_limit(config, device) - 4096
     ):
         step //= 2
     return constants | {"STEP": step}, warps, stages

@@ -18,24 +18,26 @@ from ..shared.kernel_triton import (
     load_queries,
     locate,
     merge,
+    program_at,
     save,
     tokens_at,
+    turns,
 )
 
 __all__ = ["add_up", "backward", "forward", "merge", "prepare"]
 
 
-@triton.jit(do_not_specialize=["n_items", "n_slots", "n_heads", "abreast", "q_len", "kv_len"])
+@triton.jit(do_not_specialize=["n_items", "n_slots", "n_batches", "n_heads", "abreast", "q_len", "kv_len"])
 def forward(
     q, k, v, out, lse, partial,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     lse_batch, lse_head,
     batches, heads, item_unit, item_slot, item_tile, item_full, item_partial, tile_column, tile_pattern, patterns,
     q_order, kv_order, score_tables, mask_tables,
-    n_items, n_slots, n_heads, abreast, q_len, kv_len, scale,
+    n_items, n_slots, n_batches, n_heads, abreast, q_len, kv_len, scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, MODIFY: tl.constexpr, ATTENDS: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
-    CHUNK: tl.constexpr, DESCRIBED: tl.constexpr,
+    CHUNK: tl.constexpr, DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """`out` and `lse` of the launch's rows; a split unit goes to `partial`, for `merge`.
 
@@ -47,45 +49,46 @@ def forward(
     their rows must be aligned to 16 bytes, and `kv_order` None.
     """
     ROWS: tl.constexpr = BLOCK_Q * PACK
-    item, copy, batch, first_head = locate(n_items, n_heads, abreast, batches, heads)
-    kv_head = first_head // GROUP
-    row = tl.arange(0, ROWS)
-    lane = row // PACK
-    position = tl.load(item_unit + item) * BLOCK_Q + lane
-    inside = position < q_len
-    token = tokens_at(q_order, position, inside)
-    head = first_head + row % PACK
-    q_offsets = batch * q_batch + head * q_head + token * q_row
-    queries = load_queries(q, q_offsets, inside, DIMS, CHUNK)
-    k_base = k + batch * k_batch + kv_head * k_head
-    v_base = v + batch * v_batch + kv_head * v_head
+    for turn in tl.range(turns(n_items * n_batches * n_heads, PERSISTENT), disable_licm=True):
+        item, copy, batch, first_head = locate(program_at(turn, PERSISTENT), n_items, n_heads, abreast, batches, heads)
+        kv_head = first_head // GROUP
+        row = tl.arange(0, ROWS)
+        lane = row // PACK
+        position = tl.load(item_unit + item) * BLOCK_Q + lane
+        inside = position < q_len
+        token = tokens_at(q_order, position, inside)
+        head = first_head + row % PACK
+        q_offsets = batch * q_batch + head * q_head + token * q_row
+        queries = load_queries(q, q_offsets, inside, DIMS, CHUNK)
+        k_base = k + batch * k_batch + kv_head * k_head
+        v_base = v + batch * v_batch + kv_head * v_head
 
-    keys, values = None, None
-    if DESCRIBED:
-        keys = describe(k_base, kv_len, k_row, STEP_KV, DIMS[0], DIMS[1])
-        values = describe(v_base, kv_len, v_row, STEP_KV, DIMS[2], DIMS[3])
-    # A modifier of several heads at once is told each row's.
-    row_head = first_head if PACK == 1 else head[:, None]
-    who = (batch, row_head, token[:, None], position[:, None], score_tables, mask_tables)
+        keys, values = None, None
+        if DESCRIBED:
+            keys = describe(k_base, kv_len, k_row, STEP_KV, DIMS[0], DIMS[1])
+            values = describe(v_base, kv_len, v_row, STEP_KV, DIMS[2], DIMS[3])
+        # A modifier of several heads at once is told each row's.
+        row_head = first_head if PACK == 1 else head[:, None]
+        who = (batch, row_head, token[:, None], position[:, None], score_tables, mask_tables)
 
-    first_tile = tl.load(item_tile + item)
-    n_full = tl.load(item_full + item)
-    peak, total, acc = empty_state(ROWS, DIMS[3])
-    peak, total, acc = add_full_tiles(
-        queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, tile_column + first_tile, n_full,
-        kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
-    )  # fmt: skip
-    first_partial = first_tile + n_full
-    peak, total, acc = add_partial_tiles(
-        queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, tile_column + first_partial,
-        tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
-        who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
-    )  # fmt: skip
+        first_tile = tl.load(item_tile + item)
+        n_full = tl.load(item_full + item)
+        peak, total, acc = empty_state(ROWS, DIMS[3])
+        peak, total, acc = add_full_tiles(
+            queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, tile_column + first_tile, n_full,
+            kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+        )  # fmt: skip
+        first_partial = first_tile + n_full
+        peak, total, acc = add_partial_tiles(
+            queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, tile_column + first_partial,
+            tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
+            who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+        )  # fmt: skip
 
-    slot = tl.load(item_slot + item)
-    if slot < 0:
-        out_offsets = batch * out_batch + head * out_head + token * out_row
-        lse_offsets = batch * lse_batch + head * lse_head + token
-        finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, DIMS[2], DIMS[3])
-    else:
-        save(partial, (copy * n_slots + slot) * ROWS + row, inside, peak, total, acc, DIMS[2], DIMS[3])
+        slot = tl.load(item_slot + item)
+        if slot < 0:
+            out_offsets = batch * out_batch + head * out_head + token * out_row
+            lse_offsets = batch * lse_batch + head * lse_head + token
+            finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, DIMS[2], DIMS[3])
+        else:
+            save(partial, (copy * n_slots + slot) * ROWS + row, inside, peak, total, acc, DIMS[2], DIMS[3])

@@ -20,9 +20,11 @@ from ..shared.kernel_triton import (
     locate,
     merge,
     modified,
+    program_at,
     save,
     score,
     tokens_at,
+    turns,
     walk,
 )
 
@@ -52,7 +54,7 @@ def add_columns(
     return peak, total, acc
 
 
-@triton.jit(do_not_specialize=["n_items", "n_slots", "n_heads", "abreast", "q_len", "kv_len"])
+@triton.jit(do_not_specialize=["n_items", "n_slots", "n_batches", "n_heads", "abreast", "q_len", "kv_len"])
 def forward(
     q, k, v, out, lse, partial,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
@@ -61,10 +63,10 @@ def forward(
     item_edge, item_edge_stop, tile_column, tile_pattern, patterns, gathered_columns, gathered_lanes,
     row_indptr, row_first,
     q_order, kv_order, score_tables, mask_tables,
-    n_items, n_slots, n_heads, abreast, q_len, kv_len, scale,
+    n_items, n_slots, n_batches, n_heads, abreast, q_len, kv_len, scale,
     GROUP: tl.constexpr, MODIFY: tl.constexpr, ATTENDS: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """`out` and `lse` of the launch's rows; a split unit goes to `partial`, for `merge`.
 
@@ -72,59 +74,60 @@ def forward(
     v_width), a width being the power of two that holds a dimension; CHUNK is head_width, or what goes at a time where
     there are no matrix units. MODIFY and ATTENDS are generated functions or None, as in `block_sparse`.
     """
-    item, copy, batch, head = locate(n_items, n_heads, abreast, batches, heads)
-    kv_head = head // GROUP
-    lane = tl.arange(0, BLOCK_Q)
-    position = tl.load(item_unit + item) * BLOCK_Q + lane
-    inside = position < q_len
-    token = tokens_at(q_order, position, inside)
-    q_base = q + batch * q_batch + head * q_head
-    q_offsets = token * q_row
-    k_base = k + batch * k_batch + kv_head * k_head
-    v_base = v + batch * v_batch + kv_head * v_head
+    for turn in tl.range(turns(n_items * n_batches * n_heads, PERSISTENT), disable_licm=True):
+        item, copy, batch, head = locate(program_at(turn, PERSISTENT), n_items, n_heads, abreast, batches, heads)
+        kv_head = head // GROUP
+        lane = tl.arange(0, BLOCK_Q)
+        position = tl.load(item_unit + item) * BLOCK_Q + lane
+        inside = position < q_len
+        token = tokens_at(q_order, position, inside)
+        q_base = q + batch * q_batch + head * q_head
+        q_offsets = token * q_row
+        k_base = k + batch * k_batch + kv_head * k_head
+        v_base = v + batch * v_batch + kv_head * v_head
 
-    who = (batch, head, token[:, None], position[:, None], score_tables, mask_tables)
+        who = (batch, head, token[:, None], position[:, None], score_tables, mask_tables)
 
-    # Single edges come first: their state then needs no place beside that of the tiles.
-    peak, total, acc = empty_state(BLOCK_Q, DIMS[3])
-    edge, edge_stop = tl.load(item_edge + item), tl.load(item_edge_stop + item)
-    if edge < edge_stop:
-        first_edge = tl.load(row_indptr + position, mask=inside, other=0)
-        degree = tl.load(row_indptr + position + 1, mask=inside, other=0) - first_edge
-        start = tl.minimum(tl.maximum(edge - first_edge, 0), degree)
-        stop = tl.minimum(tl.maximum(edge_stop - first_edge, 0), degree)
-        singles = load_rows(q_base, q_offsets, inside, DIMS[0], DIMS[1]).to(tl.float32)
-        peak, total, acc = walk(
-            singles, k_base, k_row, v_base, v_row, position.to(tl.int64), start, stop, row_indptr, row_first, None,
-            None, 0, kv_order, kv_len, (batch, head, token, None, score_tables), scale, "edges", BLOCK_Q, KEYS,
-            MODIFY, NEGATE, DIMS,
+        # Single edges come first: their state then needs no place beside that of the tiles.
+        peak, total, acc = empty_state(BLOCK_Q, DIMS[3])
+        edge, edge_stop = tl.load(item_edge + item), tl.load(item_edge_stop + item)
+        if edge < edge_stop:
+            first_edge = tl.load(row_indptr + position, mask=inside, other=0)
+            degree = tl.load(row_indptr + position + 1, mask=inside, other=0) - first_edge
+            start = tl.minimum(tl.maximum(edge - first_edge, 0), degree)
+            stop = tl.minimum(tl.maximum(edge_stop - first_edge, 0), degree)
+            singles = load_rows(q_base, q_offsets, inside, DIMS[0], DIMS[1]).to(tl.float32)
+            peak, total, acc = walk(
+                singles, k_base, k_row, v_base, v_row, position.to(tl.int64), start, stop, row_indptr, row_first, None,
+                None, 0, kv_order, kv_len, (batch, head, token, None, score_tables), scale, "edges", BLOCK_Q, KEYS,
+                MODIFY, NEGATE, DIMS,
+            )  # fmt: skip
+
+        queries = load_queries(q_base, q_offsets, inside, DIMS, CHUNK)
+        first_tile = tl.load(item_tile + item)
+        n_full = tl.load(item_full + item)
+        peak, total, acc = add_full_tiles(
+            queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, None, None, tile_column + first_tile,
+            n_full, kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+        )  # fmt: skip
+        first_partial = first_tile + n_full
+        peak, total, acc = add_partial_tiles(
+            queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, None, None, tile_column + first_partial,
+            tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
+            who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+        )  # fmt: skip
+        column = tl.load(item_column + item)
+        n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
+        peak, total, acc = add_columns(
+            queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, gathered_columns + column,
+            gathered_lanes + column, n_columns, lane, kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, STEP_KV,
+            DIMS, CHUNK,
         )  # fmt: skip
 
-    queries = load_queries(q_base, q_offsets, inside, DIMS, CHUNK)
-    first_tile = tl.load(item_tile + item)
-    n_full = tl.load(item_full + item)
-    peak, total, acc = add_full_tiles(
-        queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, None, None, tile_column + first_tile, n_full,
-        kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
-    )  # fmt: skip
-    first_partial = first_tile + n_full
-    peak, total, acc = add_partial_tiles(
-        queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, None, None, tile_column + first_partial,
-        tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
-        who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
-    )  # fmt: skip
-    column = tl.load(item_column + item)
-    n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
-    peak, total, acc = add_columns(
-        queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, gathered_columns + column,
-        gathered_lanes + column, n_columns, lane, kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, STEP_KV,
-        DIMS, CHUNK,
-    )  # fmt: skip
-
-    slot = tl.load(item_slot + item)
-    if slot < 0:
-        out_offsets = batch * out_batch + head * out_head + token * out_row
-        lse_offsets = batch * lse_batch + head * lse_head + token
-        finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, DIMS[2], DIMS[3])
-    else:
-        save(partial, (copy * n_slots + slot) * BLOCK_Q + lane, inside, peak, total, acc, DIMS[2], DIMS[3])
+        slot = tl.load(item_slot + item)
+        if slot < 0:
+            out_offsets = batch * out_batch + head * out_head + token * out_row
+            lse_offsets = batch * lse_batch + head * lse_head + token
+            finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, DIMS[2], DIMS[3])
+        else:
+            save(partial, (copy * n_slots + slot) * BLOCK_Q + lane, inside, peak, total, acc, DIMS[2], DIMS[3])

@@ -38,7 +38,7 @@ def forward(
     (head_dim, head_width, v_dim, v_width), a width being the power of two that holds a dimension. MODIFY is the score
     modifier, a generated function, or None.
     """
-    item, copy, batch, head = locate(n_items, n_heads, abreast, batches, heads)
+    item, copy, batch, head = locate(tl.program_id(0), n_items, n_heads, abreast, batches, heads)
     kv_head = head // GROUP
     row = (tl.load(item_unit + item) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
     inside = row < q_len

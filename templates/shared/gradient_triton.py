@@ -17,7 +17,19 @@ Source: Dao et al., "FlashAttention", NeurIPS 2022, algorithm 4 and appendix B.
 import triton
 import triton.language as tl
 
-from .kernel_triton import LOG2_E, NEG_INF, degrees, load_rows, modified, n_progressions, progression, score, tokens_at
+from .kernel_triton import (
+    LOG2_E,
+    NEG_INF,
+    degrees,
+    load_rows,
+    modified,
+    n_progressions,
+    program_at,
+    progression,
+    score,
+    tokens_at,
+    turns,
+)
 
 
 @triton.jit(do_not_specialize=["n_heads", "q_len"])
@@ -210,7 +222,7 @@ def add_singly(
     return acc_1, acc_2
 
 
-@triton.jit(do_not_specialize=["n_items", "n_slots", "n_heads", "length", "stream_length", "n_offsets"])
+@triton.jit(do_not_specialize=["n_items", "n_slots", "n_batches", "n_heads", "length", "stream_length", "n_offsets"])
 def backward(
     own_1, own_2, stream_1, stream_2, lse, delta, into_1, into_2, partial,
     own_1_batch, own_1_head, own_1_row, own_2_batch, own_2_head, own_2_row,
@@ -222,10 +234,11 @@ def backward(
     item_column, item_column_stop, gathered_columns, gathered_lanes,
     item_start, item_stop, row_indptr, row_first, row_last, row_step,
     order, stream_order, score_tables, mask_tables,
-    n_items, n_slots, n_heads, length, stream_length, n_offsets, scale, plain_scale,
+    n_items, n_slots, n_batches, n_heads, length, stream_length, n_offsets, scale, plain_scale,
     ATTENDS: tl.constexpr, MODIFY: tl.constexpr, SLOPE: tl.constexpr,
     FORM: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr,
     STEP: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """dQ, written, or dK and dV, added to what is there; a split unit goes to `partial`, for `add_up`.
 
@@ -234,101 +247,105 @@ def backward(
     that there are no single edges. ATTENDS is the mask's predicate, MODIFY and SLOPE the score modifier and its
     derivative: generated functions, or None. `scale` takes scores to units of log 2, or, modified, to their own.
     """
-    program = tl.program_id(0)
-    item = program % n_items
-    copy = (program // n_items).to(tl.int64)
-    batch = tl.load(batches + copy // n_heads).to(tl.int64)
-    head_index = copy % n_heads
-    head = tl.load(heads + head_index).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
-    position = tl.load(item_unit + item) * BLOCK + lane
-    inside = position < length
-    token = tokens_at(order, position, inside)
-    base_1 = own_1 + batch * own_1_batch + head * own_1_head
-    base_2 = own_2 + batch * own_2_batch + head * own_2_head
-    offsets_1, offsets_2 = token * own_1_row, token * own_2_row
-    row_base, row_delta = None, None
-    if IS_DQ:
-        row_base, row_delta = statistics(
-            lse, delta, batch * lse_batch + head * lse_head + token, batch * delta_batch + head * delta_head + token,
-            inside,
-        )  # fmt: skip
-    rows_1, rows_2 = None, None
-    if item_tile is not None:
-        if DIMS[1] == CHUNK:
-            rows_1 = load_rows(base_1, offsets_1, inside, DIMS[0], DIMS[1])
-        if DIMS[3] == CHUNK_2:
-            rows_2 = load_rows(base_2, offsets_2, inside, DIMS[2], DIMS[3])
-    rows = (rows_1, rows_2, base_1, offsets_1, base_2, offsets_2, inside)
-    # Triton 3.6 takes no element of a tuple as part of a shape.
-    width_1: tl.constexpr = DIMS[1]
-    width_2: tl.constexpr = DIMS[3]
-    acc_1 = tl.zeros([BLOCK, width_1], tl.float32)
-    acc_2 = tl.zeros([BLOCK, width_2], tl.float32)
-
-    for i in range(tl.load(head_indptr + head_index), tl.load(head_indptr + head_index + 1)):
-        other_head = tl.load(stream_heads + i).to(tl.int64)
-        query_head = head if IS_DQ else other_head
-        stream = (
-            stream_1 + batch * stream_1_batch + other_head * stream_1_head, stream_1_row,
-            stream_2 + batch * stream_2_batch + other_head * stream_2_head, stream_2_row,
-            lse, delta, batch * lse_batch + query_head * lse_head, batch * delta_batch + query_head * delta_head,
-        )  # fmt: skip
-        who = (batch, query_head, token[:, None], position[:, None], score_tables, mask_tables)
-        if FORM is not None:
-            start, stop = tl.load(item_start + item), tl.load(item_stop + item)
-            if start < stop or item_tile is None:
-                row = position.to(tl.int64)
-                degree = degrees(row, inside, row_indptr, row_first, row_last, row_step, n_offsets, stream_length, FORM)
-                before = tl.cumsum(degree, 0) - degree
-                low = tl.minimum(tl.maximum(start - before, 0), degree)
-                high = tl.minimum(tl.maximum(stop - before, 0), degree)
-                row_who = (batch, query_head, token[None, :], None, score_tables)
-                one = load_rows(base_1, offsets_1, inside, DIMS[0], DIMS[1]).to(tl.float32)
-                two = load_rows(base_2, offsets_2, inside, DIMS[2], DIMS[3]).to(tl.float32)
-                acc_1, acc_2 = add_singly(
-                    one, two, row_base, row_delta, stream, row, inside, low, high, row_indptr, row_first, row_last,
-                    row_step, n_offsets, stream_order, stream_length, row_who, acc_1, acc_2, scale, MODIFY, SLOPE,
-                    FORM, IS_DQ, NEGATE, KEYS, DIMS,
-                )  # fmt: skip
+    for turn in tl.range(turns(n_items * n_batches * n_heads, PERSISTENT), disable_licm=True):
+        program = program_at(turn, PERSISTENT)
+        item = program % n_items
+        copy = (program // n_items).to(tl.int64)
+        batch = tl.load(batches + copy // n_heads).to(tl.int64)
+        head_index = copy % n_heads
+        head = tl.load(heads + head_index).to(tl.int64)
+        lane = tl.arange(0, BLOCK)
+        position = tl.load(item_unit + item) * BLOCK + lane
+        inside = position < length
+        token = tokens_at(order, position, inside)
+        base_1 = own_1 + batch * own_1_batch + head * own_1_head
+        base_2 = own_2 + batch * own_2_batch + head * own_2_head
+        offsets_1, offsets_2 = token * own_1_row, token * own_2_row
+        row_base, row_delta = None, None
+        if IS_DQ:
+            row_base, row_delta = statistics(
+                lse, delta, batch * lse_batch + head * lse_head + token,
+                batch * delta_batch + head * delta_head + token, inside,
+            )  # fmt: skip
+        rows_1, rows_2 = None, None
         if item_tile is not None:
-            first_tile, n_full = tl.load(item_tile + item), tl.load(item_full + item)
-            acc_1, acc_2 = add_tiles(
-                rows, row_base, row_delta, stream, tile_column + first_tile, None, n_full, None, lane, stream_order,
-                stream_length, who, acc_1, acc_2, scale, ATTENDS, MODIFY, SLOPE, False, IS_DQ, NEGATE, BLOCK, STREAM,
-                STEP, DIMS, CHUNK, CHUNK_2,
-            )  # fmt: skip
-            first_partial = first_tile + n_full
-            acc_1, acc_2 = add_tiles(
-                rows, row_base, row_delta, stream, tile_column + first_partial, tile_pattern + first_partial,
-                tl.load(item_partial + item), patterns, lane, stream_order, stream_length, who, acc_1, acc_2,
-                scale, ATTENDS, MODIFY, SLOPE, True, IS_DQ, NEGATE, BLOCK, STREAM, STEP, DIMS, CHUNK, CHUNK_2,
-            )  # fmt: skip
-        if item_column is not None:
-            column = tl.load(item_column + item)
-            n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
-            acc_1, acc_2 = add_columns(
-                rows, row_base, row_delta, stream, gathered_columns + column, gathered_lanes + column, n_columns, lane,
-                stream_order, who, acc_1, acc_2, scale, MODIFY, SLOPE, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
-            )  # fmt: skip
+            if DIMS[1] == CHUNK:
+                rows_1 = load_rows(base_1, offsets_1, inside, DIMS[0], DIMS[1])
+            if DIMS[3] == CHUNK_2:
+                rows_2 = load_rows(base_2, offsets_2, inside, DIMS[2], DIMS[3])
+        rows = (rows_1, rows_2, base_1, offsets_1, base_2, offsets_2, inside)
+        # Triton 3.6 takes no element of a tuple as part of a shape.
+        width_1: tl.constexpr = DIMS[1]
+        width_2: tl.constexpr = DIMS[3]
+        acc_1 = tl.zeros([BLOCK, width_1], tl.float32)
+        acc_2 = tl.zeros([BLOCK, width_2], tl.float32)
 
-    acc_1 *= plain_scale
-    slot = tl.load(item_slot + item)
-    column_1, column_2 = tl.arange(0, DIMS[1])[None, :], tl.arange(0, DIMS[3])[None, :]
-    is_1, is_2 = inside[:, None] & (column_1 < DIMS[0]), inside[:, None] & (column_2 < DIMS[2])
-    at_1 = into_1 + (batch * into_1_batch + head * into_1_head + token * into_1_row)[:, None] + column_1
-    if slot >= 0:
-        width: tl.constexpr = DIMS[0] if IS_DQ else DIMS[0] + DIMS[2]
-        at = partial + (((copy * n_slots + slot) * BLOCK + lane) * width)[:, None]
-        tl.store(at + column_1, acc_1, mask=is_1)
-        if not IS_DQ:
-            tl.store(at + DIMS[0] + column_2, acc_2, mask=is_2)
-    elif IS_DQ:
-        tl.store(at_1, acc_1.to(into_1.dtype.element_ty), mask=is_1)
-    else:
-        at_2 = into_2 + (batch * into_2_batch + head * into_2_head + token * into_2_row)[:, None] + column_2
-        tl.store(at_1, tl.load(at_1, mask=is_1, other=0.0) + acc_1, mask=is_1)
-        tl.store(at_2, tl.load(at_2, mask=is_2, other=0.0) + acc_2, mask=is_2)
+        for i in range(tl.load(head_indptr + head_index), tl.load(head_indptr + head_index + 1)):
+            other_head = tl.load(stream_heads + i).to(tl.int64)
+            query_head = head if IS_DQ else other_head
+            stream = (
+                stream_1 + batch * stream_1_batch + other_head * stream_1_head, stream_1_row,
+                stream_2 + batch * stream_2_batch + other_head * stream_2_head, stream_2_row,
+                lse, delta, batch * lse_batch + query_head * lse_head, batch * delta_batch + query_head * delta_head,
+            )  # fmt: skip
+            who = (batch, query_head, token[:, None], position[:, None], score_tables, mask_tables)
+            if FORM is not None:
+                start, stop = tl.load(item_start + item), tl.load(item_stop + item)
+                if start < stop or item_tile is None:
+                    row = position.to(tl.int64)
+                    degree = degrees(
+                        row, inside, row_indptr, row_first, row_last, row_step, n_offsets, stream_length, FORM
+                    )
+                    before = tl.cumsum(degree, 0) - degree
+                    low = tl.minimum(tl.maximum(start - before, 0), degree)
+                    high = tl.minimum(tl.maximum(stop - before, 0), degree)
+                    row_who = (batch, query_head, token[None, :], None, score_tables)
+                    one = load_rows(base_1, offsets_1, inside, DIMS[0], DIMS[1]).to(tl.float32)
+                    two = load_rows(base_2, offsets_2, inside, DIMS[2], DIMS[3]).to(tl.float32)
+                    acc_1, acc_2 = add_singly(
+                        one, two, row_base, row_delta, stream, row, inside, low, high, row_indptr, row_first, row_last,
+                        row_step, n_offsets, stream_order, stream_length, row_who, acc_1, acc_2, scale, MODIFY, SLOPE,
+                        FORM, IS_DQ, NEGATE, KEYS, DIMS,
+                    )  # fmt: skip
+            if item_tile is not None:
+                first_tile, n_full = tl.load(item_tile + item), tl.load(item_full + item)
+                acc_1, acc_2 = add_tiles(
+                    rows, row_base, row_delta, stream, tile_column + first_tile, None, n_full, None, lane, stream_order,
+                    stream_length, who, acc_1, acc_2, scale, ATTENDS, MODIFY, SLOPE, False, IS_DQ, NEGATE, BLOCK,
+                    STREAM, STEP, DIMS, CHUNK, CHUNK_2,
+                )  # fmt: skip
+                first_partial = first_tile + n_full
+                acc_1, acc_2 = add_tiles(
+                    rows, row_base, row_delta, stream, tile_column + first_partial, tile_pattern + first_partial,
+                    tl.load(item_partial + item), patterns, lane, stream_order, stream_length, who, acc_1, acc_2,
+                    scale, ATTENDS, MODIFY, SLOPE, True, IS_DQ, NEGATE, BLOCK, STREAM, STEP, DIMS, CHUNK, CHUNK_2,
+                )  # fmt: skip
+            if item_column is not None:
+                column = tl.load(item_column + item)
+                n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
+                acc_1, acc_2 = add_columns(
+                    rows, row_base, row_delta, stream, gathered_columns + column, gathered_lanes + column, n_columns,
+                    lane, stream_order, who, acc_1, acc_2, scale, MODIFY, SLOPE, IS_DQ, NEGATE, STEP, DIMS, CHUNK,
+                    CHUNK_2,
+                )  # fmt: skip
+
+        acc_1 *= plain_scale
+        slot = tl.load(item_slot + item)
+        column_1, column_2 = tl.arange(0, DIMS[1])[None, :], tl.arange(0, DIMS[3])[None, :]
+        is_1, is_2 = inside[:, None] & (column_1 < DIMS[0]), inside[:, None] & (column_2 < DIMS[2])
+        at_1 = into_1 + (batch * into_1_batch + head * into_1_head + token * into_1_row)[:, None] + column_1
+        if slot >= 0:
+            width: tl.constexpr = DIMS[0] if IS_DQ else DIMS[0] + DIMS[2]
+            at = partial + (((copy * n_slots + slot) * BLOCK + lane) * width)[:, None]
+            tl.store(at + column_1, acc_1, mask=is_1)
+            if not IS_DQ:
+                tl.store(at + DIMS[0] + column_2, acc_2, mask=is_2)
+        elif IS_DQ:
+            tl.store(at_1, acc_1.to(into_1.dtype.element_ty), mask=is_1)
+        else:
+            at_2 = into_2 + (batch * into_2_batch + head * into_2_head + token * into_2_row)[:, None] + column_2
+            tl.store(at_1, tl.load(at_1, mask=is_1, other=0.0) + acc_1, mask=is_1)
+            tl.store(at_2, tl.load(at_2, mask=is_2, other=0.0) + acc_2, mask=is_2)
 
 
 @triton.jit(do_not_specialize=["n_merges", "n_slots", "n_heads", "length"])

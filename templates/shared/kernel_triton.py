@@ -17,13 +17,38 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def locate(n_items, n_heads, abreast, batches, heads):
-    """`(item, copy, batch element, first head)` of this program.
+def turns(n_programs, PERSISTENT: tl.constexpr):
+    """How many of the grid's `n_programs` items this program takes: one, or where the grid is smaller its share."""
+    n = 1
+    if PERSISTENT:
+        rounds = n_programs // tl.num_programs(0)
+        n = rounds + (place_in_round(rounds) < n_programs % tl.num_programs(0)).to(tl.int32)
+    return n
+
+
+@triton.jit
+def place_in_round(turn):
+    """Back and forth: who took the longest item of one round takes the shortest of the next."""
+    place = tl.program_id(0)
+    return tl.where(turn % 2 == 0, place, tl.num_programs(0) - 1 - place)
+
+
+@triton.jit
+def program_at(turn, PERSISTENT: tl.constexpr):
+    """Which program of a grid with one for each item this one stands for at a turn."""
+    program = tl.program_id(0)
+    if PERSISTENT:
+        program = turn * tl.num_programs(0) + place_in_round(turn)
+    return program
+
+
+@triton.jit
+def locate(program, n_items, n_heads, abreast, batches, heads):
+    """`(item, copy, batch element, first head)` of a program.
 
     `abreast` heads walk an item side by side, so that heads that share keys find them in the cache; then come the items
     of those heads, longest first.
     """
-    program = tl.program_id(0)
     inner = program % abreast
     rest = program // abreast
     copy = rest // n_items * abreast + inner

@@ -129,6 +129,21 @@ def test_other_configurations_compile_and_fit(name, gpu, values):
     _lowered(name, gpu, "bf16", tried_at(64), values)
 
 
+def _persistent():
+    for name, gpu, direction in itertools.product(("block_sparse", "hybrid"), DEVICES, ("forward", "backward")):
+        is_quick = (name, gpu) == ("block_sparse", "nvidia-h100") and direction == "forward"
+        yield pytest.param(name, gpu, direction, marks=() if is_quick else pytest.mark.spread)
+
+
+@pytest.mark.parametrize(("name", "gpu", "direction"), [*_persistent()])
+def test_programs_that_stay_hold_nothing_over(name, gpu, direction):
+    """The loop over items hoists nothing into registers that there are not."""
+    for each in _lowered(name, gpu, "bf16", tried_at(128), (("persistent", 2),), direction):
+        if each.name in ("forward", "backward"):
+            assert each.spilled_bytes == 0, each
+            assert each.shared_bytes * 2 <= device(gpu).shared_bytes_per_block
+
+
 @pytest.mark.parametrize("gpu", ["nvidia-rtx4090", pytest.param("amd-mi300x", marks=pytest.mark.spread)])
 def test_the_widest_heads_fit_the_smallest_devices(gpu):
     for dtype in ("fp32", "bf16"):

@@ -23,6 +23,7 @@ from sparsec.backends import reference
 from sparsec.backends import triton as triton_backend
 from sparsec.backends.base import Launch, Work
 from sparsec.backends.reference import Modifier
+from sparsec.backends.triton_calls import Call
 from sparsec.device import device
 from sparsec.errors import UnsupportedError
 from sparsec.layout import Ordering, reordered, row_lists, schedule
@@ -109,6 +110,32 @@ def _run_shuffled(name: str, tried: Case) -> None:
     ordering = Ordering("shuffled", *orders)
     bound = reordered(tried.bound, ordering)
     _checked(_launch(name, tried, ordering=ordering, bound=bound), tried)
+
+
+def _run_persistent(name: str, tried: Case, direction: str) -> None:
+    """Three programs take every item of every head, one after the other; each result has the bits of a whole grid's."""
+    few = replace(device(DEVICE), units=3)
+    staying, whole = (replace(_launch(name, tried, {"persistent": k}), device=few) for k in (1, 0))
+    calls = calls_of(staying, direction)
+    wanted = [calls_of(whole, direction)[i].grid(tried.problem.batch) for i in range(len(calls))]
+    grids = [call.grid(tried.problem.batch) for call in calls]
+    n_persistent = sum(call.constants.get("PERSISTENT", False) for call in calls)
+    assert n_persistent == (1 if direction == "forward" else 2)
+    assert grids.count(3) == n_persistent
+    assert max(wanted) > 9
+    if direction == "backward":
+        _check_gradient(staying, tried)
+        return
+    _checked(staying, tried)
+    (out, lse), (wanted_out, wanted_lse) = running.poisoned(tried), running.poisoned(tried)
+    triton_backend.backend().lower(staying)(*running.inputs(tried), out, lse)
+    triton_backend.backend().lower(whole)(*running.inputs(tried), wanted_out, wanted_lse)
+    assert torch.equal(out, wanted_out)
+    assert torch.equal(lse, wanted_lse)
+
+
+def calls_of(made: Launch, direction: str) -> tuple[Call, ...]:
+    return triton_backend.calls_of(made) if direction == "forward" else triton_backend.gradient_calls_of(made)
 
 
 def _run_partial(name: str, tried: Case) -> None:
@@ -390,6 +417,12 @@ def test_masks(interpreter, tried, name, dtype):
 )
 def test_tile_sizes_and_packed_heads(interpreter, values, dtype):
     interpreter(_run, "block_sparse", GROUPED.with_dtype(dtype), values)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["block_sparse", "hybrid"])
+def test_programs_that_stay(interpreter, name, direction):
+    interpreter(_run_persistent, name, GROUPED.with_dtype("fp32"), direction)
 
 
 @pytest.mark.parametrize("values", [{"block_q": 1}, {"block_q": 16, "fetch": 16}, {"num_warps": 1}], ids=str)
