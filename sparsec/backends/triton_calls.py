@@ -243,12 +243,13 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
     printed = functions_of(launch, work)
     numbers: dict[str, int | float] = {
         "n_items": schedule.n_items,
-        "n_batches": len(launch.batch),
         "abreast": abreast,
         "kv_len": work.bound.kv_len,
         "scale": kernel_scale(launch),
     }
-    if launch.template.layout == "rows":
+    if launch.template.layout != "rows":
+        numbers["n_batches"] = len(launch.batch)
+    else:
         numbers["n_offsets"] = len(work.rows.start) if work.rows is not None and work.rows.form == "offsets" else 0
     forward = Call(
         name="forward",
