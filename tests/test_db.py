@@ -208,7 +208,7 @@ def test_a_mask_is_held_out_with_all_its_lengths(own, tmp_path):
     assert wider.regret == pytest.approx(0.6)
     file = tmp_path / "transfer.json"
     run = CliRunner().invoke(eval_transfer.evaluate, ["--least", "2", "--json", str(file), str(own.own_folder)])
-    assert "MISSED: median regret of a held-out mask: 60.0%" in run.output
+    assert "MISSED: median regret of a held-out mask that others' records serve: 60.0%" in run.output
     written = json.loads(file.read_text())
     assert [aim["is_met"] for aim in written["aims"]] == [False]
     assert written["provenance"]["device"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -479,3 +480,50 @@ def test_the_tools_read_what_a_search_wrote(tmp_path, monkeypatch):
     assert "in 1 of 1 cases" in costed.output
     off = [error.median for error in eval_cost.errors(RecordBase([], tmp_path / "records").records())]
     assert off == pytest.approx([2.0] * len(tried.arms), rel=1e-3)
+
+
+GRID = "defaults: {length: 300, heads: 2, head_dim: 32, dtype: fp32}\ncases: [{name: made up, mask: 'window(40, 3)'"
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+def test_what_the_records_say_takes_turns_with_the_default(tmp_path, monkeypatch, no_records, direction):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    import eval_tuned
+
+    grid, file = tmp_path / "grid.yaml", tmp_path / "tuned.json"
+    grid.write_text(f"{GRID}, direction: {direction}}}]\n")
+
+    def row() -> dict[str, object]:
+        done = CliRunner().invoke(eval_tuned.main, [str(grid), "--seconds", "0", "--rounds", "7", "--json", str(file)])
+        assert done.exit_code == 0, done.output
+        (found,) = json.loads(file.read_text())["cases"]
+        return found
+
+    same = row()
+    assert (same["gain"], same["rounds"], same["tuned"]) == (1.0, 0, same["default"])
+    for task in (CPU_TASK, replace(CPU_TASK, direction="backward")):
+        tried = Space(replace(task, problem=replace(task.problem, kv_heads=2)))
+        results = {choice: Measurement((1000.0,) * 5) for choice in tried.choices() if not choice.arm.is_mixture}
+        winner = next(choice for choice in results if choice.arm == tried.default.arm and choice != tried.default)
+        Recorder(tried, no_records).contested("planted", results | {winner: Measurement((10.0,) * 5)})
+    other = row()
+    assert other["rounds"] == 7
+    assert other["gain"] == pytest.approx(other["default_us"] / other["tuned_us"])
+    assert str(winner.config) in other["tuned"]
+    assert other["tuned"] != other["default"] == same["default"]
+
+
+def test_a_tuned_plan_that_is_wrong_is_not_timed(tmp_path, monkeypatch, no_records):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    import eval_tuned
+    from bench.grid import load_grid
+
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(f"{GRID}}}]\n")
+    bound = m.window(40, 3).bind(300)
+    problem = Problem(300, 300, 2, 2, 32, 32)
+    (case,) = load_grid(grid).cases
+    right, wrong = (eval_tuned._compiled(mask, problem, "off") for mask in (bound, m.window(39, 3).bind(300)))
+    with pytest.raises(SparsecError, match=r"the tuned .* is wrong: "):
+        eval_tuned._checked(bound, problem, {"default": right, "tuned": wrong})
+    assert eval_tuned.compared(case, 0.0, 7).gain == 1.0

@@ -90,15 +90,18 @@ def exhaust(jobs: Path, into: Path, match: tuple[str, ...], seconds: float, most
     default=Path("tools/jobs/cpu.yaml"),
     show_default=True,
 )
+@click.option("--match", multiple=True, help="Only jobs whose title has this in it; may be repeated.")
 @click.option("--trials", default=40, show_default=True)
 @click.option("--seeds", default=5, show_default=True)
 @json_option
-def replay_command(folder: Path, jobs: Path, trials: int, seeds: int, path: Path | None) -> None:
+def replay_command(
+    folder: Path, jobs: Path, match: tuple[str, ...], trials: int, seeds: int, path: Path | None
+) -> None:
     """Searches recorded timings with each setting."""
     records = list(RecordBase([], folder).records())
     rows: dict[str, list[Replayed]] = defaultdict(list)
     sizes: dict[str, int] = {}
-    for title, space in _spaces(read_jobs(jobs), ()):
+    for title, space in _spaces(read_jobs(jobs), match):
         recorded = recorded_results(space, records)
         known = {choice.arm for choice in recorded}
         whole = space.only(tuple(arm for arm in space.arms if arm in known))

@@ -126,16 +126,18 @@ def evaluate(folders: tuple[Path, ...], least: int, path: Path | None) -> None:
     for name, value in summary.items():
         show(console, f"{name}: {value if isinstance(value, int) else _percent(value)}")
     told = summary["median regret of transfer"]
-    aims = [Aim("median regret of a held-out mask:", told, at_most=MOST_REGRET)]
+    aims = [Aim("median regret of a held-out mask that others' records serve:", told, at_most=MOST_REGRET)]
     finish(aims, {"summary": summary, "cases": [asdict(each) for each in results]}, path)
 
 
 def _summary(results: list[HeldOut]) -> dict[str, float | int | None]:
-    told = [each.regret for each in results if each.regret is not None]
+    served = [each for each in results if each.nearness != "none"]
+    told = [each.regret for each in served if each.regret is not None]
     defaults = [each.default_regret for each in results if each.default_regret is not None]
     return {
         "masks held out": len(results),
-        "of these, served a configuration that was not measured there": len(results) - len(told),
+        "of these, left to the default: no record is near": len(results) - len(served),
+        "of these, served a configuration that was not measured there": len(served) - len(told),
         "median regret of transfer": median(told) if told else None,
         "worst regret of transfer": max(told, default=None),
         "median regret of the default": median(defaults) if defaults else None,

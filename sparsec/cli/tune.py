@@ -426,9 +426,9 @@ class _Board:
             mean = math.exp(sum(math.log(gain) for gain in gains) / len(gains))
             better = sum(gain > 1.0 for gain in gains)
             parts.append(f"{better} of {len(gains)} tasks are faster than the default, {mean:.2f}× in the mean")
-        waiting_for = sum(row.state == "waiting" for row in self._rows.values())
-        if waiting_for:
-            parts.append(f"{waiting_for} not reached: start the same command again")
+        unfinished = sum(row.state in ("waiting", "tuning") for row in self._rows.values())
+        if unfinished:
+            parts.append(f"{unfinished} not finished: the same command goes on from here")
         failed = sum(row.failed for row in done.values())
         if failed:
             parts.append(f"{failed} trials failed")
