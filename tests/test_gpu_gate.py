@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -55,7 +56,7 @@ def test_what_passed_or_was_tried_in_this_run_is_left_alone(gpu_gate):
 def test_a_worker_that_hangs_is_ended_and_its_task_has_failed(gpu_gate, record):
     key = "verify/block_sparse/triton/bf16/forward/empty"
     record.write(key, {"status": "running", "started": time.time() - 1e6})
-    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     lost = gpu_gate.watched(worker, record, time.time() + 60)
     assert worker.returncode is not None
     gpu_gate.settle(record, lost, "now")
@@ -71,9 +72,10 @@ def test_a_worker_is_started_again_only_where_it_lost_a_task_or_the_device(gpu_g
     monkeypatch.setattr(gpu_gate, "Record", lambda device, results: record)
     popen = subprocess.Popen
 
-    def worker(command, cwd):
+    def worker(command, cwd, start_new_session):
         assert command[2] == "work"
-        return popen([sys.executable, "-c", f"raise SystemExit({codes.pop(0)})"])
+        assert start_new_session
+        return popen([sys.executable, "-c", f"raise SystemExit({codes.pop(0)})"], start_new_session=True)
 
     monkeypatch.setattr(gpu_gate.subprocess, "Popen", worker)
     done = CliRunner().invoke(gpu_gate.main, ["run", "--minutes", "1"])
@@ -84,7 +86,7 @@ def test_a_worker_is_started_again_only_where_it_lost_a_task_or_the_device(gpu_g
 
 def test_a_worker_out_of_time_leaves_its_task_for_later(gpu_gate, record):
     record.write("tests/pytest-m-gpu", {"status": "running", "started": time.time()})
-    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     assert gpu_gate.watched(worker, record, time.time() - 60) is None
     assert not json.loads(record.path.read_text())["results"]
 
@@ -92,7 +94,10 @@ def test_a_worker_out_of_time_leaves_its_task_for_later(gpu_gate, record):
 def test_the_masks_that_are_timed_are_there(gpu_gate):
     from gate.timing import bench_cases
 
-    lengths = {name: (mask.bind(p.q_len, p.kv_len).nnz, p.q_len) for name, mask, p in bench_cases()}
+    from sparsec.template import templates
+
+    lengths = {name: (mask.bind(p.q_len, p.kv_len).nnz, p.q_len) for name, mask, p, _ in bench_cases()}
+    assert all(templates().keys() >= {*chosen} for *_, chosen in bench_cases())
     assert lengths["debian-graph"] == (340_845, 63_666)
     assert lengths["causal"][0] == 32_768 * 32_769 // 2
 
@@ -111,6 +116,74 @@ def test_what_is_timed_is_checked(gpu_gate):
     check_rows(q, k, v, out, m.causal().bind(50), p)
     with pytest.raises(AssertionError, match="a timed row is off"):
         check_rows(q, k, v, out, m.window(9, 0).bind(50), p)
+
+
+def _compiled(key: str) -> None:
+    """As a process that compiles: one task ends it, another is at it for long."""
+    if key == "ruins":
+        os._exit(1)
+    Path(key).write_text("compiled")
+
+
+def test_kernels_are_compiled_ahead_and_what_fails_there_is_left_to_the_task(gpu_gate, tmp_path):
+    from gate.ahead import Ahead
+
+    keys = [str(tmp_path / name) for name in "abc"]
+    with Ahead(_compiled, keys, processes=2) as ahead:
+        ahead.wait(keys[1])
+        assert Path(keys[1]).read_text() == "compiled"
+        ahead.wait("verify/nobody/compiles/this")
+        ahead.wait_for_all()
+        assert all(Path(key).is_file() for key in keys)
+    with Ahead(_compiled, ["ruins", *keys], processes=1) as ahead:
+        for key in ("ruins", *keys):
+            ahead.wait(key)
+    with Ahead(_compiled, keys, processes=0) as ahead:
+        ahead.wait(keys[0])
+
+
+def test_what_is_compiled_ahead_are_tasks_of_ours_in_triton(gpu_gate, monkeypatch):
+    """By the keys of the tasks themselves, as if every back end were here."""
+    from gate import checks
+
+    from sparsec.device import device
+    from sparsec.template import templates
+
+    kernels = [(each, name) for each in templates().values() for name in ("triton", "cuda") if name in each.backends()]
+    monkeypatch.setattr(checks, "own_kernels", lambda device: kernels)
+    monkeypatch.setattr(gpu_gate.timing, "own_kernels", lambda device: kernels)
+    for name in ("verify", "bench", "modified", "tunables"):
+        part = gpu_gate.PARTS[name]
+        keys = [key for key, _ in part.tasks(device("nvidia-h200"))]
+        assert part.is_ahead
+        assert len(keys) == len(set(keys)) > 8
+        assert all(key.startswith(f"{name}/") for key in keys)
+        ahead = [key for key in keys if gpu_gate.is_of_triton(key)]
+        assert 0 < len(ahead) < len(keys) or name == "tunables"
+        assert not any("cuda" in key or "flex" in key or "sdpa" in key for key in ahead)
+    every = [key for part in gpu_gate.PARTS.values() for key, _ in part.tasks(device("nvidia-h200"))]
+    assert {key.partition("/")[0] for key in every} == gpu_gate.PARTS.keys()
+
+
+def test_a_machine_without_a_gpu_is_told_so(gpu_gate, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(gpu_gate.main, ["run", "--minutes", "1"])
+    assert done.exit_code == 1
+    assert "sees none" in done.output
+
+
+def test_the_summary_tells_failures_and_times(gpu_gate, record):
+    from gate.report import summary
+
+    record.write("verify/hybrid/triton/fp16/forward/empty", {"status": "failed", "error": "out is off"})
+    record.write(
+        "bench/causal/sdpa", {"status": "passed", "us": 12.0, "spread_us": 1.0, "tflops": 3.0, "edge_tb_s": 2.0}
+    )
+    told = "\n".join(summary(json.loads(record.path.read_text())))
+    assert "FAILED verify/hybrid/triton/fp16/forward/empty: out is off" in told
+    assert "| causal | sdpa | 12 (1) | 3.0 | 2.00 |" in told
 
 
 def test_a_failure_is_a_result(gpu_gate):

@@ -12,24 +12,30 @@ those results and from the list of what the tests lower. This file decides the o
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 from gate import checks, timing
+from gate.ahead import Ahead, compile_for
 from gate.record import ROOT, Record, Result
-from gate.report import gpu_md
+from gate.report import gpu_md, summary
 
 from sparsec.device import Device, detect_gpu
+from sparsec.errors import SparsecError
 
 RESULTS = ROOT / "benchmarks" / "gpu"
 JOBS = ROOT / "tools" / "jobs"
@@ -39,29 +45,40 @@ Tasks = Iterator[tuple[str, Callable[[], Any]]]
 
 @dataclass(frozen=True)
 class Part:
-    """Some tasks: their share of the time, and how long one may take before it counts as hung."""
+    """Some tasks: their share of the time, and how long one may take before it counts as hung.
+
+    Attributes:
+        tasks: Of a device.
+        share: Of all the time.
+        limit_s: For one task.
+        is_ahead: Whether other cores compile its Triton kernels while it goes on.
+        is_timed: Whether they must be done before it begins.
+    """
 
     tasks: Callable[[Device], Tasks]
     share: float
     limit_s: float
+    is_ahead: bool = False
+    is_timed: bool = False
 
 
 def gpu_tests(device: Device) -> Tasks:
-    yield "tests/pytest-m-gpu", lambda: command_run("-m", "pytest", "-m", "gpu", "-q", "-x", "--no-header", "tests")
+    cores = len(os.sched_getaffinity(0))
+    abreast = ("-n", str(min(8, cores // 2))) if importlib.util.find_spec("xdist") is not None and cores > 3 else ()
+    command = ("-m", "pytest", "-m", "gpu", "-q", "--no-header", "--maxfail=5", *abreast, "tests")
+    yield "tests/pytest-m-gpu", lambda: command_run(*command)
 
 
 def tuned(device: Device) -> Tasks:
     """The standard jobs of this device, its ceilings first; what they measure goes to `autotune_db/`."""
-
-    for module in ("optuna", "sparsec.tuning"):
-        if importlib.util.find_spec(module) is None:
-            yield "tune/ceilings", lambda missing=module: {"status": "skipped", "why": f"{missing} is not installed"}
-            return
-    yield "tune/ceilings", lambda: command_run("-m", "sparsec.cli", "tune", "--calibrate")
+    tune = ("-m", "sparsec.cli", "tune")
+    yield "tune/ceilings", lambda: command_run(*tune, "--calibrate", "--device", device.name)
     job = JOBS / f"{device.name.partition('-')[2]}.yaml"
-    if job.is_file():
-        yield f"tune/{job.name}", lambda: command_run("-m", "sparsec.cli", "tune", str(job), "--budget", "6m")
-    yield "tune/promoted", lambda: command_run("tools/promote_records.py")
+    if importlib.util.find_spec("optuna") is None:
+        yield f"tune/{job.name}", lambda: {"status": "skipped", "why": "optuna is not installed"}
+    elif job.is_file():
+        yield f"tune/{job.name}", lambda: command_run(*tune, str(job), "--budget", TUNING_BUDGET)
+    yield "tune/promoted", lambda: command_run("tools/promote_records.py", "--device", device.key)
 
 
 def command_run(*arguments: str) -> Result:
@@ -94,16 +111,18 @@ def sanitize(tool: str, key: str) -> Result:
 
 # Most valuable first.
 PARTS: dict[str, Part] = {
-    "verify": Part(checks.verifications, 0.30, 120.0),
-    "bench": Part(timing.benchmarks, 0.20, 300.0),
+    "verify": Part(checks.verifications, 0.30, 120.0, is_ahead=True),
+    "bench": Part(timing.benchmarks, 0.20, 300.0, is_ahead=True, is_timed=True),
     "offsets": Part(checks.far_offsets, 0.10, 180.0),
-    "modified": Part(checks.modified, 0.10, 120.0),
-    "predicate": Part(checks.by_predicate, 0.04, 120.0),
+    "modified": Part(checks.modified, 0.10, 120.0, is_ahead=True),
+    "tunables": Part(checks.other_configurations, 0.04, 120.0, is_ahead=True),
     "graph": Part(checks.captured, 0.03, 120.0),
     "tests": Part(gpu_tests, 0.08, 600.0),
     "tune": Part(tuned, 0.12, 600.0),
     "sanitize": Part(sanitized, 0.03, 300.0),
 }
+# Of the jobs; what they have measured when the time is over is kept.
+TUNING_BUDGET = "4m"
 # What a worker exits with when the device no longer answers, and another process must go on.
 _RUINED = 3
 # After its time, a worker may finish what it is at for so long.
@@ -125,12 +144,19 @@ def main() -> None:
 @results_option
 def run(minutes: float, parts: tuple[str, ...], results: Path) -> None:
     """Runs what is not recorded yet; started again, it goes on."""
-    record, wanted = Record(detect_gpu(), results), parts or tuple(PARTS)
+    try:
+        record, wanted = Record(detect_gpu(), results), parts or tuple(PARTS)
+    except SparsecError as error:
+        raise click.ClickException(str(error)) from None
     until, run_id = time.time() + 60 * minutes, uuid.uuid4().hex[:8]
     while time.time() < until:
         command = [sys.executable, __file__, "work", run_id, str(until), "--results", str(results)]
-        worker = subprocess.Popen([*command, *(f"--part={name}" for name in wanted)], cwd=ROOT)
-        lost = watched(worker, record, until)
+        # A session of its own, so that what it has started ends with it.
+        worker = subprocess.Popen([*command, *(f"--part={name}" for name in wanted)], cwd=ROOT, start_new_session=True)
+        try:
+            lost = watched(worker, record, until)
+        finally:
+            end(worker)
         if lost is None:
             break
         if not record.running() and worker.returncode != _RUINED:
@@ -138,6 +164,7 @@ def run(minutes: float, parts: tuple[str, ...], results: Path) -> None:
             raise click.ClickException(f"the process that does the work ended between two tasks: {lost}; see above")
         settle(record, lost, run_id)
     counts = record.counts()
+    click.echo("\n".join(summary({**record.about, "results": record.results})))
     click.echo(json.dumps({**record.about, **counts, "record": str(record.path)}))
     if counts["failed"]:
         raise SystemExit(1)
@@ -166,7 +193,9 @@ def watched(worker: subprocess.Popen[bytes], record: Record, until: float) -> st
 
 
 def end(worker: subprocess.Popen[bytes]) -> None:
-    worker.kill()
+    """Ends a worker and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
 
 
@@ -189,19 +218,29 @@ def work(run_id: str, until: float, parts: tuple[str, ...], results: Path) -> No
     for number, name in enumerate(parts):
         share = PARTS[name].share / sum(PARTS[later].share for later in parts[number:])
         part_until = time.time() + (until - time.time()) * share
-        for key, task in PARTS[name].tasks(device):
-            if is_settled(record.results.get(key), run_id):
-                continue
-            if time.time() > part_until:
-                click.echo(f"{name}: out of time; start again to go on", err=True)
-                break
-            started = time.time()
-            record.write(key, {"status": "running", "started": started})
-            result = outcome(task)
-            record.write(key, {**result, "seconds": round(time.time() - started, 2), "run": run_id})
-            click.echo(f"{result['status']:8} {key} {result.get('error', '')}", err=True)
-            if result["status"] == "failed" and not answers():
-                raise SystemExit(_RUINED)
+        part = PARTS[name]
+        tasks = [(key, task) for key, task in part.tasks(device) if not is_settled(record.results.get(key), run_id)]
+        compiled = [key for key, _ in tasks if part.is_ahead and is_of_triton(key)]
+        with Ahead(partial(compile_for, part.tasks), compiled) as ahead:
+            if part.is_timed:
+                ahead.wait_for_all()
+            for key, task in tasks:
+                ahead.wait(key)
+                if time.time() > part_until:
+                    click.echo(f"{name}: out of time; start again to go on", err=True)
+                    break
+                started = time.time()
+                record.write(key, {"status": "running", "started": started})
+                result = outcome(task)
+                record.write(key, {**result, "seconds": round(time.time() - started, 2), "run": run_id})
+                click.echo(f"{result['status']:8} {key} {result.get('error', '')}", err=True)
+                if result["status"] == "failed" and not answers():
+                    raise SystemExit(_RUINED)
+
+
+def is_of_triton(key: str) -> bool:
+    """Whether a task runs kernels of ours in Triton."""
+    return "/triton/" in key or key.endswith((" on triton", " on triton backward"))
 
 
 def is_settled(result: Result | None, run_id: str) -> bool:

@@ -5,6 +5,7 @@ This file decides what is hard. It must not know what is recorded of it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,10 +74,12 @@ def own_kernels(device: Device) -> list[tuple[Template, str]]:
     ]
 
 
-def launch_of(each: Template, name: str, case: Case, dtype: str, device: Device) -> Launch:
+def launch_of(
+    each: Template, name: str, case: Case, dtype: str, device: Device, config: Config | None = None
+) -> Launch:
     problem = replace(case.problem, dtype=dtype)
     bound = case.mask.bind(problem.q_len, problem.kv_len)
-    config = each.default(name)
+    config = config or each.default(name)
     work = build_work(each, config, bound, problem, device, heads=problem.q_heads)
     heads, batch = tuple(range(problem.q_heads)), tuple(range(problem.batch))
     scale = problem.head_dim**-0.5 if case.scale is None else case.scale
@@ -96,8 +99,14 @@ def verifications(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
                     )
 
 
-def verify(launch: Launch, direction: str) -> None:
-    """Holds one launch to the fp64 reference, with outputs full of NaN before."""
+def verify(launch: Launch, direction: str, placed: Callable[[Any, int], Any] | None = None) -> None:
+    """Holds one launch to the fp64 reference, with outputs full of NaN before.
+
+    Args:
+        launch: Of all heads and batch elements.
+        direction: Forward or backward.
+        placed: Where the device has the n-th tensor of the launch's dtype; contiguous by default.
+    """
     import torch
 
     p = launch.problem
@@ -119,16 +128,18 @@ def verify(launch: Launch, direction: str) -> None:
     d_out = random(p.q_heads, p.q_len, p.v_dim)
     d_lse = torch.randn(lse.shape, generator=generator)
     group, bound, scale = p.q_heads // p.kv_heads, launch.work.bound, launch.scale
-    on = [tensor.cuda() for tensor in (q, k, v)]
+    place = placed or (lambda tensor, number: tensor.cuda())
+    on = [place(tensor, number) for number, tensor in enumerate((q, k, v))]
     if direction == "forward":
-        device_out, device_lse = out.cuda(), lse.cuda()
+        device_out, device_lse = place(out, 3), lse.cuda()
         backend(launch.backend).lower(launch)(*on, device_out, device_lse)
         out, lse = device_out.cpu(), device_lse.cpu()
     else:
         reference.ReferenceKernel(launch)(q, k, v, out, lse)
-        dq, dk, dv = torch.full_like(on[0], float("nan")), torch.zeros(k.shape).cuda(), torch.zeros(v.shape).cuda()
+        dq = place(torch.full_like(q, float("nan")), 5)
+        dk, dv = torch.zeros(k.shape).cuda(), torch.zeros(v.shape).cuda()
         kernel = backend(launch.backend).lower_backward(launch)
-        kernel(*on, out.cuda(), lse.cuda(), d_out.cuda(), d_lse.cuda(), dq, dk, dv)
+        kernel(*on, place(out, 3), lse.cuda(), place(d_out, 4), d_lse.cuda(), dq, dk, dv)
         dq, dk, dv = dq.cpu(), dk.cpu(), dv.cpu()
     for b, kv_head in np.ndindex(p.batch, p.kv_heads):
         sums, limits = [0.0, 0.0], [1e-6, 1e-6]
@@ -164,16 +175,16 @@ def hold(what: str, tensor: Any, expected: Any, allowed: float) -> None:
 def far_offsets(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
     kernels = own_kernels(device)
     for each, name in kernels:
-        for dtype in ("bf16", "fp16"):
-            key = f"offsets/{each.name}/{name}/{dtype}/forward/far-rows"
-            yield key, lambda e=each, n=name, t=dtype: far_rows(e, n, t, device)
+        for direction in DIRECTIONS:
+            key = f"offsets/{each.name}/{name}/bf16/{direction}/far-rows"
+            yield key, lambda e=each, n=name, d=direction: far_rows(e, n, "bf16", device, d)
     for each, name in kernels:
         if each.layout != "hybrid":
             key = f"offsets/{each.name}/{name}/bf16/forward/17-million-tokens"
             yield key, lambda e=each, n=name: many_tokens(e, n, device)
 
 
-def far_rows(each: Template, name: str, dtype: str, device: Device) -> None:
+def far_rows(each: Template, name: str, dtype: str, device: Device, direction: str) -> None:
     """A few rows, heads and batch elements that lie 2^28 elements apart and more."""
     import torch
 
@@ -181,21 +192,13 @@ def far_rows(each: Template, name: str, dtype: str, device: Device) -> None:
     case = Case("far-rows", m.from_dense(np.tri(5, 5, dtype=bool)), Problem(5, 5, 2, 2, 8, 8, batch=2))
     launch = launch_of(each, name, case, dtype, device)
     storage = torch.empty(20 * apart, dtype=getattr(torch, TORCH_NAMES[dtype]), device="cuda")
-    generator = torch.Generator().manual_seed(3)
-    near = [torch.randn(2, 2, 5, 8, generator=generator).to(storage.dtype) for _ in range(4)]
-    views = []
-    for number, tensor in enumerate(near):
+
+    def far(tensor: Any, number: int) -> Any:
         view = storage.as_strided(tensor.shape, (10 * apart, 5 * apart, apart, 1), 64 * number)
         view.copy_(tensor)
-        views.append(view)
-    lse = torch.full((2, 2, 5), float("nan"), device="cuda")
-    backend(launch.backend).lower(launch)(*views, lse)
-    for b, h in np.ndindex(2, 2):
-        heads = tuple(t[b, h].double().numpy() for t in near[:3])
-        wanted = reference.attention(*heads, launch.work.bound, launch.scale)
-        allowed = reference.tolerances(*heads, launch.work.bound, launch.scale, dtype)
-        hold("out", views[3][b, h].cpu(), wanted[0], allowed[0])
-        hold("lse", lse[b, h].cpu(), wanted[1], allowed[1])
+        return view
+
+    verify(launch, direction, far)
 
 
 def many_tokens(each: Template, name: str, device: Device) -> None:
@@ -242,21 +245,36 @@ def modified(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
                     yield f"modified/{each.name}/{name}/{dtype}/{direction}", check
 
 
-def by_predicate(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Partial tiles that work out their mask, on masks of each kind of expression."""
+def other_configurations(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What the default leaves off: partial tiles by predicate, programs that stay, the copy engine."""
     masks = {"window": m.window(100, 3), "documents": m.documents([300, 77, 400]), "dilated": m.dilated(200, 7)}
     for each, name in own_kernels(device):
-        if not any(tunable.name == "by_predicate" for tunable in each.tunables_of(name)):
-            continue
-        for title, mask in masks.items():
-            for direction in DIRECTIONS:
+        known = {tunable.name for tunable in each.tunables_of(name)}
+        # Blocks of 16 queries: more items than programs that stay.
+        tried = [("by_predicate", title, {"by_predicate": 1}) for title in masks]
+        tried += [
+            ("persistent", "dilated", {"persistent": 1, "block_q": 16}),
+            ("descriptors", "window", {"descriptors": 1}),
+        ]
+        for (tunable, title, values), direction in itertools.product(tried, DIRECTIONS):
+            if tunable not in known:
+                continue
 
-                def check(e: Template = each, n: str = name, a: Mask = mask, d: str = direction) -> None:
-                    case = Case("by-predicate", a, Problem(777, 777, 4, 1, 64, 64))
-                    config = Config.of(**{**e.default(n).to_dict(), "by_predicate": 1})
-                    verify(replace(launch_of(e, n, case, "bf16", device), config=config), d)
+            def check(
+                e: Template = each,
+                n: str = name,
+                a: Mask = masks[title],
+                d: str = direction,
+                v: dict[str, int] = values,
+            ) -> None:
+                case = Case("other", a, Problem(777, 777, 4, 1, 64, 64))
+                config = Config.of(**{**e.default(n).to_dict(), **v})
+                reason = backend(n).config_refusal(e, config, case.problem, device)
+                if reason is not None:
+                    raise AssertionError(reason)
+                verify(launch_of(e, n, case, "bf16", device, config), d)
 
-                yield f"predicate/{each.name}/{name}/bf16/{direction}/{title}", check
+            yield f"tunables/{each.name}/{name}/bf16/{direction}/{tunable}-{title}", check
 
 
 def captured(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -34,7 +34,7 @@ class Record:
             "device": device.key,
             "label": torch.cuda.get_device_name(),
             "arch": device.arch,
-            "commit": commit(),
+            "commit": commit() or f"unknown (sources {sources_digest()})",
             "sources": sources_digest(),
             "toolchain": ", ".join([*(backend(name).toolchain() for name in names), f"torch {torch.__version__}"]),
         }
@@ -77,7 +77,7 @@ class Record:
 
 
 def commit() -> str:
-    """The commit that is checked out; "+" says that files differ from it."""
+    """The commit that is checked out, "" where there is no history; "+" says that files differ from it."""
     found = subprocess.run(
         ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
         cwd=ROOT,
@@ -85,7 +85,7 @@ def commit() -> str:
         text=True,
         check=False,
     )
-    return found.stdout.strip() or "unknown"
+    return found.stdout.strip()
 
 
 def sources_digest() -> str:

@@ -99,6 +99,16 @@ def verified_rows(record: Result) -> Iterator[tuple[tuple[str, ...], str]]:
         yield row, state
 
 
+def summary(record: Result) -> Iterator[str]:
+    """What a run has shown, for whoever watches it: failures in full, the rest counted, times at the end."""
+    for key, result in record["results"].items():
+        if result["status"] == "failed":
+            yield f"FAILED {key}: {result['error']}"
+    rows = sorted(verified_rows(record))
+    yield from (f"{' '.join(key)}: {state}" for key, state in rows)
+    yield from measured_lines(record)
+
+
 def measured_lines(record: Result) -> Iterator[str]:
     results = record["results"]
     others: dict[str, list[str]] = {}
@@ -115,11 +125,12 @@ def measured_lines(record: Result) -> Iterator[str]:
     timed = {key: result for key, result in results.items() if key.startswith("bench/")}
     if timed:
         yield ""
-        yield "| case | who | µs (spread) | TFLOP/s useful |"
-        yield "|---|---|---|---|"
+        yield "| case | who | µs (spread) | TFLOP/s useful | TB/s of K and V rows by edge |"
+        yield "|---|---|---|---|---|"
     for key, result in timed.items():
         _, case, who = key.split("/")
         if "us" in result:
-            yield f"| {case} | {who} | {result['us']:.0f} ({result['spread_us']:.0f}) | {result['tflops']:.0f} |"
+            rates = f"{result['tflops']:.1f} | {result['edge_tb_s']:.2f}"
+            yield f"| {case} | {who} | {result['us']:.0f} ({result['spread_us']:.0f}) | {rates} |"
         else:
-            yield f"| {case} | {who} | {result['status']}: {result.get('why', result.get('error', ''))} | |"
+            yield f"| {case} | {who} | {result['status']}: {result.get('why', result.get('error', ''))} | | |"
