@@ -104,7 +104,7 @@ def compile(
             swapped, `"thd"` is `[length, heads, dim]`: sequences packed into one, which the mask keeps apart
             (`masks.documents`).
         tune: `"off"` goes by the cost model, `"cached"` by records where there are any near. `"auto"`, the default,
-            does so too, and where none is near lets the first call measure a short list, for a second at most, once
+            does so too, and where none is near lets the first call measure a short list, for about a second, once
             per machine; never in a distributed job, nor under tracing or graph capture. `"quick"` (about ten seconds)
             and `"full"` (minutes) measure before anything runs, in a process of their own. What was measured is
             remembered. `SPARSEC_TUNE` sets the default.

@@ -24,7 +24,7 @@ from statistics import median, quantiles
 
 import click
 from bench.grid import Case, find_grid, load_grid
-from bench.script import Aim, finish, json_option
+from bench.script import Aim, budget_option, finish, in_time, json_option
 from bench.workload import bound_mask, problem
 
 from sparsec.cli.console import out, show, waiting
@@ -183,13 +183,19 @@ def _quartiles(timings_us: Sequence[float]) -> tuple[float, float, float]:
 @click.option("--grid", "grids", multiple=True, metavar="GRID", help="Measure the masks of this grid instead.")
 @click.option("--only", default="", metavar="TEXT", help="Of a grid, only cases whose name has this in it.")
 @click.option("--seconds", default=2.0, show_default=True, help="Of each contest on a mask of a grid.")
+@budget_option
 @json_option
-def main(folders: tuple[Path, ...], grids: tuple[str, ...], only: str, seconds: float, path: Path | None) -> None:
+def main(
+    folders: tuple[Path, ...], grids: tuple[str, ...], only: str, seconds: float, budget: float, path: Path | None
+) -> None:
+    left_out: list[Case] = []
     off: list[Error] = []
     chosen: list[Chosen]
     try:
         if grids:
-            chosen = [*_races(grids, only, seconds)]
+            cases = [case for name in grids for case in load_grid(find_grid(name)).cases]
+            wanted = [case for case in cases if case.measure == "attention" and only in case.id]
+            chosen = [*_races(in_time(wanted, budget, left_out), seconds)]
         else:
             base = RecordBase(folders[:-1], folders[-1]) if folders else database()
             records = list(base.records())
@@ -204,17 +210,18 @@ def main(folders: tuple[Path, ...], grids: tuple[str, ...], only: str, seconds: 
     good = sum(each.is_good for each in chosen)
     what = f"the template chosen is the best, or within {NEAR - 1:.0%} of it, in {good} of {len(chosen)} cases:"
     aims = [Aim(what, good / len(chosen) if chosen else None, at_least=MOST_CASES)]
-    finish(aims, {"errors": [asdict(each) for each in off], "choices": [asdict(each) for each in chosen]}, path)
+    for case in left_out:
+        click.echo(f"left out, as there was no time: {case.id}")
+    results = {"errors": [asdict(each) for each in off], "choices": [asdict(each) for each in chosen]}
+    finish(aims, results | {"left_out": [case.id for case in left_out]}, path)
 
 
-def _races(grids: Iterable[str], only: str, seconds: float) -> Iterator[Raced]:
-    cases = [case for name in grids for case in load_grid(find_grid(name)).cases]
+def _races(cases: Iterable[Case], seconds: float) -> Iterator[Raced]:
     with waiting("measuring"), closing(Host()) as host:
         for case in cases:
-            if case.measure == "attention" and only in case.id:
-                found = raced(case, seconds, host)
-                click.echo(f"{case.id}: {found.regret:.1%} slower than {found.best}", err=True)
-                yield found
+            found = raced(case, seconds, host)
+            click.echo(f"{case.id}: {found.regret:.1%} slower than {found.best}", err=True)
+            yield found
 
 
 def _show_errors(off: list[Error]) -> None:

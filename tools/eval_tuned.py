@@ -23,7 +23,7 @@ import click
 import torch
 from bench.grid import Case, GridError, find_grid, load_grid
 from bench.protocol import timed_ns
-from bench.script import Aim, finish, json_option
+from bench.script import Aim, budget_option, finish, in_time, json_option
 from bench.workload import bound_mask, problem
 
 import sparsec
@@ -179,13 +179,17 @@ def _cases(grids: tuple[str, ...], only: tuple[str, ...]) -> Iterator[Case]:
 @click.option("--only", multiple=True, metavar="PATTERN", help="Only cases whose name has this in it.")
 @click.option("--seconds", default=2.0, show_default=True, help="Of calls of the two together, for each mask.")
 @click.option("--rounds", type=click.IntRange(_LEAST_ROUNDS), default=41, show_default=True, help="At most.")
+@budget_option
 @json_option
-def main(grids: tuple[str, ...], only: tuple[str, ...], seconds: float, rounds: int, path: Path | None) -> None:
+def main(
+    grids: tuple[str, ...], only: tuple[str, ...], seconds: float, rounds: int, budget: float, path: Path | None
+) -> None:
     found: list[Compared] = []
+    left_out: list[Case] = []
     try:
         cases = list(_cases(grids or ("cpu_forward", "cpu_backward"), only))
         with waiting("comparing"):
-            for case in cases:
+            for case in in_time(cases, budget, left_out):
                 found.append(compared(case, seconds, rounds))
                 click.echo(f"{case.id}: {found[-1].gain:.3f}×", err=True)
     except (GridError, SparsecError) as error:
@@ -198,7 +202,10 @@ def main(grids: tuple[str, ...], only: tuple[str, ...], seconds: float, rounds: 
     n_other = sum(bool(each.rounds) for each in found)
     click.echo(f"{n_other} of {len(found)} masks run something else than the default; mean gain {mean:.3f}×")
     aims = [Aim("tuned over default, the worst mask:", min(gains), at_least=LEAST_GAIN, form="{:.3f}×")]
-    finish(aims, {"mean_gain": mean, "best_gain": max(gains), "cases": [asdict(each) for each in found]}, path)
+    for case in left_out:
+        click.echo(f"left out, as there was no time: {case.id}")
+    results = {"mean_gain": mean, "best_gain": max(gains), "cases": [asdict(each) for each in found]}
+    finish(aims, results | {"left_out": [case.id for case in left_out]}, path)
 
 
 def _show(found: list[Compared]) -> None:

@@ -6,15 +6,19 @@ know what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from bench.provenance import provenance
 from sparsec.report import json_text
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,16 @@ class Aim:
         return f"{'met' if self.is_met else 'MISSED'}: {self.what} {self.form.format(self.value)}; {wanted}"
 
 
+def in_time(cases: Iterable[C], budget_s: float, left_out: list[C]) -> Iterator[C]:
+    """The cases that are begun within so many seconds; the others are added to `left_out`."""
+    started = time.monotonic()
+    for case in cases:
+        if time.monotonic() - started < budget_s:
+            yield case
+        else:
+            left_out.append(case)
+
+
 def finish(aims: Sequence[Aim], results: dict[str, Any], path: Path | None) -> None:  # Any: JSON values
     """Says how the aims were met, and writes everything to a file where one was named."""
     for aim in aims:
@@ -62,6 +76,9 @@ def finish(aims: Sequence[Aim], results: dict[str, Any], path: Path | None) -> N
         path.write_text(json_text({"provenance": asdict(provenance()), "aims": told, **results}) + "\n")
 
 
+budget_option = click.option(
+    "--budget", default=math.inf, metavar="SECONDS", help="Begins no other case after so many seconds."
+)
 json_option = click.option(
     "--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also writes the results here."
 )
