@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,6 +147,25 @@ def test_bad_jobs_end_with_their_lines_and_the_others_are_planned(tmp_path):
 def test_what_makes_no_sense_is_said(arguments, code, said, capfd):
     assert entry.run(["tune", *arguments]) == code
     assert said in capfd.readouterr().err
+
+
+def test_two_workers_tune_a_job_file_and_its_summary_is_told(tmp_path):
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text('jobs:\n  - {name: small, mask: "window(40, 3)", length: 300, heads: 2, head_dim: 32}\n')
+    storage = tmp_path / "studies.journal"
+    command = ["tune", str(jobs), "--workers", "2", "--trials", "2", "--storage", str(storage)]
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsec.cli", *command], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("small, 300 tokens, 2 heads, d32, fp32: ")]
+    # Each worker says so when it has done.
+    assert len(told) == 2
+    assert "ended with status" not in done.stderr
+    (measured,) = re.findall(r"tried +(\d+)|done +(\d+)", done.stdout)
+    assert int("".join(measured)) >= 2
+    assert "in the mean" in done.stdout
+    assert storage.stat().st_size
 
 
 # Calibration.
