@@ -11,14 +11,15 @@ Layers, from the top; imports go down only:
     runtime                      compile, Attention
     stepping                     steps of generation, over a cache that grows
     specialisation               a plan with its kernels
-    gate                         no kernel serves before it passed
+    gate  torch_ops              no kernel serves before it passed; operators in torch's registry
     planner                      which template takes which edges, and why
     cost  records  backends/*    what it should take; what it took; who runs it
     analysis  template           what a mask looks like; the ways to compute
     layout                       index arrays
-    score  score_arguments       what happens to scores before softmax; the tensors it takes at a call
+    score_arguments  packing     the tensors of a score modifier at a call; masks of packed sequences
+    score                        what happens to scores before softmax
     masks  expr  device
-    data  errors
+    data  errors  buffers  handles  tensors
 
 Importing this package, and planning, load none of torch, triton, cuda and optuna.
 """

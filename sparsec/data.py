@@ -2,7 +2,8 @@
 
 This file decides three things: where `templates/`, `autotune_db/` and the user's cache are; that every YAML and JSON
 file is read by the readers below, which name file and line when they refuse; and that a file in the cache appears whole
-or not at all. It is also the only place that reads environment variables. It must not know what any of the files mean.
+or not at all. The three environment variables of sparsec's own are read here, and the WORLD_SIZE of distributed jobs; a
+compiler's CXX is read where it is looked for. It must not know what any of the files mean.
 """
 
 from __future__ import annotations
