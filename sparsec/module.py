@@ -86,9 +86,10 @@ class SparseAttention(nn.Module):
         self.out_proj = nn.Linear(q_heads * self.head_dim, embed_dim, **options)
         score = None if score_mod is None else as_score_mod(score_mod)
         self._score_arguments = ScoreArguments(score)
-        trained = [tensor for tensor in self._score_arguments.tensors if isinstance(tensor, nn.Parameter)]
-        if trained:
-            self.score_parameters = nn.ParameterList(trained)
+        captured = self._score_arguments.tensors
+        self._trained = [place for place, tensor in enumerate(captured) if isinstance(tensor, nn.Parameter)]
+        if self._trained:
+            self.score_parameters = nn.ParameterList(captured[place] for place in self._trained)
         self._by_length = _ByLength(mask, scale, score, backend)
         self._handle = self._by_length.handle
 
@@ -108,16 +109,26 @@ class SparseAttention(nn.Module):
         q = self.q_proj(x).view(batch, length, self.q_heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        score_args = self._score_args()
         if torch.compiler.is_compiling():
-            tables, sinks = self._score_arguments.of_call(None)
+            tables, sinks = self._score_arguments.of_call(score_args)
             out, lse = torch.ops.sparsec.forward(q, k, v, list(tables), self._handle)
             if sinks is not None:
                 out, _ = with_sinks(out, lse, sinks)
         else:
-            out = self.attention(length)(q, k, v)
+            out = self.attention(length)(q, k, v, score_args=score_args)
         # Heads lie within the rows of the output as within those of q, so that this is a view.
         mixed: torch.Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, length, self.q_heads * self.head_dim))
         return mixed
+
+    def _score_args(self) -> list[torch.Tensor] | None:
+        """What the score modifier captured, with the layer's parameters as they are now: others may have come in."""
+        if not self._trained:
+            return None
+        found = list(self._score_arguments.tensors)
+        for place, parameter in zip(self._trained, self.score_parameters, strict=True):
+            found[place] = parameter
+        return found
 
     def attention(self, length: int) -> Attention:
         """What computes a length; `.plan` says how, once it was called."""

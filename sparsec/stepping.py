@@ -115,13 +115,15 @@ class Stepper:
     def _for_many(self, problem: Problem, device: str) -> Specialisation:
         """A prompt's plan; the latest few are kept."""
         key = problem, device
-        if key not in self._many:
+        found = self._many.get(key)
+        if found is None:
             first, n = problem.kv_len - problem.q_len, problem.kv_len
             made = self._planned(self._square[first:n, :n], problem, device, None)
-            self._many[key] = Specialisation(_moved(made, first))
-            if len(self._many) > _PROMPTS_KEPT:
+            found = self._many[key] = Specialisation(_moved(made, first))
+            # Another thread's prompts may push this one out before it has run.
+            while len(self._many) > _PROMPTS_KEPT:
                 self._many.popitem(last=False)
-        return self._many[key]
+        return found
 
 
 class _Part:

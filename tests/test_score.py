@@ -335,6 +335,27 @@ def test_a_layer_owns_the_parameters_its_modifier_captured():
     torch.testing.assert_close(twin(x), layer(x))
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_layer_goes_by_the_parameters_that_come_in_the_place_of_its_own(is_compiled):
+    bias, logits = (torch.nn.Parameter(torch.randn(shape)) for shape in ((4, 9), (4,)))
+    layer = sparsec.SparseAttention(MASK, 32, 4, score_mod=score.chain(score.relative_bias(bias), score.sinks(logits)))
+    x = torch.randn(2, LENGTH, 32)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in other.score_parameters:
+            parameter.normal_()
+    expected = other(x)
+    run = torch.compile(layer, backend="eager") if is_compiled else layer
+    assert not torch.allclose(run(x), expected)
+    if not is_compiled:
+        given = {name: parameter.detach().clone() for name, parameter in other.named_parameters()}
+        torch.testing.assert_close(torch.func.functional_call(layer, given, (x,)), expected)
+    layer.load_state_dict(other.state_dict(), assign=True)
+    torch.testing.assert_close(run(x), expected)
+    run(x).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in layer.score_parameters)
+
+
 def test_a_saved_attention_takes_its_tensors_again(tmp_path):
     trained, leaves = Trained(), _leaves()
     attention = sparsec.compile(MASK, LENGTH, score_mod=trained.mod(), template="row_traversal")

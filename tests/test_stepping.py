@@ -113,6 +113,13 @@ def test_score_modifiers_count_positions_from_the_beginning(q_len):
         _check(m.causal(), q, k, v, n - q_len, n, out, lse, modifier)
 
 
+def test_a_prompt_that_others_push_out_runs_all_the_same(monkeypatch):
+    monkeypatch.setattr(stepping, "_PROMPTS_KEPT", 0)
+    q, k, v = torch.randn(3, 1, 2, 80, 16)
+    attn = sparsec.compile(m.window(9, 0), 90)
+    torch.testing.assert_close(attn.step(q, k, v), sparsec.attention(q, k, v, m.window(9, 0)))
+
+
 def test_layouts_and_strided_caches():
     q, k, v = _tensors()
     mask = MASKS["window-global"]
