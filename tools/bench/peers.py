@@ -216,56 +216,23 @@ class TorchSparse:
     name: str = "torch_sparse"
 
     def prepare(self, work: Workload) -> Prepared:
-        import torch
-
         if work.problem.dtype != "fp32":
             raise RefusedError("torch's sparse products on a CPU take fp32")
-        bound = _plain(work.bound)
-        heads, batch = work.problem.q_heads, work.problem.batch
-        # Values and their weights for every head, and three indices an edge.
-        _check_memory(bound.nnz * heads * (3 * 4 + 16) * (2 if work.needs_grad else 1), "its edges")
-        if work.needs_grad:
-            return self._with_gradients(work, bound)
-        indptr, columns = _csr(bound.to_csr())
-        degrees = indptr.diff()
-        shape = (heads, bound.q_len, bound.kv_len)
-        # torch warns once that CSR is in beta.
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        zeros = torch.sparse_csr_tensor(
-            indptr.expand(heads, -1).contiguous(),
-            columns.expand(heads, -1).contiguous(),
-            torch.zeros(heads, bound.nnz),
-            shape,
-        )
-        narrow, narrow_columns = indptr.int(), columns.int()
-        k, v = work.expanded
-
-        def call() -> torch.Tensor:
-            out = torch.empty_like(work.q)
-            for b in range(batch):
-                scores = torch.sparse.sampled_addmm(zeros, work.q[b], k[b].mT, beta=0.0, alpha=work.scale).values()
-                for h in range(heads):
-                    peak = torch.segment_reduce(scores[h], "max", offsets=indptr, unsafe=True)
-                    weights = (scores[h] - torch.repeat_interleave(peak, degrees)).exp_()
-                    total = torch.segment_reduce(weights, "sum", offsets=indptr, unsafe=True)
-                    matrix = torch.sparse_csr_tensor(narrow, narrow_columns, weights, shape[1:])
-                    torch.mm(matrix, v[b, h], out=out[b, h])
-                    # An empty row has nothing to divide.
-                    out[b, h] /= total.clamp_(min=torch.finfo(torch.float32).tiny)[:, None]
-            return out
-
-        return Prepared(call, work.bound)
-
-    def _with_gradients(self, work: Workload, bound: BoundMask) -> Prepared:
         from bench.sparse import Pattern, SparseAttention
 
+        bound = _plain(work.bound)
+        copies = work.problem.q_heads * work.problem.batch
+        # Row, column, zero and weight of each edge; for gradients, it by key too, and the gradients of its weight.
+        _check_memory(bound.nnz * copies * (28 if not work.needs_grad else 64), "its edges")
+        # torch warns once that CSR is in beta.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        pattern = Pattern.of(bound.to_csr(), work.problem.q_heads)
+        pattern = Pattern.of(bound.to_csr(), copies, work.needs_grad)
         inputs = (work.q, *work.expanded)
+        note = "the backward pass is written out in the same products, as torch's own gradients of them are dense"
         return Prepared(
             lambda: SparseAttention.apply(*inputs, pattern, work.scale),
             work.bound,
-            note="the backward pass is written out in the same products, as torch's own gradients of them are dense",
+            note=note if work.needs_grad else "",
             inputs=inputs,
         )
 
