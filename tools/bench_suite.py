@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sparsec import data
 from sparsec.device import detect_cpu
 from sparsec.errors import SparsecError
+from sparsec.planner.words import duration
 
 _BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -98,6 +99,9 @@ def _is_wanted(case: Case, only: tuple[str, ...], dtypes: tuple[str, ...]) -> bo
 def _measured(grid: Grid, cases: list[Case], threads: int, limits: Limits, out: Path, fresh: bool) -> Run:
     effort = grid.effort
     protocol = Protocol(seconds=effort.seconds, min_repeats=effort.min_repeats, max_repeats=effort.max_repeats)
+    if effort.settled_memory:
+        memory = "what a second preparation and call add, in a process whose imports, kernels and measurements are made"
+        protocol = replace(protocol, memory=memory)
     # Fields by name: there are many, and their order is the file's.
     begun = Run(
         schema=SCHEMA,
@@ -155,7 +159,7 @@ def compare(old: Path, new: Path, strict: bool) -> None:
     lines = []
     for change in sorted(changes, key=lambda each: each.speedup or 0.0):
         drift = "" if change.peak_drift is None else f"{change.peak_drift:.2f}"
-        cells = [tables.duration(us) if us else "–" for us in (change.before_us, change.after_us)]
+        cells = [duration(us) if us else "–" for us in (change.before_us, change.after_us)]
         speedup = "" if change.speedup is None else f"{change.speedup:.2f}×"
         lines.append([change.case_id, change.peer, *cells, speedup, change.judgement, drift])
     click.echo(tables.table(["case", "peer", "before", "after", "speed-up", "", "peak drift"], lines))

@@ -114,10 +114,10 @@ class Goal:
     Attributes:
         what: In words.
         value: `ratio:<peer family>`, or one of `GOAL_VALUES`.
-        cases: Patterns of case ids; several cases count by their geometric mean.
+        cases: Patterns of case ids; several cases count by their geometric mean, or make one slope.
         peer: Whose median, for `median_ms`.
         at_least: The figure, or None.
-        at_most: Likewise.
+        at_most: Likewise; with both, it must lie between them.
     """
 
     what: str
@@ -136,11 +136,14 @@ class Effort:
         seconds: Of calls, for each peer of a case.
         min_repeats: Calls of each peer at least, however slow.
         max_repeats: Calls of each peer at most.
+        settled_memory: Whether memory is that of a second preparation and call, in a process that has made its kernels,
+            measurements and imports already.
     """
 
     seconds: float = 3.0
     min_repeats: int = 7
     max_repeats: int = 60
+    settled_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,9 @@ _SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
     "graph": ("nodes", "degree", "rewired", "seed"),
     "packed": ("block", "count", "mean", "max", "seed"),
 }
-GOAL_VALUES: Final = ("share_of_peak", "median_ms", "metadata_share", "backward_over_forward")
+# Slopes are those of a straight line through the logarithms of length and time or memory.
+SLOPES: Final = ("slope:time", "slope:memory")
+GOAL_VALUES: Final = ("share_of_peak", "median_ms", "metadata_share", "backward_over_forward", *SLOPES)
 GRAPHS: Final = ("power_law", "small_world", "mesh", "bipartite")
 
 
@@ -379,7 +384,10 @@ class _Reader:
         self.check_keys(said, [item.name for item in fields(Effort)], "effort")
         assert isinstance(said, dict)
         for key, value in said.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            if key == "settled_memory":
+                if not isinstance(value, bool):
+                    self.refuse(f"effort.{key}", f"must be true or false; it is {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
                 self.refuse(f"effort.{key}", f"must be a number above 0; it is {value!r}")
         return replace(Effort(), **said)
 

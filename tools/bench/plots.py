@@ -6,7 +6,9 @@ beside them. matplotlib is imported here only, and the files it writes are the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -85,41 +87,73 @@ def _label(row: CaseRow, shown: Sequence[CaseRow]) -> str:
     return row.case.name + tokens + "".join(f"\n{key} {value}" for key, value in row.case.varied.items())
 
 
+@dataclass(frozen=True, slots=True)
+class _Panel:
+    """One pair of axes: which cases, and what of each is drawn."""
+
+    title: str
+    unit: str
+    rows: tuple[CaseRow, ...]
+    value: Callable[[PeerRow], float | None]
+
+
 def _lines(run: Run, rows: Sequence[CaseRow]) -> Figure:
-    """Time and added memory over a parameter, a line for each case name, dtype and peer."""
+    """A line for each case name (colour) and peer (marker): time and memory over length, or time over a parameter."""
     import matplotlib.pyplot as plt
 
-    series: dict[tuple[str, str, str], list[tuple[float, PeerRow]]] = {}
-    for row in rows:
-        for each in row.peers:
-            if each.us is not None:
-                key = (row.case.name, row.case.dtype, each.peer)
-                series.setdefault(key, []).append((_x(row, run.x), each))
-    figure, (times, memory) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for index, ((name, dtype, peer), points) in enumerate(series.items()):
-        points = sorted(points, key=lambda point: point[0])
-        style: dict[str, Any] = {
-            "color": _COLOURS[index % len(_COLOURS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "linestyle": "-" if family(peer) == "ours" else "--",
-            "label": f"{name} {dtype}, {title(peer)}",
-            "markersize": 4,
-        }
-        times.plot([x for x, _ in points], [(row.us or 0.0) / 1e3 for _, row in points], **style)
-        known = [(x, row.peak_bytes / 2**20) for x, row in points if row.peak_bytes]
-        memory.plot([x for x, _ in known], [mib for _, mib in known], **style)
-    for axis, label in ((times, "ms"), (memory, "memory added by set-up and first call, MiB")):
-        if axis.lines and any(len(line.get_xdata()) for line in axis.lines):
-            axis.set_xscale("log", base=2)
+    panels = _panels(run, rows)
+    n_rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(n_rows, 2, figsize=(12, 3.8 * n_rows), squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(row.case.name for row in rows))
+    peers = list(dict.fromkeys(each.peer for row in rows for each in row.peers if each.us is not None))
+    handles: dict[str, Any] = {}
+    for axis, panel in itertools.zip_longest(axes.flat, panels):
+        if panel is None:
+            axis.set_visible(False)
+            continue
+        for name, peer in itertools.product(names, peers):
+            style: dict[str, Any] = {
+                "color": _COLOURS[names.index(name) % len(_COLOURS)],
+                "marker": _MARKERS[peers.index(peer) % len(_MARKERS)],
+                "linestyle": "-" if peer == "ours" else ":",
+                "markersize": 5,
+            }
+            line = _points(panel, name, peer, run.x)
+            if line:
+                (drawn,) = axis.plot(*zip(*line, strict=True), **style)
+                handles.setdefault(f"{name}, {title(peer)}", drawn)
+        if axis.lines:
+            axis.set_xscale("log", base=10 if run.x == "density" else 2)
             axis.set_yscale("log")
-        axis.set_xlabel(run.x)
-        axis.set_ylabel(label)
+        axis.set_xlabel("tokens" if run.x == "length" else run.x)
+        axis.set_ylabel(panel.unit)
+        axis.set_title(panel.title, fontsize=9)
         axis.grid(True, which="major", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    times.legend(fontsize=7, frameon=False)
+    figure.legend(handles.values(), handles.keys(), fontsize=7, frameon=False, loc="outside right upper")
     return figure
 
 
-def _x(row: CaseRow, name: str) -> float:
-    known = {"length": row.q_len, "density": row.density, "threads": row.threads, "edges": row.edges}
-    return float(known[name] if name in known else row.case.varied[name])
+def _panels(run: Run, rows: Sequence[CaseRow]) -> list[_Panel]:
+    panels = []
+    dtypes = list(dict.fromkeys(row.case.dtype for row in rows))
+    lengths = [None] if run.x == "length" else list(dict.fromkeys(row.q_len for row in rows))
+    for dtype, length in itertools.product(dtypes, lengths):
+        chosen = tuple(row for row in rows if row.case.dtype == dtype and length in (None, row.q_len))
+        name = dtype if length is None else f"{dtype}, {length:,} tokens"
+        if chosen:
+            panels.append(_Panel(name, "ms", chosen, lambda each: each.us / 1e3 if each.us else None))
+        if chosen and run.x == "length":
+            memory = "MiB added by set-up and first call"
+            panels.append(_Panel(name, memory, chosen, lambda each: each.peak_bytes / 2**20 if each.peak_bytes else None))
+    return panels
+
+
+def _points(panel: _Panel, name: str, peer: str, x: str) -> list[tuple[float, float]]:
+    points = []
+    for row in panel.rows:
+        each = row.row(peer) if row.case.name == name else None
+        value = panel.value(each) if each is not None and each.us is not None else None
+        if value is not None:
+            points.append((row.at(x), value))
+    return sorted(points)

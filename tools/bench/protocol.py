@@ -5,10 +5,13 @@ This file decides warm-up, interleaving, repeats and statistics. It must not kno
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from bench.grid import Effort
@@ -69,6 +72,7 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self._before: int | None = None
+        _give_back()
         try:
             # Sets the mark of the highest resident size back to the present one. Source: proc_pid_clear_refs(5).
             Path("/proc/self/clear_refs").write_text("5")
@@ -79,6 +83,13 @@ class PeakMemory:
     def bytes(self) -> int | None:
         highest = _status_bytes("VmHWM")
         return None if self._before is None or highest is None else max(0, highest - self._before)
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system: what is taken from the allocator's stock would not be seen."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_bytes() -> int:

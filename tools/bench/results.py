@@ -158,10 +158,23 @@ class CaseRow:
         ours, theirs = self.best("ours"), self.best(wanted)
         return theirs.us / ours.us if ours and theirs and ours.us and theirs.us else None
 
-    def share_of_peak(self, row: PeerRow) -> float | None:
-        """Useful FLOP/s over what the machine could do in the same minutes."""
+    def share_of_peak(self, row: PeerRow, ceilings: Sequence[Ceiling]) -> float | None:
+        """Useful FLOP/s over what the machine can do: in the same minutes or at the start of the run, whichever is more."""
         rate = self.gflops(row)
-        return rate * 1e9 / self.peak_flops if rate and self.peak_flops else None
+        if not rate or not self.peak_flops:
+            return None
+        # That of all threads bounds nothing where a case has its own number of them.
+        known = [
+            each.one_thread if self.threads == 1 else each.all_threads
+            for each in ceilings
+            if each.dtype == self.case.dtype and (self.threads == 1 or not self.case.threads)
+        ]
+        return rate * 1e9 / max([self.peak_flops, *known])
+
+    def at(self, x: str) -> float:
+        """Where this case lies on the axis of a plot."""
+        known = {"length": self.q_len, "density": self.density, "threads": self.threads, "edges": self.edges}
+        return float(known[x] if x in known else self.case.varied[x])
 
     def break_even_calls(self, wanted: str) -> float | None:
         """After so many calls ours has won back what it needs more to set up; infinite where it never does."""
@@ -193,7 +206,11 @@ class Protocol:
         "attention in fp64; allowed is twice the error of a plain attention of the same dtype plus one rounding unit"
     )
     flops: str = "useful work only: 4 · edges · head_dim forward, and 10 more of them backward (five products for two)"
-    peak: str = "register-resident FMA (bf16: dot-product) loop on the same threads, timed in the same rounds"
+    peak: str = (
+        "register-resident FMA (bf16: dot-product) loop on the same threads, timed in the same rounds; a share is of the "
+        "larger of that and the one at the start of the run"
+    )
+    memory: str = "what preparation and the first call added to the process's resident memory at the highest"
     gradients: str = (
         "where they are measured: dq of those rows, dk and dv of keys chosen likewise are held to the same rule; the "
         "forward pass alone is timed in the same rounds"
@@ -272,17 +289,17 @@ class Run:
         content = asdict(self)
         for written, row in zip(content["cases"], self.cases, strict=True):
             written["id"] = row.case.id
-            written["derived"] = _derived(row)
+            written["derived"] = _derived(row, self.ceilings)
         return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _derived(row: CaseRow) -> dict[str, Any]:
+def _derived(row: CaseRow, ceilings: Sequence[Ceiling]) -> dict[str, Any]:
     """What follows from the measured, for readers of the file."""
     return {
         "ratio": {rival: row.ratio(rival) for rival in row.rivals},
         "break_even_calls": {rival: row.break_even_calls(rival) for rival in row.rivals},
         "gflops": {each.peer: row.gflops(each) for each in row.peers},
-        "share_of_peak": {each.peer: row.share_of_peak(each) for each in row.peers},
+        "share_of_peak": {each.peer: row.share_of_peak(each, ceilings) for each in row.peers},
     }
 
 

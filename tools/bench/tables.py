@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench.goals import Outcome, outcomes
+from bench.goals import Crossing, Outcome, crossings, outcomes
 from bench.names import family, title
-from bench.results import CaseRow, PeerRow, Run
+from bench.results import CaseRow, Ceiling, PeerRow, Run
 from sparsec.errors import SparsecError
+from sparsec.planner.words import duration, size
 
 BEGIN: Final = "<!-- benchmarks:begin -->"
 END: Final = "<!-- benchmarks:end -->"
@@ -26,7 +27,9 @@ def markdown(run: Run) -> str:
     attention = [row for row in run.cases if row.case.measure == "attention"]
     parts = [f"### {run.about or run.grid}", caption(run)]
     if attention:
-        parts += [attention_table(attention), *_notes(attention)]
+        parts += [attention_table(attention, run.ceilings), *_notes(attention)]
+    if run.plot == "lines" and (crossed := crossings(run)):
+        parts.append(crossing_table(crossed, run.x))
     figures = [row for row in run.cases if row.case.measure != "attention"]
     if figures:
         parts.append(figure_table(figures))
@@ -56,7 +59,7 @@ def _backward_work(run: Run) -> str:
     return " forward, 10 · edges · head_dim backward" if has_gradients else ""
 
 
-def attention_table(rows: Sequence[CaseRow]) -> str:
+def attention_table(rows: Sequence[CaseRow], ceilings: Sequence[Ceiling] = ()) -> str:
     rivals = list(dict.fromkeys(rival for row in rows for rival in row.rivals))
     forced = list(dict.fromkeys(each.peer for row in rows for each in row.peers if each.peer.startswith("ours:")))
     shown = _shape_columns(rows)
@@ -79,7 +82,7 @@ def attention_table(rows: Sequence[CaseRow]) -> str:
             [
                 _name(row),
                 *(values[index] for _, values in shown),
-                *_own_cells(row, own),
+                *_own_cells(row, own, ceilings),
                 *([_backward_cell(own)] if has_gradients else []),
                 *(_ratio_cell(row, rival) for rival in rivals),
                 *(_forced_cell(row, own, peer) for peer in forced),
@@ -107,11 +110,11 @@ def _shape_columns(rows: Sequence[CaseRow]) -> list[tuple[str, list[str]]]:
     return [(name, values) for name, values in columns if name == "dtype" or len(set(values)) > 1]
 
 
-def _own_cells(row: CaseRow, own: PeerRow | None) -> list[str]:
+def _own_cells(row: CaseRow, own: PeerRow | None, ceilings: Sequence[Ceiling]) -> list[str]:
     if own is None or own.us is None or own.timing is None:
         status = "–" if own is None else _NO_TIME[own.status]
         return [status, "–", "–", _percent(row.tile_fill)]
-    rate, share = row.gflops(own), row.share_of_peak(own)
+    rate, share = row.gflops(own), row.share_of_peak(own, ceilings)
     spread = f"{duration(own.us)} ± {own.timing.spread / 2:.0%}"
     return [
         spread,
@@ -200,11 +203,23 @@ def figure_table(rows: Sequence[CaseRow]) -> str:
 def goal_table(reached: Iterable[Outcome]) -> str:
     lines = []
     for each in reached:
-        aim = f"≥ {each.goal.at_least:g}" if each.goal.at_least is not None else f"≤ {each.goal.at_most:g}"
+        goal = each.goal
+        bounds = [] if goal.at_least is None else [f"≥ {goal.at_least:g}"]
+        bounds += [] if goal.at_most is None else [f"≤ {goal.at_most:g}"]
         measured = "not measured" if each.value is None else f"{each.value:.3g}"
         verdict = "" if each.value is None else "met" if each.is_met else f"missed by {each.missed_by:.0%}"
-        lines.append([each.goal.what, aim, measured, verdict])
+        lines.append([goal.what, ", ".join(bounds), measured, verdict])
     return table(["aim", "figure", "measured", ""], lines)
+
+
+def crossing_table(crossed: Sequence[Crossing], x: str) -> str:
+    """Where one peer overtakes another along the lines of a plot."""
+    lines = []
+    for each in crossed:
+        where = f"{each.at:.2%}" if x == "density" else f"{each.at:,.3g}"
+        lines.append([each.name, each.dtype, f"{each.length:,}" if each.length else "", where])
+        lines[-1] += [title(each.faster), title(each.slower)]
+    return table(["lines cross", "dtype", "tokens", f"at {x}", "faster from there on", "than"], lines, text_columns=2)
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]], text_columns: int = 1) -> str:
@@ -227,20 +242,6 @@ def replaced_block(path: Path, content: str) -> str:
 
 def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def duration(us: float) -> str:
-    for unit, scale in (("s", 1e6), ("ms", 1e3)):
-        if us >= scale:
-            return f"{us / scale:.3g} {unit}"
-    return f"{us:.3g} µs"
-
-
-def size(n_bytes: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.3g} {unit}"
-    return f"{n_bytes} bytes"
 
 
 def _percent(share: float | None) -> str:
