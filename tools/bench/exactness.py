@@ -88,7 +88,8 @@ def check(work: Workload, out: torch.Tensor, bound: BoundMask) -> Verdict:
                 float64(tensor[b, head][index])
                 for tensor, head, index in ((work.q, h, rows), (work.k, h // group, keys), (work.v, h // group, keys))
             )
-            verdicts.append(_compared(q, k, v, attended, float64(out[b, h][rows]), work))
+            small = _Small(q, k, v, attended, modifier(work, b, h, rows, keys))
+            verdicts.append(_compared(small, float64(out[b, h][rows]), work))
     return worse(verdicts)
 
 
@@ -104,19 +105,28 @@ def _excess(verdict: Verdict) -> float:
     return verdict.error / verdict.allowed if verdict.allowed else (math.inf if verdict.error else 0.0)
 
 
-def _compared(
-    q: reference.FloatArray,
-    k: reference.FloatArray,
-    v: reference.FloatArray,
-    attended: npt.NDArray[np.bool_],
-    out: reference.FloatArray,
-    work: Workload,
-) -> Verdict:
-    if not attended.any():
+def modifier(work: Workload, b: int, h: int, rows: Rows, keys: Rows) -> reference.Modifier | None:
+    """The work's score modifier for some queries and keys of one head."""
+    return None if work.score is None else reference.Modifier(work.score, b, h, rows, keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _Small:
+    """Sampled queries of one head with the keys that any of them attends."""
+
+    q: reference.FloatArray
+    k: reference.FloatArray
+    v: reference.FloatArray
+    attended: npt.NDArray[np.bool_]
+    modifier: reference.Modifier | None
+
+
+def _compared(small: _Small, out: reference.FloatArray, work: Workload) -> Verdict:
+    if not small.attended.any():
         return Verdict(float(np.abs(out).max()), 0.0)
-    small = masks.from_dense(attended).bind()
-    exact, _ = reference.attention(q, k, v, small, work.scale)
-    allowed, _ = reference.tolerances(q, k, v, small, work.scale, work.problem.dtype)
+    given = (small.q, small.k, small.v, masks.from_dense(small.attended).bind(), work.scale)
+    exact, _ = reference.attention(*given, modifier=small.modifier)
+    allowed, _ = reference.tolerances(*given, work.problem.dtype, small.modifier)
     return Verdict(float(np.abs(out - exact).max()), allowed)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.exactness import Rows, Verdict, dense_rows, float64, sampled_rows, worse
+from bench.exactness import Rows, Verdict, dense_rows, float64, modifier, sampled_rows, worse
 from sparsec import masks
 from sparsec.backends import reference
 
@@ -137,12 +137,14 @@ class _Piece:
         keys: What its columns are called in the whole.
         arguments: Of `reference.gradients`: q, k, v, mask, scale, and the gradients of out and log-sum-exp.
         dtype: Of the work.
+        modifier: Of the scores.
     """
 
     keys: npt.NDArray[np.int64]
     # Any: as `reference` takes them, in its order.
     arguments: tuple[Any, ...]
     dtype: Any
+    modifier: reference.Modifier | None
 
     @classmethod
     def of(cls, work: Workload, bound: BoundMask, b: int, h: int, rows: Rows) -> _Piece | None:
@@ -154,16 +156,18 @@ class _Piece:
         q, d_out = (float64(tensor[b, h][rows]) for tensor in (work.q, work.d_out))
         k, v = (float64(tensor[b, kv][keys]) for tensor in (work.k, work.v))
         small = masks.from_dense(attended).bind()
-        return cls(keys, (q, k, v, small, work.scale, d_out, np.zeros(len(rows))), work.problem.dtype)
+        arguments = (q, k, v, small, work.scale, d_out, np.zeros(len(rows)))
+        return cls(keys, arguments, work.problem.dtype, modifier(work, b, h, rows, keys))
 
     def exact(self) -> tuple[reference.FloatArray, ...]:
-        return reference.gradients(*self.arguments)
+        return reference.gradients(*self.arguments, self.modifier)
 
     def tolerances(self) -> tuple[float, float, float]:
-        return reference.gradient_tolerances(*self.arguments, self.dtype)
+        dq, dk, dv = reference.gradient_tolerances(*self.arguments, self.dtype, self.modifier)[:3]
+        return dq, dk, dv
 
     def plain(self) -> tuple[reference.Floats, reference.Floats]:
-        return reference.plain_weights(*self.arguments, self.dtype)
+        return reference.plain_weights(*self.arguments, self.dtype, self.modifier)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from sparsec.masks import BoundMask
+    from sparsec.score import ScoreMod
 
 SEED = 0
 _PIECE_ROWS = 1 << 20
@@ -39,6 +40,7 @@ class Workload:
         k: `[batch, kv_heads, kv_len, head_dim]`, likewise.
         v: Likewise.
         d_out: The gradient of the result, like q; None where only the forward pass is measured.
+        score: What happens to scores before softmax, without sinks.
     """
 
     case: Case
@@ -48,6 +50,7 @@ class Workload:
     k: torch.Tensor
     v: torch.Tensor
     d_out: torch.Tensor | None = None
+    score: ScoreMod | None = None
 
     @property
     def needs_grad(self) -> bool:
