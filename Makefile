@@ -46,11 +46,9 @@ wheel-test: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
-# The README's tables and the plots, from the committed results alone.
-RESULTS := $(sort $(wildcard benchmarks/results/*.json))
+# The tables of README.md and benchmarks/RESULTS.md, and the plots, from the committed results alone.
 figures: $(VENV)/.installed-dev
-	$(BIN)/python tools/bench_suite.py table $(RESULTS) --write README.md
-	$(BIN)/python tools/bench_suite.py plot $(RESULTS)
+	$(BIN)/python tools/bench_suite.py figures
 
 clean:
 	rm -rf $(VENV) $(WHEEL_VENV) build dist docs/_build .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -13,19 +13,22 @@ from click.testing import CliRunner
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
+import bench_longest  # noqa: E402
 import bench_suite  # noqa: E402
-from bench import results, supervisor, tables, verdict  # noqa: E402
+from bench import counting, results, sheet, supervisor, tables, verdict  # noqa: E402
 from bench.exactness import check, sampled_rows  # noqa: E402
 from bench.flex import NoPredicateError, mask_mod  # noqa: E402
-from bench.goals import outcomes  # noqa: E402
+from bench.goals import crossings, outcomes  # noqa: E402
 from bench.gradients import sampled_keys  # noqa: E402
 from bench.grid import GRIDS, Case, Effort, Goal, GridError, MaskSource, find_grid, load_grid  # noqa: E402
 from bench.measure import measure_case  # noqa: E402
 from bench.peers import Prepared, peer  # noqa: E402
 from bench.protocol import interleaved, timing  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
-from bench.results import CaseRow, PeerRow, Protocol, Run, Timing  # noqa: E402
+from bench.results import CaseRow, Ceiling, PeerRow, Protocol, Run, Timing  # noqa: E402
 from bench.workload import bound_mask, document_lengths, make_workload, packed_lengths  # noqa: E402
+
+from sparsec import masks  # noqa: E402
 
 QUICK = Effort(seconds=0.001, min_repeats=2, max_repeats=2)
 
@@ -666,10 +669,149 @@ def test_plots_are_the_same_for_the_same_results(tmp_path, kind):
     for folder in (tmp_path / "one", tmp_path / "two"):
         done = CliRunner().invoke(bench_suite.main, ["plot", str(results_file), "--out", str(folder)])
         assert done.exit_code == 0, done.output
-        assert sorted(path.suffix for path in folder.iterdir()) == [".png", ".svg"]
-        assert all(path.name.startswith("mine-") for path in folder.iterdir())
+        device = results.read_run(results_file).provenance.device
+        assert sorted(path.name for path in folder.iterdir()) == [f"mine-{device}.png", f"mine-{device}.svg"]
         contents.append([path.read_bytes() for path in sorted(folder.iterdir())])
     assert contents[0] == contents[1]
+
+
+# Slopes and crossings
+
+
+def _at(length, us, peak_bytes=None, **options):
+    row = _row(_case(name="near", peers=tuple(us), length=length, **options), **us)
+    peers = tuple(replace(each, peak_bytes=peak_bytes) for each in row.peers)
+    return replace(row, q_len=length, density=1 / length, peers=peers)
+
+
+@pytest.mark.parametrize(("power", "is_met"), [(1.0, True), (1.1, False), (0.9, False)])
+def test_a_slope_is_that_of_the_logarithms_and_must_lie_between_its_bounds(power, is_met):
+    rows = [_at(n, {"ours": 3.0 * n**power}, round(7 * n**power)) for n in (1000, 4000, 64_000)]
+    goals = tuple(
+        Goal("near", what, ("near/*",), at_least=0.95, at_most=1.05) for what in ("slope:time", "slope:memory")
+    )
+    for outcome in outcomes(replace(_run(*rows), goals=goals)):
+        assert outcome.value == pytest.approx(power, abs=1e-4)
+        assert outcome.is_met is is_met
+    lost = replace(rows[0], peers=())
+    assert [each.value for each in outcomes(replace(_run(lost, *rows[1:]), goals=goals))] == [None, None]
+    assert "| ≥ 0.95, ≤ 1.05 |" in tables.markdown(replace(_run(*rows), goals=goals))
+
+
+def test_lines_cross_where_the_lead_changes():
+    rows = [_at(n, {"ours": float(n), "sdpa": float(n) ** 2 / 100}) for n in (1000, 10, 30, 300)]
+    (crossing,) = crossings(_run(*rows))
+    assert (crossing.faster, crossing.slower) == ("ours", "sdpa")
+    assert crossing.at == pytest.approx(100)
+    assert "| near | fp32 |  | 100 | sparsec | SDPA |" in tables.markdown(replace(_run(*rows), plot="lines"))
+
+
+def test_a_share_is_of_the_larger_peak():
+    row = _row(ours=10.0)
+    own = row.peers[0]
+    assert row.peak_flops == 1e9
+    alone = row.share_of_peak(own, ())
+    ceiling = Ceiling("fp32", "fp32 FMA", 1e9, 2e9)
+    assert row.share_of_peak(own, (ceiling, Ceiling("bf16", "bf16 dot", 9e9, 9e9))) == pytest.approx(alone / 2)
+    assert row.share_of_peak(own, (replace(ceiling, all_threads=5e8),)) == alone
+
+
+def test_memory_may_be_that_of_a_settled_process():
+    row = measure_case(_case(length=4096), replace(QUICK, settled_memory=True), 1, _silent)
+    out_bytes = 2 * 4096 * 16 * 4
+    assert out_bytes <= row.row("ours").peak_bytes < 16 * out_bytes
+
+
+# Sheets
+
+
+def _sheet(*figures):
+    return sheet.made("mine", "Mine", "by hand", 2, list(figures))
+
+
+def test_sheets_come_back_as_they_were_and_become_tables(tmp_path):
+    shape = {"mask": "full()", "tokens": 4096}
+    slow = sheet.timed("theirs", Timing(3000.0, 2990.0, 3010.0, 2980.0, 9), shape)
+    quick = replace(
+        sheet.timed("mine", Timing(1500.0, 1490.0, 1510.0, 1480.0, 9), shape, "theirs"), error=1e-7, allowed=1e-6
+    )
+    wrong = sheet.Figure("off", 2e9, "bytes/s", error=1.0, allowed=1e-6)
+    path = tmp_path / "deep" / "sheet.json"
+    sheet.write_sheet(path, _sheet(slow, quick, wrong))
+    assert sheet.is_sheet(path)
+    assert sheet.read_sheet(path).figures == (slow, quick, wrong)
+    text = CliRunner().invoke(bench_suite.main, ["table", str(path)]).output
+    assert "| mine | mask full(), tokens 4,096 | 1.5 ms ± 1% | 2.00× as fast as theirs | off by 1e-07" in text
+    assert "| off |  | 2 GB/s |  | wrong: off by 1, allowed 1e-06 |" in text
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 2}))
+    refused = CliRunner().invoke(bench_suite.main, ["table", str(path)])
+    assert refused.exit_code == 1
+    assert "schema 2" in refused.output
+
+
+def test_sheets_are_compared_by_what_they_count(tmp_path):
+    def counted(what, value):
+        return sheet.Figure(what, value, "instructions", {"dtype": "fp32"}, error=0.0, allowed=1.0)
+
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    sheet.write_sheet(paths[0], _sheet(counted("a", 1e6), counted("b", 1e6), counted("c", 1e6), counted("gone", 1.0)))
+    spoiled = replace(counted("c", 1e6), error=2.0)
+    sheet.write_sheet(paths[1], _sheet(counted("a", 1.01e6), counted("b", 1.0005e6), spoiled))
+    done = CliRunner().invoke(bench_suite.main, ["compare", *map(str, paths)])
+    lines = done.output.splitlines()
+    judged = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ") for line in lines if "dtype fp32" in line
+    }
+    assert judged == {"a": "slower", "b": "same", "c": "no longer exact"}
+    assert CliRunner().invoke(bench_suite.main, ["compare", "--strict", *map(str, paths)]).exit_code == 1
+
+
+def test_instructions_are_counted_inside_the_kernels_alone(tmp_path):
+    dump = tmp_path / "dump.1"
+    dump.write_text(
+        "positions: line\nevents: Ir\ndesc: Trigger: Client Request: 3 ours:hybrid\n"
+        "ob=(1) /cache/cpu/hybrid.so\nfn=(1) forward\n10 100\n+2 20\n"
+        "cob=(2) /lib/libm.so\ncfn=(2) expf\ncalls=5 0\n* 9000\n-1 3\n"
+        "\nob=(2)\nfn=(2)\n0 9000\nob=(1)\nfn=(3) other\n7 4\n"
+    )
+    assert counting._counted(dump, Path("/cache/cpu")) == ("3 ours:hybrid", 127)
+
+
+def test_where_valgrind_is_absent_counting_says_so(monkeypatch):
+    monkeypatch.setattr(counting.shutil, "which", lambda name: None)
+    done = CliRunner().invoke(bench_suite.main, ["count"])
+    assert done.exit_code == 1
+    assert "valgrind is not installed" in done.output
+
+
+# Beyond memory
+
+
+def test_slices_in_order_are_the_attention_of_the_whole(tmp_path):
+    n, rows = 300, 64
+    torch.manual_seed(0)
+    given = torch.randn(3, 1, 1, n, 64).bfloat16()
+    paths = [tmp_path / name for name in "qkv"]
+    q, k, v = (
+        torch.from_file(str(path), shared=True, size=n * 64, dtype=torch.bfloat16).view(1, 1, n, 64) for path in paths
+    )
+    for mapped, content in zip((q, k, v), given, strict=True):
+        mapped.copy_(content)
+    mask = masks.window(64, 64)
+    bench_longest.attend_in_order(mask, q, k, v, rows)
+    work = make_workload(_case("window(64, 64)", length=n, heads=1, head_dim=64, dtype="bf16"))
+    work = replace(work, q=given[0], k=given[1], v=given[2])
+    assert check(work, q, work.bound).is_exact
+    assert not check(work, given[0], work.bound).is_exact
+    # The result is in the file.
+    stored = torch.from_file(str(paths[0]), size=n * 64, dtype=torch.bfloat16).view(1, 1, n, 64)
+    assert torch.equal(stored, q)
+
+
+def test_a_part_that_fails_says_why():
+    said = bench_longest.ask("in_memory", n=1000, limit_bytes=1 << 20)
+    assert isinstance(said, str)
+    assert said
 
 
 # What is committed
@@ -679,9 +821,8 @@ ROOT = Path(__file__).parents[1]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
-def test_the_tables_of_the_readme_are_those_of_the_committed_results():
-    arguments = ["table", *map(str, COMMITTED), "--write", str(ROOT / "README.md"), "--check"]
-    checked = CliRunner().invoke(bench_suite.main, arguments)
+def test_the_pages_hold_the_tables_of_the_committed_results():
+    checked = CliRunner().invoke(bench_suite.main, ["figures", "--check"])
     assert checked.exit_code == 0, checked.output
 
 

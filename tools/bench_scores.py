@@ -2,8 +2,9 @@
 
     python tools/bench_scores.py [--tokens 16384] [--json FILE]
 
-This file decides which modifiers are compared; it must not know how they are computed. Outputs and gradients of q, k and
-v are held to dense attention in fp64 on sampled rows; with sinks, which are a key of zeros that all attend, the output.
+This file decides which modifiers are compared; it must not know how they are computed. Outputs and gradients of q, k
+and v are held to dense attention in fp64 on sampled rows; with sinks, which are a key of zeros that all attend, the
+output.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from sparsec.score import as_score_mod
 
 HEADS, HEAD_DIM, REACH = 4, 64, 255
 PROTOCOL = (
-    "monotonic clock, two calls of each not counted, then all in turn; median and quartiles; block_sparse for all; rows "
-    "(the fullest, the emptiest, the ends, random ones) of the first and last head are compared with dense attention in "
-    "fp64, gradients likewise, under twice the error of a plain attention of the same dtype plus one rounding unit"
+    "monotonic clock, two calls of each not counted, then all in turn; median and quartiles; block_sparse for all; "
+    "rows (the fullest, the emptiest, the ends, random ones) of the first and last head are compared with dense "
+    "attention in fp64, gradients likewise, under twice the error of a plain attention of the same dtype plus one "
+    "rounding unit"
 )
 
 

@@ -2,9 +2,11 @@
 """Measures sparsec and its peers on the same work, and makes the tables and plots of the results.
 
     tools/bench_suite.py run --grid quick
+    tools/bench_suite.py count
     tools/bench_suite.py compare OLD NEW
     tools/bench_suite.py table FILE... [--write README.md]
     tools/bench_suite.py plot FILE...
+    tools/bench_suite.py figures
 
 This file decides the command line only; `tools/bench/` does the work.
 """
@@ -13,12 +15,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import click
-from bench import tables, verdict
+from bench import counting, sheet, tables, verdict
 from bench.grid import Case, Grid, find_grid, load_grid
 from bench.provenance import provenance
 from bench.results import SCHEMA, Protocol, Run, read_run, resumed
@@ -32,6 +35,9 @@ from sparsec.errors import SparsecError
 from sparsec.planner.words import duration
 
 _BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+_SHEETS = _BENCHMARKS / "results" / "scripts"
+# The rest is on a page of its own: a README is read.
+_IN_README = ("cpu_backward-", "cpu_forward-")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -145,11 +151,31 @@ def _measured(grid: Grid, cases: list[Case], threads: int, limits: Limits, out: 
 
 
 @main.command()
+@click.option("--grid", "grid_name", default="counts", show_default=True, help="Name of a grid, or a YAML file.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Only cases whose id contains or matches this.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Result file.")
+def count(grid_name: str, only: tuple[str, ...], out: Path | None) -> None:
+    """Counts the instructions of CPU kernels with callgrind: the measure that a busy machine does not move."""
+    grid = load_grid(find_grid(grid_name))
+    cases = [case for case in grid.cases if _is_wanted(case, only, ())]
+    if not cases:
+        raise click.ClickException(f"no case of {grid.name} is left")
+    found = sheet.made(grid.name, grid.about, counting.PROTOCOL, 1, counting.count(cases))
+    out = out or _SHEETS / f"{grid.name}-{found.provenance.device}.json"
+    sheet.write_sheet(out, found)
+    click.echo(tables.sheet_markdown(found))
+    click.echo(f"results: {out}", err=True)
+
+
+@main.command()
 @click.argument("old", type=_FILE)
 @click.argument("new", type=_FILE)
 @click.option("--strict", is_flag=True, help="End with status 1 where anything of ours is slower or no longer exact.")
 def compare(old: Path, new: Path, strict: bool) -> None:
     """What became faster or slower between two result files."""
+    if sheet.is_sheet(old) or sheet.is_sheet(new):
+        _compare_sheets(sheet.read_sheet(old), sheet.read_sheet(new), strict)
+        return
     before, after = read_run(old), read_run(new)
     for difference in verdict.differences(before, after):
         click.echo(f"not the same {difference}", err=True)
@@ -170,6 +196,21 @@ def compare(old: Path, new: Path, strict: bool) -> None:
         sys.exit(1)
 
 
+def _compare_sheets(old: sheet.Sheet, new: sheet.Sheet, strict: bool) -> None:
+    changes = verdict.compare_sheets(old, new)
+    if not changes:
+        raise click.ClickException("the two files have no figure in common")
+    lines = [
+        [change.what, change.shape, sheet.measured(change.before), sheet.measured(change.after), change.judgement]
+        for change in changes
+    ]
+    click.echo(tables.table(["figure", "of", "before", "after", ""], lines, text_columns=2))
+    counts = Counter(change.judgement for change in changes)
+    click.echo("\n" + ", ".join(f"{count} {judgement}" for judgement, count in counts.items()))
+    if strict and counts.keys() & {"slower", "no longer exact"}:
+        sys.exit(1)
+
+
 @main.command()
 @click.argument("files", type=_FILE, nargs=-1, required=True)
 @click.option("--write", type=_FILE, metavar="FILE", help=f"Put the tables between {tables.BEGIN} and {tables.END}.")
@@ -178,18 +219,43 @@ def compare(old: Path, new: Path, strict: bool) -> None:
 )
 def table(files: tuple[Path, ...], write: Path | None, check: bool) -> None:
     """Markdown tables of result files."""
-    content = "\n".join(tables.markdown(read_run(path)) for path in files)
+    content = "\n".join(_markdown(path) for path in files)
     if write is None:
         click.echo(content)
         return
-    text = tables.replaced_block(write, content)
-    if text == write.read_text():
+    _put(write, content, check)
+
+
+def _markdown(path: Path, plots: str = "") -> str:
+    if sheet.is_sheet(path):
+        return tables.sheet_markdown(sheet.read_sheet(path))
+    return tables.markdown(read_run(path), plots)
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Change nothing, end with status 1 if a page is out of date.")
+def figures(check: bool) -> None:
+    """The tables of the README and of benchmarks/RESULTS.md, and the plots, from the committed results alone."""
+    grids = sorted((_BENCHMARKS / "results").glob("*.json"))
+    sheets = [path for path in sorted(_SHEETS.glob("*.json")) if sheet.is_sheet(path)]
+    in_readme = [path for path in grids if path.name.startswith(_IN_README)]
+    others = [path for path in grids if path not in in_readme]
+    _put(_BENCHMARKS.parent / "README.md", "\n".join(_markdown(path) for path in in_readme), check)
+    _put(_BENCHMARKS / "RESULTS.md", "\n".join(_markdown(path, "plots") for path in [*others, *sheets]), check)
+    if not check:
+        _draw(grids, _BENCHMARKS / "plots")
+
+
+def _put(page: Path, content: str, check: bool) -> None:
+    """Puts tables between the markers of a page, or says that they are not there."""
+    text = tables.replaced_block(page, content)
+    if text == page.read_text():
         return
     if check:
-        raise click.ClickException(f"the tables in {write} are not those of the results: run `make figures`")
-    mode = write.stat().st_mode
-    data.publish(write, text.encode())
-    write.chmod(mode)
+        raise click.ClickException(f"the tables in {page} are not those of the results: run `make figures`")
+    mode = page.stat().st_mode
+    data.publish(page, text.encode())
+    page.chmod(mode)
 
 
 @main.command()
@@ -199,6 +265,10 @@ def table(files: tuple[Path, ...], write: Path | None, check: bool) -> None:
 )
 def plot(files: tuple[Path, ...], out: Path) -> None:
     """PNG and SVG plots of result files."""
+    _draw(files, out)
+
+
+def _draw(files: Iterable[Path], out: Path) -> None:
     from bench.plots import plot as draw
 
     for path in files:

@@ -145,7 +145,9 @@ def _panels(run: Run, rows: Sequence[CaseRow]) -> list[_Panel]:
             panels.append(_Panel(name, "ms", chosen, lambda each: each.us / 1e3 if each.us else None))
         if chosen and run.x == "length":
             memory = "MiB added by set-up and first call"
-            panels.append(_Panel(name, memory, chosen, lambda each: each.peak_bytes / 2**20 if each.peak_bytes else None))
+            panels.append(
+                _Panel(name, memory, chosen, lambda each: each.peak_bytes / 2**20 if each.peak_bytes else None)
+            )
     return panels
 
 

@@ -159,7 +159,7 @@ class CaseRow:
         return theirs.us / ours.us if ours and theirs and ours.us and theirs.us else None
 
     def share_of_peak(self, row: PeerRow, ceilings: Sequence[Ceiling]) -> float | None:
-        """Useful FLOP/s over what the machine can do: in the same minutes or at the start of the run, whichever is more."""
+        """Useful FLOP/s over what the machine did in the same minutes or at the start of the run, whichever is more."""
         rate = self.gflops(row)
         if not rate or not self.peak_flops:
             return None
@@ -207,8 +207,8 @@ class Protocol:
     )
     flops: str = "useful work only: 4 · edges · head_dim forward, and 10 more of them backward (five products for two)"
     peak: str = (
-        "register-resident FMA (bf16: dot-product) loop on the same threads, timed in the same rounds; a share is of the "
-        "larger of that and the one at the start of the run"
+        "register-resident FMA (bf16: dot-product) loop on the same threads, timed in the same rounds; a share is of "
+        "the larger of that and the one at the start of the run"
     )
     memory: str = "what preparation and the first call added to the process's resident memory at the highest"
     gradients: str = (

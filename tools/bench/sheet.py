@@ -1,4 +1,4 @@
-"""A result file of a program that is no grid: single figures, each with its shape, its spread and whether it was checked.
+"""A result file of a program that is no grid: single figures, each with its shape, its spread and its check.
 
 This file decides what such a figure carries, and how figures become a table and are compared. It must not know what
 they are of.
@@ -57,7 +57,9 @@ class Figure:
     @property
     def said(self) -> str:
         """The shape in words."""
-        return ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in self.shape.items())
+        return ", ".join(
+            f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in self.shape.items()
+        )
 
 
 @dataclass(frozen=True, slots=True)

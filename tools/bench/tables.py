@@ -12,7 +12,8 @@ from typing import Final
 
 from bench.goals import Crossing, Outcome, crossings, outcomes
 from bench.names import family, title
-from bench.results import CaseRow, Ceiling, PeerRow, Run
+from bench.results import CaseRow, Ceiling, PeerRow, Provenance, Run
+from bench.sheet import Sheet, checked, compared, measured
 from sparsec.errors import SparsecError
 from sparsec.planner.words import duration, size
 
@@ -22,10 +23,12 @@ END: Final = "<!-- benchmarks:end -->"
 _NO_TIME: Final = {"skipped": "–", "wrong": "wrong", "failed": "failed", "timed out": "timed out", "crashed": "crashed"}
 
 
-def markdown(run: Run) -> str:
-    """All tables of one run."""
+def markdown(run: Run, plots: str = "") -> str:
+    """All tables of one run, and its plot where a folder of plots is given."""
     attention = [row for row in run.cases if row.case.measure == "attention"]
     parts = [f"### {run.about or run.grid}", caption(run)]
+    if plots and any(each.us for row in attention for each in row.peers):
+        parts.append(f"![{run.grid}]({plots}/{run.grid}-{run.provenance.device}.svg)")
     if attention:
         parts += [attention_table(attention, run.ceilings), *_notes(attention)]
     if run.plot == "lines" and (crossed := crossings(run)):
@@ -39,15 +42,35 @@ def markdown(run: Run) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def caption(run: Run) -> str:
-    """Where, when and how, in three sentences."""
-    at = run.provenance
+def sheet_markdown(sheet: Sheet) -> str:
+    """The table of figures that belong to no grid."""
+    lines = []
+    for each in sheet.figures:
+        remark = "; ".join(filter(None, [compared(each, sheet), each.note]))
+        lines.append([each.what, each.said, measured(each), remark, checked(each)])
+    parts = [f"### {sheet.about}", f"{_where(sheet.provenance, sheet.threads)} {_sentence(sheet.protocol)}"]
+    parts.append(table(["what", "of", "measured", "", "exactness"], lines, text_columns=2))
+    return "\n\n".join(parts) + "\n"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
+
+
+def _where(at: Provenance, n_threads: int) -> str:
     commit = f"commit {at.commit[:10]}{' with changes' if at.is_dirty else ''}" if at.commit else "no commit"
-    threads = f"{run.threads} thread{'s' if run.threads != 1 else ''}"
-    peaks = ", ".join(f"{each.all_threads / 1e9:,.0f} GFLOP/s ({each.unit})" for each in run.ceilings)
+    threads = f"{n_threads} thread{'s' if n_threads != 1 else ''}"
     return (
         f"{at.processor}, {at.isa}, {threads}; torch {at.versions.get('torch', '?')}, "
         f"{at.versions.get('compiler', '?')}; {at.date[:10]}, {commit}."
+    )
+
+
+def caption(run: Run) -> str:
+    """Where, when and how, in three sentences."""
+    peaks = ", ".join(f"{each.all_threads / 1e9:,.0f} GFLOP/s ({each.unit})" for each in run.ceilings)
+    return (
+        _where(run.provenance, run.threads)
         + (f" Measured peak: {peaks}." if peaks else "")
         + " Median of interleaved calls, every result checked; GFLOP/s count useful work (4 · edges · head_dim"
         f"{_backward_work(run)}); × is how many times faster sparsec is."

@@ -12,11 +12,52 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bench.results import CaseRow, PeerRow, Run, Timing
+from bench.sheet import Figure, Sheet
 
 Judgement = Literal["faster", "slower", "same", "no longer exact", "exact again", "lost", "gained"]
 
 # Medians that differ less are the same even where the quartiles of few repeats happen not to overlap.
 _MARGIN = 0.03
+
+
+# Instructions differ only where code or compiler does; the least loop count that depends on an address is below this.
+_COUNT_MARGIN = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class FigureChange:
+    """One figure of a sheet, before and after."""
+
+    what: str
+    shape: str
+    judgement: Judgement
+    before: Figure
+    after: Figure
+
+
+def compare_sheets(old: Sheet, new: Sheet) -> list[FigureChange]:
+    """What changed in the figures that both sheets have."""
+    before = {(figure.what, figure.said): figure for figure in old.figures}
+    changes = []
+    for figure in new.figures:
+        earlier = before.get((figure.what, figure.said))
+        if earlier is not None and earlier.unit == figure.unit:
+            changes.append(FigureChange(figure.what, figure.said, _figure_judged(earlier, figure), earlier, figure))
+    return changes
+
+
+def _figure_judged(old: Figure, new: Figure) -> Judgement:
+    if old.is_exact and new.is_exact is False:
+        return "no longer exact"
+    if old.is_exact is False and new.is_exact:
+        return "exact again"
+    if old.timing is not None and new.timing is not None:
+        return faster_or_slower(old.timing, new.timing)
+    if abs(new.value - old.value) <= (_COUNT_MARGIN if new.unit == "instructions" else _MARGIN) * old.value:
+        return "same"
+    # More is better of lengths and rates alone.
+    is_more_better = new.unit in ("tokens", "bytes/s")
+    return "faster" if (new.value > old.value) == is_more_better else "slower"
 
 
 @dataclass(frozen=True, slots=True)
