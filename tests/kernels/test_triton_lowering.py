@@ -30,7 +30,8 @@ from sparsec.template import Config, template
 DEVICES = ("nvidia-a100", "nvidia-h100", "nvidia-b200", "amd-mi250x", "amd-mi300x")
 TEMPLATES = ("block_sparse", "row_traversal", "hybrid")
 
-TRITON = tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+# Older assemblers need some registers more; the kernels are shaped for the newest. Bytes; 3.6 was tried.
+SPILLED_BY_OLDER = 32 if tuple(int(part) for part in metadata.version("triton").split(".")[:2]) < (3, 9) else 0
 
 MATRIX_INSTRUCTION = {
     ("nvidia-a100", "bf16"): "HMMA",
@@ -98,10 +99,8 @@ def test_the_default_does_not_spill(name, gpu, dtype, direction, head_dim):
     assert len(walking) == (1 if direction == "forward" else 2)
     wanted = MATRIX_INSTRUCTION.get((gpu, dtype))
     # Known: three kinds of lists and fp32 operands held by threads are a few registers too many.
-    allowed = 32 if (name, direction, dtype) == ("hybrid", "backward", "fp32") else 0
-    if TRITON < (3, 9):
-        # Older assemblers need more registers; the kernels are shaped for the newest.
-        allowed = 128
+    is_known = (name, direction, dtype) == ("hybrid", "backward", "fp32") and gpu.startswith("nvidia")
+    allowed = 32 if is_known else SPILLED_BY_OLDER
     for each in walking:
         assert each.spilled_bytes <= allowed, each
         if wanted and name == "block_sparse":
@@ -140,14 +139,14 @@ def test_programs_that_stay_hold_nothing_over(name, gpu, direction):
     """The loop over items hoists nothing into registers that there are not."""
     for each in _lowered(name, gpu, "bf16", tried_at(128), (("persistent", 2),), direction):
         if each.name in ("forward", "backward"):
-            assert each.spilled_bytes == 0, each
+            assert each.spilled_bytes <= SPILLED_BY_OLDER, each
             assert each.shared_bytes * 2 <= device(gpu).shared_bytes_per_block
 
 
 @pytest.mark.parametrize("gpu", ["nvidia-rtx4090", pytest.param("amd-mi300x", marks=pytest.mark.spread)])
 def test_the_widest_heads_fit_the_smallest_devices(gpu):
     for dtype in ("fp32", "bf16"):
-        assert _lowered("block_sparse", gpu, dtype, tried_at(256))[0].spilled_bytes == 0
+        assert _lowered("block_sparse", gpu, dtype, tried_at(256))[0].spilled_bytes <= SPILLED_BY_OLDER
 
 
 @pytest.mark.parametrize("gpu", ["nvidia-rtx4090", pytest.param("amd-mi250x", marks=pytest.mark.spread)])
@@ -156,17 +155,19 @@ def test_what_is_planned_at_the_limit_compiles(gpu):
     problem = Problem(150, 150, 2, 2, 256, 256, "bf16", needs_grad=True)
     launch = plan(m.window(40, 0), problem, gpu, template="block_sparse", backend="triton").steps[0].launch
     assert launch.config != launch.template.default("triton")
+    # Known: on AMD the widest dK and dV leave a few registers too few.
+    known = 32 if gpu.startswith("amd") else 0
     for direction in ("forward", "backward"):
         for each in triton_backend.lower_source(launch, direction):
             assert each.shared_bytes <= device(gpu).shared_bytes_per_block
-            assert each.spilled_bytes <= 32, each
+            assert each.spilled_bytes <= max(known, SPILLED_BY_OLDER), each
 
 
 @pytest.mark.parametrize("gpu", ["nvidia-h100", pytest.param("nvidia-b200", marks=pytest.mark.spread)])
 def test_the_copy_engine_fetches_what_is_described(gpu):
     (lowered,) = _lowered("block_sparse", gpu, "bf16", tried_at(128), (("descriptors", 1), ("num_stages", 2)))
     assert lowered.instructions.get("UTMALDG", 0) > 0
-    assert lowered.spilled_bytes <= 16
+    assert lowered.spilled_bytes <= SPILLED_BY_OLDER
 
 
 def test_devices_without_a_copy_engine_fetch_themselves():
@@ -228,7 +229,8 @@ def test_modifiers_and_predicates_compile(name, direction):
     lowered = triton_backend.lower_source(replace(made, score=score), direction)
     for each in lowered:
         if each.name in ("forward", "backward"):
-            # Three look-ups for every score take some registers more than there are.
-            assert each.spilled_bytes <= 128, each
+            # Known: beside a tile of 64 × 64 scores on four warps, three look-ups for each are too many registers.
+            known = (160 if SPILLED_BY_OLDER else 64) if name == "block_sparse" else 0
+            assert each.spilled_bytes <= max(known, SPILLED_BY_OLDER), each
             assert "score_tables" in each.texts["ttgir"]
             assert ("mask_tables" in each.texts["ttgir"]) == bool(by_predicate)

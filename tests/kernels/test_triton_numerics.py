@@ -156,19 +156,41 @@ def _run_some_heads(name: str, tried: Case) -> None:
     assert torch.equal(lse[1, 1:3], whole_lse[1, 1:3])
 
 
-def _run_far_apart(name: str, tried: Case) -> None:
-    # Pages that are never touched cost nothing: rows, heads and batch elements lie gigabytes apart.
+def _far_apart(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same values, their rows, heads and batch elements gigabytes apart; pages never touched cost nothing."""
     apart = 2**28
     virtual = torch.empty(5 * 2 * 2 * apart, dtype=torch.float16)
     views = []
-    for tensor in (*running.inputs(tried), running.poisoned(tried)[0]):
+    for tensor in tensors:
         view = virtual.as_strided(tensor.shape, (10 * apart, 5 * apart, apart, 1), 64 * len(views))
         view.copy_(tensor)
         views.append(view)
     assert max(view.stride(0) + view.stride(1) for view in views) > 2**31
+    return views
+
+
+def _run_far_apart(name: str, tried: Case) -> None:
+    views = _far_apart([*running.inputs(tried), running.poisoned(tried)[0]])
     lse = running.poisoned(tried)[1]
     triton_backend.backend().lower(_launch(name, tried))(*views, lse)
     running.check(tried, views[3], lse)
+
+
+def _run_gradient_far_apart(name: str, tried: Case) -> None:
+    """The bits of the gradients of the same values side by side, which other tests hold to the reference."""
+    made = _launch(name, tried)
+    (out, lse), q = running.poisoned(tried), running.inputs(tried)[0]
+    triton_backend.backend().lower(made)(*running.inputs(tried), out, lse)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).half()
+    near = [*running.inputs(tried), out, d_out, torch.full_like(q, float("nan"))]
+    results = []
+    for q, k, v, out, d_out, dq in (near, _far_apart(near)):
+        dk, dv = torch.zeros(k.shape), torch.zeros(v.shape)
+        triton_backend.backend().lower_backward(made)(q, k, v, out, lse, d_out, None, dq, dk, dv)
+        results.append((dq, dk, dv))
+    for wanted, got in zip(*results, strict=True):
+        assert torch.equal(wanted, got)
+        assert wanted.abs().max() > 0
 
 
 def _run_rows_as(form: str, tried: Case) -> None:
@@ -377,6 +399,11 @@ def test_some_heads_of_some_batch_elements(interpreter, name):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_strides_beyond_two_to_the_31(interpreter, name):
     interpreter(_run_far_apart, name, FAR.with_dtype("fp16"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_gradients_at_strides_beyond_two_to_the_31(interpreter, name):
+    interpreter(_run_gradient_far_apart, name, FAR.with_dtype("fp16"))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
