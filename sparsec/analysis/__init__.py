@@ -3,7 +3,7 @@
 This package measures masks; it must not know templates, devices or costs.
 """
 
-from sparsec.analysis.fill import TileFill
+from sparsec.analysis.fill import FILL_BLOCKS, TileFill
 from sparsec.analysis.graph import BlockGraphProfile, block_graph
 from sparsec.analysis.orderings import (
     candidate_orderings,
@@ -12,22 +12,28 @@ from sparsec.analysis.orderings import (
     rcm_ordering,
     residue_ordering,
 )
-from sparsec.analysis.profile import FILL_BLOCKS, DegreeStats, MaskProfile, analyse
+from sparsec.analysis.profile import DegreeStats, MaskProfile, analyse
+from sparsec.analysis.sampling import UNIT, Run, n_units, sample_runs, units_of
 from sparsec.analysis.signatures import MaskSignature, signature
 
 __all__ = [
     "FILL_BLOCKS",
+    "UNIT",
     "BlockGraphProfile",
     "DegreeStats",
     "MaskProfile",
     "MaskSignature",
+    "Run",
     "TileFill",
     "analyse",
     "block_graph",
     "candidate_orderings",
     "cluster_ordering",
+    "n_units",
     "popularity_ordering",
     "rcm_ordering",
     "residue_ordering",
+    "sample_runs",
     "signature",
+    "units_of",
 ]

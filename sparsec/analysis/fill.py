@@ -12,6 +12,9 @@ import numpy as np
 from sparsec.masks import ranges
 from sparsec.masks.ranges import IntArray, RowRanges
 
+# Tile sizes whose fill is told.
+FILL_BLOCKS = (16, 32, 64, 128)
+
 # Above this many progressions the counts come from one running sum over all offsets instead of one formula each.
 _FEW_PROGRESSIONS = 32
 

@@ -13,24 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsec.analysis.fill import TileFill, toeplitz_fill
+from sparsec.analysis.fill import FILL_BLOCKS, TileFill, toeplitz_fill
+from sparsec.analysis.sampling import UNIT, Run, n_units, sample_runs, units_of
 from sparsec.masks import ranges
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.masks.ranges import IntArray, RowRanges
 from sparsec.masks.tilemap import TileMap
 
-# Tile sizes whose fill is told.
-FILL_BLOCKS = (16, 32, 64, 128)
-
 # Work (see `_work`) before a sample has to do: 0.2 to 0.4 s on one core.
 _WORK_LIMIT = 3_000_000
 
-# A sample is this many runs of tile rows, evenly spread; the work is judged by this many units.
-_SAMPLE_RUNS = 24
+# The work is judged by this many units.
 _PROBES = 8
-
-# Rows are looked at in multiples of the largest tile.
-_UNIT = FILL_BLOCKS[-1]
 
 # Heavy rows and columns are counted always, named up to here.
 _HEAVY_LISTED = 4096
@@ -117,8 +111,9 @@ def analyse(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None = None
         q_len, kv_len = seq_len if isinstance(seq_len, tuple) else (seq_len, None)
         bound = mask.bind(q_len, kv_len)
     offsets = bound.offsets
-    nnz = bound.nnz
+    # Degrees first: where the mask is known by its rows alone, they give the number of edges as well.
     rows = _degree_stats(bound.degrees("q"))
+    nnz = bound.nnz
     columns = _degree_stats(bound.degrees("kv"))
     looked = _look_at_offsets(bound, offsets) if offsets is not None else _look_at_rows(bound, rows.heavy)
     return MaskProfile(
@@ -183,8 +178,8 @@ def _look_at_offsets(bound: BoundMask, offsets: RowRanges) -> _Look:
 
 def _look_at_ranges(bound: BoundMask, tiles: tuple[TileFill, ...], steps: _Steps) -> _Look:
     """The bandwidth from rows alone: of a translation-invariant mask that is not square."""
-    ranges_per_unit = max(len(bound.rows(0, min(_UNIT, bound.q_len)).start), _UNIT)
-    runs = _runs(_n_units(bound), _WORK_LIMIT // ranges_per_unit)
+    ranges_per_unit = max(len(bound.rows(0, min(UNIT, bound.q_len)).start), UNIT)
+    runs = sample_runs(n_units(bound), _WORK_LIMIT // ranges_per_unit)
     span = _Span()
     for run in runs:
         start, stop = run.rows(bound)
@@ -194,12 +189,11 @@ def _look_at_ranges(bound: BoundMask, tiles: tuple[TileFill, ...], steps: _Steps
 
 def _look_at_rows(bound: BoundMask, heavy: tuple[int, ...]) -> _Look:
     """Tiles, bandwidth and steps from all rows where they are few enough, else from evenly spread runs of them."""
-    n_units = _n_units(bound)
-    probes = _runs(n_units, _PROBES)
+    total = n_units(bound)
+    probes = sample_runs(total, _PROBES)
     work_per_unit = max(sum(_work(bound, run) for run in probes) / sum(run.length for run in probes), 1.0)
     # Heavy rows hold tiles out of proportion to their number: where they are few, each is looked at.
-    always = np.unique(np.array(heavy, np.int64) // _UNIT)
-    runs = _runs(n_units, int(_WORK_LIMIT / work_per_unit), always if len(always) <= _SAMPLE_RUNS else always[:0])
+    runs = sample_runs(total, int(_WORK_LIMIT / work_per_unit), units_of(heavy))
     span, steps, fills = _Span(), _Steps(), _Fills(bound)
     for run in _chunked(runs, max(1, int(_WORK_LIMIT / 8 / work_per_unit))):
         start, stop = run.rows(bound)
@@ -210,31 +204,7 @@ def _look_at_rows(bound: BoundMask, heavy: tuple[int, ...]) -> _Look:
     return _Look(fills.total(), span.max, span.mean, steps, _share(runs, bound))
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Consecutive units of `_UNIT` rows, and how many units each of them stands for."""
-
-    first: int
-    last: int
-    weight: float
-
-    @property
-    def length(self) -> int:
-        return self.last - self.first
-
-    def rows(self, bound: BoundMask) -> tuple[int, int]:
-        return self.first * _UNIT, min(self.last * _UNIT, bound.q_len)
-
-    def tile_rows(self, bound: BoundMask, block: int) -> range:
-        start, stop = self.rows(bound)
-        return range(start // block, -(-stop // block))
-
-
-def _n_units(bound: BoundMask) -> int:
-    return -(-bound.q_len // _UNIT)
-
-
-def _work(bound: BoundMask, run: _Run) -> int:
+def _work(bound: BoundMask, run: Run) -> int:
     """Ranges and smallest tiles in a run; a progression is followed from tile to tile, an interval is not."""
     block = FILL_BLOCKS[0]
     rows = bound.rows(*run.rows(bound))
@@ -243,35 +213,16 @@ def _work(bound: BoundMask, run: _Run) -> int:
     return steps + bound.tiles(block, block, run.tile_rows(bound, block)).n_tiles
 
 
-def _runs(n_units: int, wanted: int, always: IntArray | None = None) -> list[_Run]:
-    """About `wanted` of `n_units` as evenly spread runs, and `always` those units; a run of all when that is enough."""
-    if wanted >= n_units:
-        return [_Run(0, n_units, 1.0)]
-    always = np.zeros(0, np.int64) if always is None else always
-    others = np.delete(np.arange(n_units), always)
-    n_runs = max(1, min(_SAMPLE_RUNS, wanted, len(others)))
-    length = min(max(1, wanted // n_runs), len(others))
-    # One run in the middle of each equal share of the rows.
-    starts = [(2 * i + 1) * len(others) // (2 * n_runs) - length // 2 for i in range(n_runs)]
-    weight = len(others) / max(n_runs * length, 1)
-    runs = [_Run(unit, unit + 1, 1.0) for unit in always.tolist()]
-    for start in starts:
-        units = others[start : start + length]
-        gaps = np.flatnonzero(np.diff(units) > 1) + 1
-        runs += [_Run(int(part[0]), int(part[-1]) + 1, weight) for part in np.split(units, gaps) if len(part)]
-    return runs
-
-
-def _share(runs: list[_Run], bound: BoundMask) -> float | None:
+def _share(runs: list[Run], bound: BoundMask) -> float | None:
     """The share of the rows in `runs`, None for all."""
     looked = sum(run.length for run in runs)
-    return None if looked == _n_units(bound) else looked / _n_units(bound)
+    return None if looked == n_units(bound) else looked / n_units(bound)
 
 
-def _chunked(runs: list[_Run], length: int) -> Iterator[_Run]:
+def _chunked(runs: list[Run], length: int) -> Iterator[Run]:
     for run in runs:
         for start in range(run.first, run.last, length):
-            yield _Run(start, min(start + length, run.last), run.weight)
+            yield Run(start, min(start + length, run.last), run.weight)
 
 
 class _Span:
@@ -346,7 +297,7 @@ class _Fills:
         self._n_full = dict.fromkeys(FILL_BLOCKS, 0.0)
         self._edges = 0.0
 
-    def add(self, run: _Run) -> None:
+    def add(self, run: Run) -> None:
         block = FILL_BLOCKS[0]
         tiles = self._bound.tiles(block, block, run.tile_rows(self._bound, block))
         row, column, count = _tile_coordinates(tiles)

@@ -81,7 +81,10 @@ class BoundMask:
         """Keys of each query (`"q"`) or queries of each key (`"kv"`): int64."""
         if axis not in ("q", "kv"):
             raise MaskError(f'degrees({axis!r}): the axis is "q" or "kv"')
-        return self._body._degrees(self.shape, axis)
+        degrees = self._body._degrees(self.shape, axis)
+        # They tell the number of edges, which some masks could only find by reading all their rows again.
+        self.__dict__.setdefault("nnz", int(degrees.sum()))
+        return degrees
 
     def rows(self, start: int = 0, stop: int | None = None) -> RowRanges:
         """The keys of queries `start:stop`."""

@@ -75,6 +75,10 @@ class Draft:
         return len(self.parts), int(first.work.ordering.q_order is not None), SIMPLEST.index(first.template.name)
 
     @property
+    def is_reordered(self) -> bool:
+        return any(part.work.ordering.q_order is not None for part in self.parts)
+
+    @property
     def is_measured(self) -> bool:
         return any(part.measured_us is not None for part in self.parts)
 

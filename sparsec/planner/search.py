@@ -9,6 +9,8 @@ This file decides what is considered and what wins. The decision, in a user's wo
   without building its index arrays, but listed.
 - A template takes the configuration that records of this or the nearest mask name; without such records, the shortlist
   is costed. Measured times and estimates are made comparable by the ratio of those that have both.
+- Where index arrays would be large, those of a sample of the rows are costed first. What is behind the best by more
+  than a sample errs is passed over as well, and listed with the sample's figure.
 - The others' index arrays are built and costed exactly. The cheapest, by record where there is one and else by cost,
   wins; where two are nearer than the cost model can tell apart, the simpler one does.
 - An order of tokens (residue classes, clusters) competes like any other candidate, its index arrays' cost included.
@@ -39,6 +41,7 @@ from sparsec.planner.measured import Measured
 from sparsec.planner.parts import distinct_masks, heavy_rows_apart, residue_part
 from sparsec.planner.plans import COST_MODEL, Candidate, Group, Plan, Refusal, Step
 from sparsec.planner.renewal import shared_group
+from sparsec.planner.sampling import Sample, is_long_to_build
 from sparsec.planner.shortlist import shortlist
 from sparsec.planner.works import IDENTITY, build_work, heads_sharing, span_of
 from sparsec.records import NEAR_TIE, Direction, RecordBase, Served, database
@@ -51,6 +54,8 @@ PlanTune = Literal["off", "cached"]
 
 # A template is passed over on its rough estimate when that is so many times the best.
 _FAR_BEHIND = 2.5
+# One with more than a few index arrays is passed over when it is so many times the best by a sample of its rows.
+_SAMPLED_BEHIND = 1.15
 # One whose measured time is so many times the best measured one is passed over as well.
 _MEASURED_FAR_BEHIND = 1.5
 # The cost model cannot tell apart what is nearer than this; the earlier of `drafts.SIMPLEST` wins.
@@ -61,6 +66,7 @@ _LAYOUT_SHARE = 0.25
 _MIN_ORDER_DEGREE = 16.0
 # Gathered tiles can gain only where tiles leave this much empty.
 _HYBRID_FILL = 0.6
+_OWN_ORDER = "the tokens' own order, and reorder='force' asks for another"
 # Back ends whose kernels are given the live tables of a score modifier, and the numbers of edges.
 _TAKE_TABLES = ("cpu", "reference")
 # Entries of a score modifier's array, and edges it can count: kernels index them with int32.
@@ -193,6 +199,27 @@ class _Wanted:
     score: ScoreMod | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Contender:
+    """A kernel with its configuration: with its index arrays, or with what a sample of the rows makes it take."""
+
+    arm: Arm
+    config: Config
+    served: Served | None
+    draft: Draft | None
+    sampled_us: float
+
+    @property
+    def us(self) -> float:
+        """By the cost model."""
+        return self.sampled_us if self.draft is None else self.draft.estimate.us
+
+    @property
+    def passed_over(self) -> Candidate:
+        arm = self.arm
+        return Candidate(arm.template.name, arm.backend, self.config, arm.ordering.name, None, self.us, 0)
+
+
 class _Search:
     """One distinct mask."""
 
@@ -220,12 +247,8 @@ class _Search:
         servers = list(self._servers())
         drafts = list(self._drafts(servers))
         if self._wanted.reorder == "force":
-            kept = [draft for draft in drafts if any(part.work.ordering.q_order is not None for part in draft.parts)]
-            self._refusals += [
-                Refusal(str(draft.candidate(1.0)), "the tokens' own order, and reorder='force' asks for another")
-                for draft in drafts
-                if draft not in kept
-            ]
+            kept = [draft for draft in drafts if draft.is_reordered]
+            self._refusals += [Refusal(str(draft.candidate(1.0)), _OWN_ORDER) for draft in drafts if draft not in kept]
             drafts = kept
         if not drafts:
             asked = [name for name in (self._wanted.template, self._wanted.backend) if name is not None]
@@ -349,36 +372,41 @@ class _Search:
         return self._profile.nnz / (q_len * kv_len) if is_causal else None
 
     def _drafts(self, servers: list[tuple[Template, str]]) -> Iterator[Draft]:
-        own = list(self._drafts_in(self._bound, self._profile, IDENTITY, servers, float("inf")))
-        yield from own
-        if self._wanted.reorder == "off":
-            return
-        best = min((draft.estimate.us for draft in own), default=float("inf"))
-        profile = self._profile
-        is_regular = profile.period > 1 or profile.common_step > 1
-        if not is_regular and profile.q.mean < _MIN_ORDER_DEGREE and self._wanted.reorder == "auto":
-            if not profile.is_toeplitz:
-                reason = f"with {profile.q.mean:.1f} keys a query, fetching q and out in it costs more than it saves"
-                self._refusals.append(Refusal("another order of tokens", reason))
-            return
-        for ordering in candidate_orderings(self._bound, self._profile):
+        contenders = self._contenders_in(self._bound, self._profile, IDENTITY, servers, float("inf"))
+        best = min((each.us for each in contenders), default=float("inf"))
+        is_reordered = self._wanted.reorder != "off" and self._may_reorder()
+        for ordering in candidate_orderings(self._bound, self._profile) if is_reordered else ():
             moved = reordered(self._bound, ordering)
-            yield from self._drafts_in(moved, analyse(moved), ordering, servers, best)
-        if self._wanted.template is None and self._edges is None:
+            contenders += self._contenders_in(moved, analyse(moved), ordering, servers, best)
+        yield from self._built(contenders)
+        if is_reordered and self._wanted.template is None and self._edges is None:
             yield from self._mixed(servers)
 
-    def _drafts_in(
+    def _may_reorder(self) -> bool:
+        """Whether another order of tokens can pay."""
+        profile = self._profile
+        is_regular = profile.period > 1 or profile.common_step > 1
+        if is_regular or profile.q.mean >= _MIN_ORDER_DEGREE or self._wanted.reorder != "auto":
+            return True
+        if not profile.is_toeplitz:
+            reason = f"with {profile.q.mean:.1f} keys a query, fetching q and out in it costs more than it saves"
+            self._refusals.append(Refusal("another order of tokens", reason))
+        return False
+
+    def _contenders_in(
         self,
         bound: BoundMask,
         profile: MaskProfile,
         ordering: Ordering,
         servers: list[tuple[Template, str]],
         best_us: float,
-    ) -> Iterator[Draft]:
+    ) -> list[_Contender]:
         rough = {each.name: self._rough_us(each, profile) for each, _ in servers}
         limit = min([best_us, *rough.values()], default=0.0) * _FAR_BEHIND
         told = {(each.name, name): self._served(each, name, profile, ordering) for each, name in servers}
         measured_limit = min((us for _, us in told.values() if us is not None), default=0.0) * _MEASURED_FAR_BEHIND
+        contenders: list[_Contender] = []
+        sample: Sample | None = None
         for each, name in servers:
             if each.layout == "none" and ordering is not IDENTITY:
                 continue
@@ -387,7 +415,8 @@ class _Search:
                 self._refusals.append(Refusal(f"{each.name} on {name}, {ordering.name}", counting))
                 continue
             title = f"{each.name} on {name}" + ("" if ordering is IDENTITY else f", {ordering.name}")
-            self._arms.append(Arm(each, name, ordering, bound, profile))
+            arm = Arm(each, name, ordering, bound, profile)
+            self._arms.append(arm)
             served, measured_us = told[each.name, name]
             is_behind = rough[each.name] > limit if measured_us is None else measured_us > measured_limit
             if is_behind and self._wanted.template is None:
@@ -400,12 +429,44 @@ class _Search:
             worth_costing, unfit = shortlist(each, name, self._problem, self._device)
             for refusal in unfit:
                 self._refuse(refusal)
+            is_sampled = measured_us is None and is_long_to_build(each, profile)
             for config in worth_costing if served is None else [served.config]:
-                work = self._work(each, config, bound, profile, ordering)
-                cost = self._estimate(each, work)
-                if measured_us is not None:
-                    self._measured.note(measured_us, cost.us)
-                yield Draft((Part(each, name, config, profile, work, "all", cost, served, measured_us),), False, cost)
+                if is_sampled:
+                    sample = sample or Sample(bound, profile, ordering)
+                    sampled_us = sample.us(each, config, self._problem, self._device, len(self._heads))
+                    contenders.append(_Contender(arm, config, served, None, sampled_us))
+                else:
+                    draft = self._draft(arm, config, served, measured_us)
+                    contenders.append(_Contender(arm, config, served, draft, 0.0))
+        return contenders
+
+    def _built(self, contenders: list[_Contender]) -> list[Draft]:
+        """Those with their index arrays that are not far behind the best by a sample of their rows."""
+        is_forced = self._wanted.reorder == "force"
+        drafts = {index: each.draft for index, each in enumerate(contenders) if each.draft is not None}
+        best = min(
+            (draft.estimate.us for draft in drafts.values() if draft.is_reordered or not is_forced),
+            default=float("inf"),
+        )
+        sampled = [index for index, each in enumerate(contenders) if each.draft is None]
+        for index in sorted(sampled, key=lambda index: contenders[index].us):
+            each = contenders[index]
+            if is_forced and each.arm.ordering is IDENTITY:
+                self._refusals.append(Refusal(str(each.passed_over), _OWN_ORDER))
+            elif each.us > best * _SAMPLED_BEHIND:
+                self._passed_over.append(each.passed_over)
+            else:
+                drafts[index] = self._draft(each.arm, each.config, each.served, None)
+                best = min(best, drafts[index].estimate.us)
+        return [drafts[index] for index in sorted(drafts)]
+
+    def _draft(self, arm: Arm, config: Config, served: Served | None, measured_us: float | None) -> Draft:
+        work = self._work(arm.template, config, arm.bound, arm.profile, arm.ordering)
+        cost = self._estimate(arm.template, work)
+        if measured_us is not None:
+            self._measured.note(measured_us, cost.us)
+        part = Part(arm.template, arm.backend, config, arm.profile, work, "all", cost, served, measured_us)
+        return Draft((part,), False, cost)
 
     def _work(self, each: Template, config: Config, bound: BoundMask, profile: MaskProfile, ordering: Ordering) -> Work:
         return build_work(
@@ -504,7 +565,7 @@ class _Search:
     def _best_of(self, bound: BoundMask, ordering: Ordering, servers: list[tuple[Template, str]]) -> Draft | None:
         own = [pair for pair in servers if pair[0].layout != "none"]
         refusals, passed_over, arms = list(self._refusals), list(self._passed_over), list(self._arms)
-        drafts = list(self._drafts_in(bound, analyse(bound), ordering, own, float("inf")))
+        drafts = self._built(self._contenders_in(bound, analyse(bound), ordering, own, float("inf")))
         # A part's are not the mask's.
         self._refusals, self._passed_over, self._arms = refusals, passed_over, arms
         scale = self._measured.scale

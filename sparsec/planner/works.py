@@ -39,6 +39,7 @@ def build_work(
     span_keys: float | None = None,
     row_form: RowForm | None = None,
     edges: EdgeOrder | None = None,
+    is_sample: bool = False,
 ) -> Work:
     """The index arrays of a launch.
 
@@ -53,8 +54,10 @@ def build_work(
         span_keys: Among how many keys a row's keys lie, for the cost of fetching them; all by default.
         row_form: How rows are stored, where that is known to suit; the smallest form that fits is found otherwise.
         edges: What numbers the edges, where the score modifier asks for it; tiles are then in the tokens' own order.
+        is_sample: `bound` is a few rows of the mask: its work is costed, and not cut up for all workers.
     """
     model = cost_model(problem, device)
+    workers = 1 if is_sample else model.workers
     copies = heads * problem.batch
     span = float(bound.kv_len) if span_keys is None else span_keys
     if template.layout == "rows":
@@ -66,10 +69,10 @@ def build_work(
         return replace(work, numbers=edges.of_rows(work.rows, ordering))
     assert edges is None or ordering is IDENTITY, "only rows are numbered in another order of tokens"
     if template.layout == "tiles":
-        work = _tile_work(bound, config, model, copies, ordering)
+        work = _tile_work(bound, config, model, (copies, workers), ordering)
         return work if edges is None or work.tiles is None else replace(work, numbers=edges.of_tiles(work.tiles))
     if template.layout == "hybrid":
-        work = _hybrid_work(bound, config, model, copies, ordering, span)
+        work = _hybrid_work(bound, config, model, (copies, workers), ordering, span)
         if edges is None or work.tiles is None or work.gathered is None or work.rows is None:
             return work
         return replace(work, numbers=edges.of_hybrid(work.tiles, work.gathered, work.rows))
@@ -129,14 +132,16 @@ def _row_work(
     return Work(bound, ordering, block_q, planned, rows=rows)
 
 
-def _tile_work(bound: BoundMask, config: Config, model: CostModel, copies: int, ordering: Ordering) -> Work:
+def _tile_work(bound: BoundMask, config: Config, model: CostModel, shared: tuple[int, int], ordering: Ordering) -> Work:
+    """`shared`: how often the list is run, and the workers who share it."""
+    copies, workers = shared
     block_q = config["block_q"]
     tiles = block_tiles(bound, block_q, config["block_kv"])
     unit = model.unit(block_q, is_rows=False, is_scattered=is_scattered(ordering))
     planned = schedule(
         tiles.tile_map.indptr,
         model.tiles(tiles),
-        workers=model.workers,
+        workers=workers,
         copies=copies,
         item_cost=unit,
         min_piece=20.0 * unit,
@@ -145,8 +150,10 @@ def _tile_work(bound: BoundMask, config: Config, model: CostModel, copies: int, 
 
 
 def _hybrid_work(
-    bound: BoundMask, config: Config, model: CostModel, copies: int, ordering: Ordering, span: float
+    bound: BoundMask, config: Config, model: CostModel, shared: tuple[int, int], ordering: Ordering, span: float
 ) -> Work:
+    """`shared`: how often the list is run, and the workers who share it."""
+    copies, workers = shared
     block_q, block_kv = config["block_q"], config["block_kv"]
     threshold = max(1, config["tile_percent"] * block_q * block_kv // 100)
     layout = hybrid_split(bound, block_q, block_kv, threshold, config["column_queries"])
@@ -165,7 +172,7 @@ def _hybrid_work(
     planned = schedule(
         indptr,
         costs,
-        workers=model.workers,
+        workers=workers,
         copies=copies,
         item_cost=unit,
         min_piece=20.0 * unit,
