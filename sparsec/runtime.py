@@ -22,8 +22,8 @@ from sparsec.expr import Expr
 from sparsec.handles import register
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner import Plan, plan, renewed
+from sparsec.planner.plans import Reorder
 from sparsec.planner.renewal import check_structure
-from sparsec.planner.search import Reorder
 from sparsec.score import ScoreFunction, ScoreMod, as_score_mod
 from sparsec.score_arguments import ScoreArgs, ScoreArguments, with_sinks
 from sparsec.specialisation import Specialisation
@@ -385,7 +385,7 @@ class Attention:
         """The plan as text, with advice: what `sparsec explain` prints."""
         from sparsec.planner.text import plan_text
 
-        return plan_text(self.plan, self._request.reorder)
+        return plan_text(self.plan)
 
     def source(self) -> dict[str, dict[str, str]]:
         """Source texts by launch, then by file name."""

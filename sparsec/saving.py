@@ -30,7 +30,7 @@ from sparsec.layout import EdgeOrder
 from sparsec.masks import from_csr, parse, per_batch, per_head, ranges
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner import Group, Plan, Step, plan
-from sparsec.planner.search import Reorder
+from sparsec.planner.plans import Reorder
 from sparsec.planner.works import build_work, span_of
 from sparsec.runtime import Attention, Request, Tune, torch_device
 from sparsec.score import ScoreMod, as_score_mod

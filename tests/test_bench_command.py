@@ -1,18 +1,25 @@
 """`sparsec bench`: who takes part, what is checked, what is said."""
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from test_cli import PROCESSOR
 
+import sparsec as sparsec_package
 from sparsec import masks as m
+from sparsec.backends.base import Problem
 from sparsec.cli import bench_peers
 from sparsec.cli.arguments import known_devices
-from sparsec.cli.bench import _break_even, _Line
+from sparsec.cli.bench import _break_even, _document, _Line
 from sparsec.cli.demo_measure import Error, Timing
 from sparsec.cli.entry import run, sparsec
 from sparsec.cli.planning import Asked
+from sparsec.planner import plan
 
 
 def asked(**given):
@@ -38,7 +45,27 @@ def test_candidates_are_timed_and_checked_beside_their_estimates():
         assert len(each["timings_us"]) >= 1
         assert 0 < each["error"] <= each["allowed_error"]
     assert document["break_even"] is None
+    assert_documented(document)
     assert len({each["name"] for each in document["contestants"]}) == len(document["contestants"])
+
+
+def assert_documented(document):
+    described = (Path(sparsec_package.__file__).parent / "report" / "BENCH.md").read_text()
+    documented = set(re.findall(r"^\| `([^`]+)`", described, re.MULTILINE))
+    assert f"`schema` is {document['schema']};" in described
+    (contestant,) = {frozenset(each) for each in document["contestants"]}
+    found = set(document) | {f"contestants[].{key}" for key in contestant}
+    found |= {f"break_even.{key}" for key in document["break_even"] or ("peer", "calls")}
+    assert found == documented
+
+
+def test_what_a_call_earns_back_is_documented():
+    line = _Line("ours", True, False, 1.0, Timing((1e-3,) * 3), Error(0.0, 1.0, 64), 2.0)
+    peer = replace(line, name="peer", is_ours=False, timing=Timing((2e-3,) * 3), ready_s=1.0)
+    made = plan(m.window(2, 2), Problem(64, 64), PROCESSOR)
+    document = _document(made, [line, peer])
+    assert document["break_even"] == {"peer": "peer", "calls": -int(-(made.planning_us * 1e-6 + 1.0) // 1e-3)}
+    assert_documented(document)
 
 
 def test_a_mask_for_each_head_is_checked_head_by_head():

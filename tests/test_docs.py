@@ -1,4 +1,4 @@
-"""Every code block of the documentation runs, in the order of its page."""
+"""Python blocks of the documentation run, in the order of their page; so do `$ sparsec` commands of console blocks."""
 
 from __future__ import annotations
 

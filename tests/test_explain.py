@@ -1,6 +1,7 @@
 """What explain says is what runs; in a notebook as on the command line."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from cases import every_constructor
@@ -10,10 +11,11 @@ import sparsec
 from sparsec import masks as m
 from sparsec.backends.base import Problem
 from sparsec.device import detect_cpu
-from sparsec.planner import plan
+from sparsec.planner import plan, sampling
 from sparsec.planner.advice import advice
 from sparsec.planner.lengths import at_length, dense_crossover, dense_us
 from sparsec.planner.words import duration
+from sparsec.score import soft_cap
 
 
 def told(made):
@@ -56,13 +58,51 @@ def test_a_notebook_shows_the_plan():
 def test_advice_is_about_the_plan():
     dilated = m.dilated(512, 8)
     kept = plan(dilated, Problem(4096, 4096), PROCESSOR, reorder="off")
-    assert any("reorder='auto'" in sentence for sentence in advice(kept, "off"))
+    assert any("reorder='auto'" in sentence for sentence in advice(kept))
     assert not any("reorder" in sentence for sentence in advice(plan(dilated, Problem(4096, 4096), PROCESSOR)))
     tiny = advice(plan(m.window(3, 3), Problem(64, 64), PROCESSOR))
     assert any("Starting kernels" in sentence for sentence in tiny)
     half = plan(m.window(127, 0), Problem(2048, 2048, dtype="bf16", head_dim=64), PROCESSOR, tune="off")
     assert any("sparsec tune 'window(127, 0)' --seq-len 2048 --dtype bf16" in sentence for sentence in advice(half))
     assert all(len(advice(each)) <= 2 for each in (kept, half))
+    trained = replace(half.problem, needs_grad=True)
+    there = " ".join(advice(plan(m.window(127, 0), trained, "nvidia-h100", tune="off")))
+    assert "--seq-len 2048 --dtype bf16 --needs-grad --device nvidia-h100`" in there
+
+
+def test_another_length_is_asked_for_as_the_first_one_was():
+    asked = {"template": "row_traversal", "backend": "cpu", "scale": 0.3, "tune": "off", "reorder": "off"}
+    made = plan(m.dilated(512, 8), Problem(4096, 4096), PROCESSOR, score=soft_cap(5.0), **asked)
+    shorter = at_length(made, 1000)
+    assert shorter.problem.q_len == 1000
+    (step,) = shorter.steps
+    assert (step.launch.template.name, step.launch.backend, step.launch.scale) == ("row_traversal", "cpu", 0.3)
+    assert step.launch.score is not None
+    assert step.launch.work.ordering.q_order is None
+    assert shorter.asked == made.asked
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [m.dilated(2040, 8), m.random_edges(40, 1), m.window(300, 5) | m.global_tokens(3), m.neighborhood((128, 128), 13)],
+    ids=str,
+)
+@pytest.mark.parametrize("device", ["nvidia-h100", PROCESSOR], ids=["h100", "cpu"])
+def test_a_sample_of_rows_does_not_change_what_wins(mask, device, monkeypatch):
+    problem = Problem(16_384, 16_384, 2, 2, dtype="bf16")
+    for name in ("_MANY_TILES", "_MANY_EDGES"):
+        monkeypatch.setattr(sampling, name, 1 << 60)
+    exact = plan(mask, problem, device)
+    for name in ("_MANY_TILES", "_MANY_EDGES"):
+        monkeypatch.setattr(sampling, name, 1)
+    by_sample = plan(mask, problem, device)
+    assert told(by_sample)["groups"][0]["steps"] == told(exact)["groups"][0]["steps"]
+    # What was built is told alike; what was not is behind what runs.
+    known = {str(each): each for each in exact.groups[0].alternatives}
+    rough = [each for each in by_sample.groups[0].alternatives if each.estimate is None and known[str(each)].estimate]
+    assert rough or "neighborhood" in str(mask)
+    assert all(each.us > by_sample.us for each in rough)
+    assert all(each.us == pytest.approx(known[str(each)].us, rel=0.15) for each in rough)
 
 
 def test_dense_attention_is_faster_below_the_crossover_and_slower_above():

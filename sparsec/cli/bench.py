@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from sparsec.planner import Plan
 
 _MEMORY_SHARE: Final = 0.25
+# Of what `--json` prints: `sparsec/report/BENCH.md`.
+_SCHEMA: Final = 1
 _EXAMPLES: Final = """\b
 Examples:
   sparsec bench 'window(255, 0) | global_tokens(16)' --seq-len 16384 --heads 8
@@ -219,11 +221,9 @@ def _break_even(made: Plan, lines: list[_Line]) -> tuple[str, int] | None:
 
 
 def _document(made: Plan, lines: list[_Line]) -> dict[str, Any]:  # Any: JSON values
-    from sparsec.planner.plans import PLAN_SCHEMA
-
     calls = _break_even(made, lines)
     return {
-        "schema": PLAN_SCHEMA,
+        "schema": _SCHEMA,
         "plan": made.to_dict(),
         "contestants": [
             {

@@ -106,7 +106,7 @@ def _one(text: str, asked: Asked, options: dict[str, Any]) -> None:  # Any: clic
         click.echo(json_text(document | {"source": sources} if options["has_source"] else document))
         return
     with waiting("looking for advice"):
-        words = plan_text(made, asked.reorder)
+        words = plan_text(made)
     write(words)
     for launch, files in sources.items() if options["has_source"] else ():
         for name, source in files.items():
@@ -195,7 +195,7 @@ def _at_lengths(mask: Mask, asked: Asked, chosen: tuple[int, ...], *, is_json: b
 
     with waiting("planning at every length"):
         plans = [asked.at(length).plan(asked.at(length).bound(mask)) for length in chosen]
-        crossover = dense_crossover(plans[-1], asked.reorder)
+        crossover = dense_crossover(plans[-1])
     if is_json:
         documents = [made.to_dict() | {"dense_us": round(dense_us(made), 3)} for made in plans]
         click.echo(json_text(side_by_side("lengths", documents, crossover_tokens=crossover)))

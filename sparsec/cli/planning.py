@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparsec.device import Device
     from sparsec.masks import BoundMask, Mask
     from sparsec.planner import Plan
-    from sparsec.planner.search import PlanTune, Reorder
+    from sparsec.planner.plans import PlanTune, Reorder
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])  # Any: a command as click takes it
 

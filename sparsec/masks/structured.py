@@ -276,6 +276,21 @@ class Documents(RunMask):
         sizes = np.diff(self.bounds)
         return np.repeat(sizes, sizes)
 
+    def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
+        tile_row, tile_column = np.divmod(keys, grid.n_kv_tiles)
+        q, kv = tile_row * grid.block_q, tile_column * grid.block_kv
+        q_end, kv_end = q + grid.heights(tile_row), kv + grid.widths(tile_column)
+        return self._before(q_end, kv_end) - self._before(q, kv_end) - self._before(q_end, kv) + self._before(q, kv)
+
+    def _before(self, q: IntArray, kv: IntArray) -> IntArray:
+        """Edges between the first `q` queries and the first `kv` keys."""
+        low, high = np.minimum(q, kv), np.maximum(q, kv)
+        last = (np.searchsorted(self.bounds, low, side="right") - 1).clip(max=len(self.bounds) - 2)
+        start, stop = self.bounds[last], self.bounds[last + 1]
+        squares = np.concatenate(([0], np.cumsum(np.diff(self.bounds) ** 2)))
+        edges: IntArray = squares[last] + (low - start) * (np.minimum(high, stop) - start)
+        return edges
+
     def _predicate(self, shape: Shape) -> Expr | None:
         return Table(self._owner, (_Q,)).eq(Table(self._owner, (_KV,)))
 

@@ -13,7 +13,7 @@ from sparsec.errors import SparsecError
 from sparsec.planner.ceiling import matrix_rate, tile_fill
 from sparsec.planner.lengths import crossover_words, dense_crossover, dense_us
 from sparsec.planner.plans import COST_MODEL, Plan
-from sparsec.planner.search import Reorder, plan
+from sparsec.planner.search import again
 from sparsec.planner.words import duration
 
 _SENTENCES = 2
@@ -27,23 +27,18 @@ _LAUNCH_SHARE, _IDLE_SHARE = 0.3, 0.15
 _SPARSE = 0.4
 
 
-def advice(made: Plan, reorder: Reorder = "auto") -> tuple[str, ...]:
-    """What could make it faster, at most two sentences, the more useful first; none where nothing is known.
-
-    Args:
-        made: The plan.
-        reorder: What it was told about orders of tokens.
-    """
+def advice(made: Plan) -> tuple[str, ...]:
+    """What could make it faster, at most two sentences, the more useful first; none where nothing is known."""
     sentences = []
-    for sentence in _sentences(made, reorder):
+    for sentence in _sentences(made):
         sentences.append(sentence)
         if len(sentences) == _SENTENCES:
             break
     return tuple(sentences)
 
 
-def _sentences(made: Plan, reorder: Reorder) -> Iterator[str]:
-    if reorder == "off":
+def _sentences(made: Plan) -> Iterator[str]:
+    if made.asked.reorder == "off":
         yield from _on_reordering(made)
     dense = dense_us(made)
     is_dense = any(step.launch.template.layout == "none" for step in made.steps)
@@ -56,7 +51,7 @@ def _sentences(made: Plan, reorder: Reorder) -> Iterator[str]:
     yield from _on_idling(made)
     # From here on, what is good to know.
     if made.estimate.us < dense and max(group.profile.density for group in made.groups) < _SPARSE:
-        yield crossover_words(made, dense_crossover(made, reorder))
+        yield crossover_words(made, dense_crossover(made))
     yield from _on_dtype(made)
     yield from _on_scatter(made)
     yield from _on_tuning(made)
@@ -64,7 +59,7 @@ def _sentences(made: Plan, reorder: Reorder) -> Iterator[str]:
 
 def _on_reordering(made: Plan) -> Iterator[str]:
     try:
-        other = plan(made.mask, made.problem, made.device, scale=made.steps[0].launch.scale)
+        other = again(replace(made, asked=replace(made.asked, reorder="auto")), made.mask, made.problem)
     except SparsecError:
         return
     if other.estimate.us * _WORTH >= made.estimate.us:
@@ -125,6 +120,8 @@ def _on_tuning(made: Plan) -> Iterator[str]:
     )
     words += [f"--{name} {value}" for name, value, usual in options if value != usual]
     words.append(f"--dtype {problem.dtype}")
+    words += ["--needs-grad"] if problem.needs_grad else []
+    words += [f"--device {made.device.name}"] if made.device.name != "cpu" else []
     yield f"Nothing was measured for this shape on this device yet: `{' '.join(words)}` there finds what is fastest."
 
 

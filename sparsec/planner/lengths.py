@@ -6,13 +6,13 @@ This file decides which lengths are tried. It must not decide how a plan is made
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 from sparsec.cost import dense_estimate
 from sparsec.errors import MaskError, UnsupportedError
 from sparsec.planner.plans import Plan
-from sparsec.planner.search import Reorder, plan
+from sparsec.planner.search import again
 from sparsec.planner.words import duration
 
 # Lengths between which the crossover is looked for: below, nothing takes long; above, planning would.
@@ -24,38 +24,64 @@ def dense_us(made: Plan) -> float:
     return dense_estimate(made.problem, made.device, 1.0).us
 
 
-def at_length(made: Plan, seq_len: int, reorder: Reorder = "auto") -> Plan:
-    """The plan of the same mask, shape and device for so many queries and keys.
+def at_length(made: Plan, seq_len: int) -> Plan:
+    """The plan of the same mask, shape and device for so many queries and keys, asked for as the first one was.
 
     Raises:
         MaskError: The mask knows its length, and it is another.
         UnsupportedError: Nothing can serve it.
     """
     problem = replace(made.problem, q_len=seq_len, kv_len=seq_len)
-    return plan(made.mask.mask, problem, made.device, reorder=reorder)
+    return again(made, made.mask.mask, problem)
 
 
-def dense_crossover(made: Plan, reorder: Reorder = "auto") -> float | None:
+def dense_crossover(made: Plan) -> float | None:
     """The length, in tokens, below which dense attention over all pairs should be faster.
 
-    Lengths are doubled until the plan wins; between the last two, both times are taken to be powers of the length.
+    Of lengths that are doubled from `SHORTEST` on, one is found at which the plan wins and at half of which it loses;
+    between the two, both times are taken to be powers of the length.
 
     Returns:
         Tokens; `SHORTEST` where the plan wins even there; None where the mask has one length only, or dense attention
         wins at every length tried.
     """
-    if made.problem.q_len != made.problem.kv_len or not _is_open(made):
+    longest = min(_LONGEST, made.problem.q_len)
+    if made.problem.q_len != made.problem.kv_len or longest < SHORTEST or not _is_open(made):
         return None
-    before: tuple[int, float] | None = None
-    for length, ratio in _ratios(made, reorder):
-        if ratio <= 1.0:
-            if before is None:
-                # Where shorter ones cannot be had, nothing is known of them.
-                return float(length) if length == SHORTEST else None
-            share = math.log(before[1]) / (math.log(before[1]) - math.log(ratio))
-            return float(before[0] * (length / before[0]) ** share)
-        before = length, ratio
-    return None
+
+    @cache
+    def ratio(length: int) -> float | None:
+        """Our time over that of dense attention; None where nothing serves that length, or the mask wants another."""
+        try:
+            other = at_length(made, length)
+        except (MaskError, UnsupportedError):
+            return None
+        return other.estimate.us / dense_us(other)
+
+    def is_won(length: int) -> bool:
+        found = ratio(length)
+        return found is not None and found <= 1.0
+
+    # Were our time as the length and that of dense attention as its square, it would be here: most masks are so.
+    likely = made.problem.q_len * made.estimate.us / dense_us(made)
+    length = SHORTEST
+    while length < likely and 2 * length <= longest:
+        length *= 2
+    if is_won(length):
+        while length > SHORTEST and is_won(length // 2):
+            length //= 2
+    else:
+        while not is_won(length):
+            length *= 2
+            if length > longest:
+                return None
+    if length == SHORTEST:
+        return float(SHORTEST)
+    lost, won = ratio(length // 2), ratio(length)
+    # Where shorter ones cannot be had, nothing is known of them.
+    if lost is None or won is None:
+        return None
+    return float(length / 2 * 2.0 ** (math.log(lost) / (math.log(lost) - math.log(won))))
 
 
 def crossover_words(made: Plan, crossover: float | None) -> str:
@@ -79,16 +105,3 @@ def _is_open(made: Plan) -> bool:
     except MaskError:
         return False
     return True
-
-
-def _ratios(made: Plan, reorder: Reorder) -> Iterator[tuple[int, float]]:
-    """`(length, our time over that of dense attention)`, from short to long."""
-    length = SHORTEST
-    while length <= min(_LONGEST, made.problem.q_len):
-        try:
-            shorter = at_length(made, length, reorder)
-            yield length, shorter.estimate.us / dense_us(shorter)
-        except (MaskError, UnsupportedError):
-            # Some masks want a least length, others one alone.
-            pass
-        length *= 2

@@ -9,18 +9,12 @@ from html import escape
 
 from sparsec.planner.ceiling import ceiling
 from sparsec.planner.plans import Plan
-from sparsec.planner.search import Reorder
 from sparsec.planner.text import plan_text
 from sparsec.planner.words import duration, rate, size
 
 
-def plan_html(plan: Plan, reorder: Reorder = "auto") -> str:
-    """An HTML fragment without scripts or styles of its own, readable on light and dark.
-
-    Args:
-        plan: The plan.
-        reorder: What it was told about orders of tokens.
-    """
+def plan_html(plan: Plan) -> str:
+    """An HTML fragment without scripts or styles of its own, readable on light and dark."""
     mask = str(plan.mask.mask)
     mask = mask if len(mask) <= 120 else f"{mask[:117]} …"
     runs = []
@@ -44,5 +38,5 @@ def plan_html(plan: Plan, reorder: Reorder = "auto") -> str:
     )
     return (
         f"<div><code>{escape(mask)}</code> on {escape(plan.device.name)}<table>{rows}</table>"
-        f"<details><summary>the whole plan</summary><pre>{escape(plan_text(plan, reorder))}</pre></details></div>"
+        f"<details><summary>the whole plan</summary><pre>{escape(plan_text(plan))}</pre></details></div>"
     )

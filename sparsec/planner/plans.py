@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from sparsec.analysis import MaskProfile, analyse
 from sparsec.backends.base import Launch, Problem
@@ -15,12 +15,31 @@ from sparsec.cost import Estimate
 from sparsec.device import Device
 from sparsec.masks.mask import BoundMask
 from sparsec.planner.works import IDENTITY
+from sparsec.records import RecordBase
+from sparsec.score import ScoreMod
 from sparsec.template import Config
 
 PLAN_SCHEMA = 1
 
+Reorder = Literal["auto", "off", "force"]
+# What a plan goes by; it never measures.
+PlanTune = Literal["off", "cached"]
+
 # Where a configuration comes from that no record speaks for.
 COST_MODEL: Final = "cost model"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What `plan` was told besides mask, problem and device; as there."""
+
+    template: str | None = None
+    backend: str | None = None
+    reorder: Reorder = "auto"
+    scale: float | None = None
+    score: ScoreMod | None = None
+    tune: PlanTune = "cached"
+    records: RecordBase | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +175,7 @@ class Plan:
         device: What it is planned for.
         groups: One for each distinct mask among heads and batch elements.
         planning_us: How long planning took.
+        asked: What else `plan` was told.
     """
 
     mask: BoundMask
@@ -163,6 +183,7 @@ class Plan:
     device: Device
     groups: tuple[Group, ...]
     planning_us: float = field(compare=False)
+    asked: Asked = field(default=Asked(), compare=False, repr=False)
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -160,7 +160,7 @@ def _renewed_work(plan: Plan, launch: Launch, part: BoundMask, n_heads: int, edg
         plan.device,
         heads=n_heads,
         ordering=before.ordering,
-        row_form=before.rows.form if before.rows is not None and before.rows.form == "edges" else None,
+        rows=before.rows.form if before.rows is not None and before.rows.form == "edges" else None,
         edges=edges,
     )
 

@@ -26,7 +26,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 from sparsec.analysis import MaskProfile, analyse, candidate_orderings, residue_ordering
 from sparsec.backends.base import BACKENDS, DTYPES, MAX_HEAD_DIM, Launch, Problem, Work, backend
@@ -34,12 +34,12 @@ from sparsec.cost import CostModel, Estimate, cost_model, dense_estimate, estima
 from sparsec.device import Device, calibrated
 from sparsec.device import device as named_device
 from sparsec.errors import MaskError, SparsecError, UnsupportedError
-from sparsec.layout import EdgeOrder, Ordering, reordered
+from sparsec.layout import EdgeOrder, Ordering, RowLists, reordered
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner.drafts import Arm, Draft, Part
 from sparsec.planner.measured import Measured
 from sparsec.planner.parts import distinct_masks, heavy_rows_apart, residue_part
-from sparsec.planner.plans import COST_MODEL, Candidate, Group, Plan, Refusal, Step
+from sparsec.planner.plans import COST_MODEL, Asked, Candidate, Group, Plan, PlanTune, Refusal, Reorder, Step
 from sparsec.planner.renewal import shared_group
 from sparsec.planner.sampling import Sample, is_long_to_build
 from sparsec.planner.shortlist import shortlist
@@ -48,14 +48,10 @@ from sparsec.records import NEAR_TIE, Direction, RecordBase, Served, database
 from sparsec.score import ScoreMod
 from sparsec.template import Config, Template, template, templates
 
-Reorder = Literal["auto", "off", "force"]
-# What a plan goes by; it never measures.
-PlanTune = Literal["off", "cached"]
-
 # A template is passed over on its rough estimate when that is so many times the best.
 _FAR_BEHIND = 2.5
 # One with more than a few index arrays is passed over when it is so many times the best by a sample of its rows.
-_SAMPLED_BEHIND = 1.15
+_SAMPLED_BEHIND = 1.1
 # One whose measured time is so many times the best measured one is passed over as well.
 _MEASURED_FAR_BEHIND = 1.5
 # The cost model cannot tell apart what is nearer than this; the earlier of `drafts.SIMPLEST` wins.
@@ -105,6 +101,7 @@ def plan(
         UnsupportedError: Nothing can serve the request; carries every refusal.
     """
     started = time.perf_counter()
+    asked = Asked(template, backend, reorder, scale, score, tune, records)
     if not isinstance(mask, (Mask, BoundMask)):
         raise MaskError(f"plan takes a mask of sparsec.masks; got {type(mask).__name__}")
     if reorder not in get_args(Reorder):
@@ -127,7 +124,24 @@ def plan(
             groups.append(_Search(each, problem, target, heads, batch, wanted, base).group())
         else:
             groups.append(shared_group(twin, heads, batch, problem, target))
-    return Plan(bound, problem, target, tuple(groups), (time.perf_counter() - started) * 1e6)
+    return Plan(bound, problem, target, tuple(groups), (time.perf_counter() - started) * 1e6, asked)
+
+
+def again(made: Plan, mask: Mask | BoundMask, problem: Problem) -> Plan:
+    """The plan of another mask or problem, asked for as `made` was."""
+    asked = made.asked
+    return plan(
+        mask,
+        problem,
+        made.device,
+        template=asked.template,
+        backend=asked.backend,
+        reorder=asked.reorder,
+        scale=asked.scale,
+        score=asked.score,
+        tune=asked.tune,
+        records=asked.records,
+    )
 
 
 def _calibrated(found: Device, records: RecordBase | None) -> Device:
@@ -242,6 +256,7 @@ class _Search:
         self._refusals: list[Refusal] = []
         self._passed_over: list[Candidate] = []
         self._arms: list[Arm] = []
+        self._rows: tuple[BoundMask, RowLists] | None = None
 
     def group(self) -> Group:
         servers = list(self._servers())
@@ -469,7 +484,9 @@ class _Search:
         return Draft((part,), False, cost)
 
     def _work(self, each: Template, config: Config, bound: BoundMask, profile: MaskProfile, ordering: Ordering) -> Work:
-        return build_work(
+        # Two back ends walk the same rows.
+        known = self._rows[1] if each.layout == "rows" and self._rows is not None and self._rows[0] is bound else None
+        work = build_work(
             each,
             config,
             bound,
@@ -478,8 +495,12 @@ class _Search:
             heads=len(self._heads),
             ordering=ordering,
             span_keys=span_of(profile),
+            rows=known,
             edges=self._edges,
         )
+        if each.layout == "rows" and work.rows is not None:
+            self._rows = bound, work.rows
+        return work
 
     def _served(
         self,

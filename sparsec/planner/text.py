@@ -13,7 +13,6 @@ from sparsec.planner.advice import advice
 from sparsec.planner.ceiling import ceiling, tile_fill
 from sparsec.planner.graphs import graph_of
 from sparsec.planner.plans import Candidate, Group, Plan, Step
-from sparsec.planner.search import Reorder
 from sparsec.planner.words import duration, rate, size
 
 WIDTH = 80
@@ -24,13 +23,8 @@ _FEW_KEYS = 4.0
 _NEARLY_FULL = 0.95
 
 
-def plan_text(plan: Plan, reorder: Reorder = "auto") -> str:
-    """The plan, told in the order a reader asks: what it is for, what runs, what else was weighed, what could not.
-
-    Args:
-        plan: The plan.
-        reorder: What it was told about orders of tokens.
-    """
+def plan_text(plan: Plan) -> str:
+    """The plan, told in the order a reader asks: what it is for, what runs, what else was weighed, what could not."""
     problem = plan.problem
     lines = [
         *_wrapped("mask     ", _shortened(str(plan.mask.mask))),
@@ -47,7 +41,7 @@ def plan_text(plan: Plan, reorder: Reorder = "auto") -> str:
     for group in plan.groups:
         lines += ["", *_group_lines(plan, group)]
     lines += ["", *_ceiling_lines(plan)]
-    sentences = advice(plan, reorder)
+    sentences = advice(plan)
     if sentences:
         lines += ["", "advice"]
         for sentence in sentences:

@@ -14,7 +14,7 @@ from sparsec.analysis import MaskProfile
 from sparsec.backends.base import MAX_HEADS_SHARING, Problem, Work
 from sparsec.cost import CostModel, cost_model
 from sparsec.device import Device
-from sparsec.layout import EdgeOrder, Ordering, RowForm, block_tiles, hybrid_split, row_lists, schedule
+from sparsec.layout import EdgeOrder, Ordering, RowForm, RowLists, block_tiles, hybrid_split, row_lists, schedule
 from sparsec.masks.mask import BoundMask
 from sparsec.template import Config, Template
 
@@ -37,7 +37,7 @@ def build_work(
     heads: int,
     ordering: Ordering = IDENTITY,
     span_keys: float | None = None,
-    row_form: RowForm | None = None,
+    rows: RowForm | RowLists | None = None,
     edges: EdgeOrder | None = None,
     is_sample: bool = False,
 ) -> Work:
@@ -52,7 +52,8 @@ def build_work(
         heads: How many heads run it.
         ordering: Which token stands at each position of `bound`.
         span_keys: Among how many keys a row's keys lie, for the cost of fetching them; all by default.
-        row_form: How rows are stored, where that is known to suit; the smallest form that fits is found otherwise.
+        rows: The rows, where they are at hand, or how they are stored, where that is known to suit; the smallest form
+            that fits is found otherwise.
         edges: What numbers the edges, where the score modifier asks for it; tiles are then in the tokens' own order.
         is_sample: `bound` is a few rows of the mask: its work is costed, and not cut up for all workers.
     """
@@ -62,8 +63,9 @@ def build_work(
     span = float(bound.kv_len) if span_keys is None else span_keys
     if template.layout == "rows":
         shared = heads_sharing(problem, device, heads)
-        form = row_form if edges is None else "edges"
-        work = _row_work(bound, config, model, (copies // shared, shared), ordering, span, form)
+        if not isinstance(rows, RowLists):
+            rows = row_lists(bound, rows if edges is None else "edges")
+        work = _row_work(bound, config, model, (copies // shared, shared), ordering, span, rows)
         if edges is None or work.rows is None:
             return work
         return replace(work, numbers=edges.of_rows(work.rows, ordering))
@@ -108,11 +110,10 @@ def _row_work(
     copies: tuple[int, int],
     ordering: Ordering,
     span: float,
-    row_form: RowForm | None,
+    rows: RowLists,
 ) -> Work:
     """`copies`: how often the list is run, and the heads that walk it together each time."""
     n_copies, shared = copies
-    rows = row_lists(bound, row_form)
     block_q = config.get("block_q", _COSTED_ROWS)
     before = np.concatenate(([0], np.cumsum(rows.degrees())))
     n_units = -(-bound.q_len // block_q)

@@ -22,7 +22,7 @@ from sparsec.device import Device
 from sparsec.layout import Ordering, reordered
 from sparsec.masks.mask import BoundMask
 from sparsec.planner import Group, Plan, Step, plan
-from sparsec.planner.search import Reorder
+from sparsec.planner.plans import Reorder
 from sparsec.planner.works import IDENTITY, build_work, span_of
 from sparsec.template import Config, Tunable, template
 

@@ -22,7 +22,7 @@ from sparsec.device import Device
 from sparsec.errors import BackendMissingError
 from sparsec.masks.mask import BoundMask
 from sparsec.planner import Plan
-from sparsec.planner.search import Reorder
+from sparsec.planner.plans import Reorder
 from sparsec.records import RecordBase, database
 from sparsec.template import KERNEL_FILES, template
 from sparsec.tuning.measure import Measurer
