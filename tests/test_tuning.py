@@ -229,6 +229,30 @@ def test_a_wrong_row_anywhere_is_seen(direction):
         assert oracle.error(Result(wrong)) is not None
 
 
+def test_long_sums_in_another_order_are_no_fault_and_a_lost_tile_is():
+    """Of a causal mask only the last keys are in the sample; gradients of the first ones are sums of thousands."""
+    import torch
+
+    n = 4096
+    task = Task(m.causal().bind(n), Problem(n, n, 1, 1, 64, 64), detect_cpu(), direction="backward")
+    inputs = make_inputs(task, "cpu")
+
+    def plain(attended: torch.Tensor) -> Result:
+        q, k, v = (each.clone().requires_grad_() for each in (inputs.q, inputs.k, inputs.v))
+        scores = (q @ k.mT * task.scale).masked_fill(~attended, float("-inf"))
+        above = (inputs.d_out, inputs.d_lse)
+        gradients = torch.autograd.grad((scores.softmax(-1) @ v, scores.logsumexp(-1)), (q, k, v), above)
+        return Result(dict(zip(("dq", "dk", "dv"), gradients, strict=True)))
+
+    oracle = Oracle(task, inputs)
+    tried = Space(task)
+    assert oracle.error(LocalMeasurer(tried, "cpu")._prepared(tried.default, inputs)[1]) is None
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    assert oracle.error(plain(causal)) is None
+    causal[3000:3016, 64:80] = False
+    assert oracle.error(plain(causal)) is not None
+
+
 def test_a_configuration_with_wrong_results_is_not_timed(monkeypatch):
     from sparsec.backends import cpu
 

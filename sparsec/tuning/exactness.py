@@ -92,6 +92,7 @@ class Oracle:
         is_forward = task.direction == "forward"
         self._known = _forward(task, inputs, n_rows) if is_forward else _backward(task, inputs, n_rows)
         self._trusted: Result | None = None
+        self._terms = {} if is_forward else _terms(task)
 
     def error(self, result: Result) -> str | None:
         """What is wrong with a result, in one sentence, or None.
@@ -120,17 +121,29 @@ class Oracle:
             if wanted is None:
                 continue
             allowed = max((known.allowed for known in self._known if known.name == name), default=0.0)
-            # Rows beyond the sample may be larger than those in it: two more rounding units of the largest of all.
+            # Rows beyond the sample may be larger than those in it: two more rounding units of the largest of all. They
+            # may also be longer sums of terms that grow and cancel, added up in fp32 in another order: the error of a
+            # sum grows as the square root of the number of its terms.
+            # Source: N. J. Higham and T. Mary, A new approach to probabilistic rounding error analysis (2019).
             dtype = _DTYPES[str(found.dtype)]
             finite = wanted.isfinite()
             largest = float(wanted[finite].abs().max()) if bool(finite.any()) else 0.0
-            allowed = 2.0 * allowed + 4.0 * reference.unit_roundoff(dtype) * largest
+            share = 4.0 * reference.unit_roundoff(dtype)
+            share += self._terms.get(name, 0) ** 0.5 * reference.unit_roundoff("fp32")
+            allowed = 2.0 * allowed + share * largest
             off = (found.float() - wanted.float()).abs()
             off = off.masked_fill(found == wanted, 0.0)
             worst = float(off.max()) if off.numel() else 0.0
             if not worst <= allowed:
                 return f"{name} differs from the default's by {worst:.3g} somewhere, where {allowed:.3g} is allowed"
         return None
+
+
+def _terms(task: Task) -> dict[str, int]:
+    """The most terms that a sum of each gradient has."""
+    group = task.problem.q_heads // task.problem.kv_heads
+    by_key = group * int(task.bound.degrees("kv").max(initial=0))
+    return {"dq": int(task.bound.degrees("q").max(initial=0)), "dk": by_key, "dv": by_key}
 
 
 def _heads(task: Task) -> list[tuple[int, int]]:
@@ -184,13 +197,15 @@ def _small_problem(bound: BoundMask, n_rows: int) -> _Corner:
     whole: list[int] = []
     for key in dict.fromkeys(wanted):
         more = np.union1d(rows, _members(transposed, key))
-        n_keys = len(np.unique(np.concatenate([np.zeros(0, np.int64), *(_members(bound, row) for row in more[:4096])])))
+        n_keys = len(_members_of(bound, more[:4096]))
         if len(more) <= 4096 and len(more) * max(n_keys, 1) <= _MAX_BACKWARD_PAIRS:
             rows, whole = more, [*whole, key]
-    if not len(rows):
-        # Every key is attended by too many: rows alone then, whose dq is whole.
-        rows = sampled_rows(bound, n_rows)
-    rows, keys, _ = _dense(bound, rows, _MAX_BACKWARD_PAIRS)
+    # Beside them rows alone, whose dq is whole: most keys may be attended by too many.
+    keys = _members_of(bound, rows)
+    for row in sampled_rows(bound, n_rows):
+        more, wider = np.union1d(rows, row), np.union1d(keys, _members(bound, int(row)))
+        if not len(rows) or len(more) * len(wider) <= _MAX_BACKWARD_PAIRS:
+            rows, keys = more, wider
     keys = np.union1d(keys, np.array(whole, np.int64))
     return _Corner(rows, keys, _attended(bound, rows, keys), np.array(whole, np.int64))
 
@@ -257,6 +272,11 @@ def _members(bound: BoundMask, row: int) -> IntArray:
     pieces = [np.arange(*each) for each in zip(found.start, found.stop, found.step, strict=True)]
     members: IntArray = np.concatenate([np.zeros(0, np.int64), *pieces]).astype(np.int64)
     return members
+
+
+def _members_of(bound: BoundMask, rows: IntArray) -> IntArray:
+    """The keys that any of these rows attends, sorted."""
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *(_members(bound, int(row)) for row in rows)]))
 
 
 def make_inputs(task: Task, where: str) -> Inputs:
