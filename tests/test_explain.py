@@ -14,7 +14,8 @@ from sparsec.device import detect_cpu
 from sparsec.planner import plan, sampling
 from sparsec.planner.advice import advice
 from sparsec.planner.lengths import at_length, dense_crossover, dense_us
-from sparsec.planner.words import duration
+from sparsec.planner.text import ceiling_words
+from sparsec.planner.words import duration, size
 from sparsec.score import soft_cap
 
 
@@ -80,6 +81,26 @@ def test_another_length_is_asked_for_as_the_first_one_was():
     assert step.launch.score is not None
     assert step.launch.work.ordering.q_order is None
     assert shorter.asked == made.asked
+
+
+def test_what_lies_between_a_plan_and_its_ceiling_is_told():
+    problem = Problem(16_384, 16_384, 8, 8, dtype="bf16")
+    tiles = ceiling_words(plan(m.window(1023, 0), problem, "nvidia-h100", tune="off"))
+    assert "kernels of tiles are taken to reach 53% of the matrix units' rate" in tiles
+    assert "for every edge" not in tiles
+    rows = plan(m.random_edges(16, 0), problem, "nvidia-h100", template="row_traversal", tune="off")
+    # 16 keys a query, rows of k and of v of 128 bytes each, 8 heads.
+    assert f"for every edge, {16_384 * 16 * 8 * 256 / 2**20:.0f} MiB in all" in ceiling_words(rows)
+
+
+def test_sizes_keep_their_digits():
+    assert [size(each) for each in (7, 1536, 1023 * 2**10, 2**20, 1500 * 2**30)] == [
+        "7 bytes",
+        "1.5 KiB",
+        "1,023 KiB",
+        "1 MiB",
+        "1,500 GiB",
+    ]
 
 
 @pytest.mark.parametrize(

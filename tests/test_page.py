@@ -112,6 +112,16 @@ def test_an_unwritable_page_and_a_missing_plotly_are_met_with_a_message(tmp_path
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_full_disk_is_met_with_a_message(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparsec.report.page.write_page", full)
+    target = tmp_path / "page.html"
+    assert run(["explain", "window(9, 9)", "--seq-len", "256", "--html", str(target)]) == 1
+    assert capsys.readouterr().err.strip().endswith(f"cannot write {target}: No space left on device")
+
+
 def test_a_page_is_written_and_said(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["sparsec.device"], "detect_cpu", lambda: PROCESSOR)
     target = tmp_path / "page.html"

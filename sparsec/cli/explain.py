@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -82,6 +84,15 @@ def _check_writable(path: Path) -> None:
         raise click.ClickException(f"cannot write {path}: permission denied; name a file that you may write")
 
 
+@contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """What could not be known beforehand, such as a full disk, is told as well."""
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror or error}") from error
+
+
 # One plan.
 
 
@@ -117,12 +128,14 @@ def _draw(made: Plan, sources: dict[str, dict[str, str]], options: dict[str, Any
     if options["png"] is not None:
         from sparsec.report.figure import write_png
 
-        write_png(made, Path(options["png"]))
+        with _writing(options["png"]):
+            write_png(made, Path(options["png"]))
         click.echo(f"drawn: {options['png']}", err=True)
     if options["html"] is not None:
         from sparsec.report.page import write_page
 
-        write_page(made, sources, Path(options["html"]))
+        with _writing(options["html"]):
+            write_page(made, sources, Path(options["html"]))
         click.echo(f"written: {options['html']}", err=True)
 
 

@@ -10,7 +10,7 @@ import textwrap
 from sparsec.analysis import MaskProfile
 from sparsec.backends.base import Launch, Problem
 from sparsec.planner.advice import advice
-from sparsec.planner.ceiling import ceiling, tile_fill
+from sparsec.planner.ceiling import ceiling, fetched_bytes, tile_fill, tile_rate_share
 from sparsec.planner.graphs import graph_of
 from sparsec.planner.plans import Candidate, Group, Plan, Step
 from sparsec.planner.words import duration, rate, size
@@ -40,7 +40,7 @@ def plan_text(plan: Plan) -> str:
     ]
     for group in plan.groups:
         lines += ["", *_group_lines(plan, group)]
-    lines += ["", *_ceiling_lines(plan)]
+    lines += ["", *_wrapped("ceiling  ", ceiling_words(plan))]
     sentences = advice(plan)
     if sentences:
         lines += ["", "advice"]
@@ -93,7 +93,7 @@ def _launch_words(launch: Launch) -> str:
 
 def _profile_lines(group: Group) -> list[str]:
     profile = group.profile
-    fills = ", ".join(f"{tile.fill:.0%} at {tile.block}" for tile in profile.tiles)
+    fills = ", ".join(f"{_percent(tile.fill)} at {tile.block}" for tile in profile.tiles)
     heavy = f"; {profile.q.n_heavy:,} heavy" if profile.q.n_heavy else ""
     empty = f"; {profile.q.n_empty:,} empty" if profile.q.n_empty else ""
     sampled = f" (from {profile.sampled:.0%} of the rows)" if profile.sampled is not None else ""
@@ -106,6 +106,11 @@ def _profile_lines(group: Group) -> list[str]:
         ("graph    ", _graph_words(group)),
     )
     return [line for label, text in rows for line in _wrapped(label, text)]
+
+
+def _percent(share: float) -> str:
+    """In whole percents; what is there is not told as nothing."""
+    return "<1%" if 0.0 < share < 0.005 else f"{share:.0%}"
 
 
 def _form(profile: MaskProfile) -> str:
@@ -131,7 +136,8 @@ def _graph_words(group: Group) -> str:
     )
 
 
-def _ceiling_lines(plan: Plan) -> list[str]:
+def ceiling_words(plan: Plan) -> str:
+    """The least time that the device allows, how near the plan comes, and what lies between."""
     roof = ceiling(plan)
     what = (
         f"all useful arithmetic at {rate(roof.flops_per_s * 1e-9)}"
@@ -142,12 +148,18 @@ def _ceiling_lines(plan: Plan) -> list[str]:
     fill = tile_fill(plan.steps)
     if fill is not None and fill < _NEARLY_FULL:
         lost.append(f"{1 - fill:.0%} of the pairs in its tiles do not attend")
+    rate_share = tile_rate_share(plan)
+    if rate_share is not None:
+        lost.append(f"kernels of tiles are taken to reach {rate_share:.0%} of the matrix units' rate")
+    fetched = fetched_bytes(plan)
+    if fetched is not None and fetched > plan.problem.tensor_bytes:
+        lost.append(f"a row of k and of v is fetched for every edge, {size(fetched)} in all")
     estimate = plan.estimate
     for name, us in (("uneven work", estimate.idle_us), ("starting", estimate.launch_us)):
         if us > (1.0 - _NEARLY_FULL) * estimate.us:
             lost.append(f"{name} takes {us / estimate.us:.0%}")
     because = f"; {', '.join(lost)}" if lost else ""
-    return _wrapped("ceiling  ", f"{duration(roof.us)}, {what}: the estimate reaches {roof.share:.0%} of it{because}")
+    return f"{duration(roof.us)}, {what}: the estimate reaches {roof.share:.0%} of it{because}"
 
 
 def _step_lines(number: int, step: Step) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import zlib
 from functools import cache
 from html import escape
@@ -19,6 +20,7 @@ from sparsec.errors import BackendMissingError
 from sparsec.planner import Plan, Step
 from sparsec.planner.advice import advice
 from sparsec.planner.ceiling import ceiling
+from sparsec.planner.text import ceiling_words
 from sparsec.planner.words import duration, rate, size
 from sparsec.planner.works import IDENTITY
 from sparsec.report.charts import degrees, locality, roofline
@@ -55,7 +57,9 @@ def page_text(made: Plan, sources: dict[str, dict[str, str]]) -> str:
         "style": (_HERE / "page.css").read_text(encoding="utf-8"),
         "head": _head(made),
         "facts": _facts(made),
-        "advice": "".join(f"<p>{escape(sentence)}</p>" for sentence in advice(made)),
+        "advice": "".join(
+            f"<p>{_prose(sentence)}</p>" for sentence in (f"Ceiling: {ceiling_words(made)}.", *advice(made))
+        ),
         "groups": _group_choice(made),
         "steps": "".join(_step(number, step) for number, step in enumerate(made.steps, 1)),
         "candidates": _candidates(made),
@@ -70,6 +74,11 @@ def page_text(made: Plan, sources: dict[str, dict[str, str]]) -> str:
     for name, part in parts.items():
         text = text.replace(f"<!--{name}-->", part, 1)
     return text
+
+
+def _prose(sentence: str) -> str:
+    """HTML of a sentence whose commands stand between backticks."""
+    return re.sub("`(.*?)`", r"<code>\1</code>", escape(sentence))
 
 
 @cache
