@@ -416,12 +416,12 @@ def _multiplied(node: Expr) -> Expr | None:
 
 
 def _cpp_scatter(number: int, look_up: Table, factor: Expr, names: dict[Captured, str]) -> str:
-    code = CPP.code((_offset(look_up), factor.replace(_multiplied)), tables=names)
+    code = CPP.code((offset_of(look_up), factor.replace(_multiplied)), tables=names)
     statements = "".join(f"      {line}\n" for line in code.statements)
     return _CPP_SCATTER.format(number=number, statements=statements, index=code.results[0], factor=code.results[1])
 
 
-def _offset(look_up: Table) -> Expr:
+def offset_of(look_up: Table) -> Expr:
     """Where in its array a look-up reads, counted through all dimensions; as `Captured.wrapped` says."""
     total: Expr = Const(0)
     for index, size in zip(look_up.args, look_up.captured.shape, strict=True):

@@ -228,12 +228,16 @@ def test_planning_for_a_gpu_imports_neither_torch_nor_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_captured_tensors_are_served_where_no_gradient_is_wanted():
+def test_captured_tensors_and_numbered_edges_are_served():
     import torch
 
-    score = sparsec.score.relative_bias(torch.zeros(2, 33, requires_grad=True))
-    problem = Problem(200, 200, 2, 2, dtype="bf16")
-    made = sparsec.plan(m.window(40, 0), problem, "nvidia-h100", backend="triton", score=score)
-    assert made.steps[0].launch.backend == "triton"
-    with pytest.raises(sparsec.errors.UnsupportedError, match="detach"):
-        sparsec.plan(m.window(40, 0), replace(problem, needs_grad=True), "nvidia-h100", backend="triton", score=score)
+    bound = m.window(40, 0).bind(200)
+    problem = Problem(200, 200, 2, 2, dtype="bf16", needs_grad=True)
+    for score in (
+        sparsec.score.relative_bias(torch.zeros(2, 33, requires_grad=True)),
+        sparsec.score.edge_bias(torch.zeros(2, bound.nnz, requires_grad=True)),
+    ):
+        for name in TEMPLATES:
+            made = sparsec.plan(bound, problem, "nvidia-h100", template=name, backend="triton", score=score)
+            backward = [call for call in triton.gradient_calls_of(made.steps[0].launch) if call.name == "backward"]
+            assert [call.functions["SCATTER"] is not None for call in backward] == [True, False]

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsec.layout import BlockTiles
+from sparsec.layout import BlockTiles, EdgeNumbers
 
 Array = npt.NDArray[Any]
 
 
-def tile_arrays(tiles: BlockTiles, start: Array, stop: Array) -> dict[str, Array | None]:
+def tile_arrays(
+    tiles: BlockTiles, start: Array, stop: Array, numbers: EdgeNumbers | None = None
+) -> dict[str, Array | None]:
     """Tiles in the order the kernels walk them: of each item the full ones, then the partial ones.
 
     A full tile that the end of the key sequence cuts off becomes a partial one, so that no full tile needs a bound.
+    `numbers` are those of the tiles' edges, where a score modifier asks for them.
     """
     tile_map = tiles.tile_map
     pattern = tiles.patterns.index.copy()
@@ -44,4 +47,5 @@ def tile_arrays(tiles: BlockTiles, start: Array, stop: Array) -> dict[str, Array
         "tile_column": tile_map.indices[order],
         "tile_pattern": pattern[order],
         "patterns": masks,
+        "tile_edges": None if numbers is None or numbers.tiles is None else numbers.tiles[order],
     }

@@ -17,16 +17,17 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import numpy as np
 
 from sparsec.backends.base import Launch, Problem
+from sparsec.backends.table_gradients import add_sums, zero_sums
 from sparsec.backends.triton_calls import ALIGNMENT_BYTES, Array, Call, calls_of, options_of, shape_of, too_large
 from sparsec.backends.triton_gradients import gradient_calls_of
 from sparsec.backends.triton_lowering import LoweredSource, lower_call
 from sparsec.device import Device
-from sparsec.errors import BackendMissingError, CompileError, UnsupportedError
+from sparsec.errors import BackendMissingError, CompileError
 from sparsec.template import Config, Template
 
 if TYPE_CHECKING:
@@ -80,16 +81,25 @@ class _Calls:
         device: torch.device,
         batch: int,
         tables: Sequence[torch.Tensor] = (),
+        sums: Sequence[torch.Tensor | None] = (),
     ) -> None:
-        """Runs the kernels in their order, on the current stream of a device; `tables` are the modifier's live ones."""
+        """Runs the kernels in their order, on the current stream of a device.
+
+        Args:
+            tensors: By the name that calls have for them.
+            device: Where they are.
+            batch: Batch elements of the tensors.
+            tables: The modifier's live tables.
+            sums: What is added to for their gradients; empty where none is wanted.
+        """
         batches = self._batch_elements(device, batch)
         if any(call.constants.get("DESCRIBED") for call in self._calls):
             # The kernels keep their descriptors in memory that Triton asks for; the caller's own answer stays.
             context = contextvars.copy_context()
             context.run(_provide_scratch, device)
-            context.run(self._launch_all, tensors, device, batches, tables)
+            context.run(self._launch_all, tensors, device, batches, tables, sums)
         else:
-            self._launch_all(tensors, device, batches, tables)
+            self._launch_all(tensors, device, batches, tables, sums)
 
     def _launch_all(
         self,
@@ -97,8 +107,9 @@ class _Calls:
         device: torch.device,
         batches: torch.Tensor,
         tables: Sequence[torch.Tensor],
+        sums: Sequence[torch.Tensor | None],
     ) -> None:
-        live = dict(zip(self._live_places, tables, strict=True)) if tables else {}
+        live = dict(zip(self._live_places, tables, strict=True))
         with _on(device):
             for call, functions, arrays in zip(self._calls, self._functions, self._arrays_on(device), strict=True):
                 kernel = getattr(self._module, call.name)
@@ -111,7 +122,7 @@ class _Calls:
                     **(_with_live(arrays, live) if live else arrays),
                     **numbers,
                     **{**call.constants, **_undescribed(call, given)},
-                    **functions,
+                    **{**functions, **_summed(call, kernel, sums)},
                     **options_of(call),
                 )
 
@@ -202,18 +213,20 @@ class TritonGradient(_Calls):
     ) -> None:
         import torch
 
-        if any(wanted is not None for wanted in d_tables):
-            raise UnsupportedError(
-                "the gradient of an array that score_mod captures was asked for, and the Triton kernels make none; "
-                "detach it, or let torch differentiate a bias of your own"
-            )
         words = self._partial_words(len(self.launch.elements(q.shape[0])))
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "d_out": d_out, "dq": dq, "dk": dk, "dv": dv}
         # Without gradients of the log-sum-exp, zeros stand for them: one kernel serves both.
         tensors["d_lse"] = torch.zeros_like(lse) if d_lse is None else d_lse
         tensors["delta"] = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
         tensors["partial"] = torch.empty(words, dtype=torch.float32, device=q.device)
-        self.run(dict(tensors), q.device, q.shape[0], tables)
+        score, numbers = self.launch.score, self.launch.work.numbers
+        if score is None or all(wanted is None for wanted in d_tables):
+            self.run(dict(tensors), q.device, q.shape[0], tables)
+            return
+        places = (q.shape[0], q.shape[1], 0 if numbers is None else numbers.mask.nnz)
+        sums = zero_sums(score, d_tables, places, q.device)
+        self.run(dict(tensors), q.device, q.shape[0], tables, sums)
+        add_sums(score, sums, d_tables)
 
     def _partial_words(self, batch: int) -> int:
         problem = self.launch.problem
@@ -244,6 +257,13 @@ def _with_live(arrays: dict[str, Uploaded], live: Mapping[int, torch.Tensor]) ->
     if not isinstance(kept, tuple):
         return arrays
     return arrays | {"score_tables": tuple(live.get(place, table) for place, table in enumerate(kept))}
+
+
+def _summed(call: Call, kernel: Any, sums: Sequence[torch.Tensor | None]) -> dict[str, object]:
+    """Where gradients of tables are added up, for a kernel that takes that; it is another where none is wanted."""
+    if "score_sums" not in kernel.arg_names:
+        return {}
+    return {"score_sums": tuple(sums)} if sums and call.sum_types else {"score_sums": None, "SCATTER": None}
 
 
 def _undescribed(call: Call, given: dict[str, torch.Tensor | None]) -> dict[str, bool]:
@@ -312,8 +332,6 @@ class TritonBackend:
 
     def _check(self, launch: Launch) -> None:
         reason = self.config_refusal(launch.template, launch.config, launch.problem, launch.device)
-        if launch.score is not None and launch.score.needs_edges:
-            raise UnsupportedError("score_mod asks for the numbers of edges, which the Triton kernels do not have")
         if reason is not None:
             raise CompileError(reason, launch.template.kernel_path("triton"))
 

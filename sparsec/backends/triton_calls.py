@@ -81,7 +81,9 @@ def shape_of(launch: Launch) -> Shape:
     keys = max(1, config.get("fetch", 64) * threads // (rows * row_bytes))
     if launch.template.layout == "rows":
         return Shape(dims, pack, 0, dims[1], keys, warps, 1, 0)
-    step = min(config["block_kv"], max(16, _SCORES_PER_THREAD * threads // rows))
+    looks_up = launch.score is not None and bool(launch.score.tables)
+    scores = _SCORES_PER_THREAD // 2 if looks_up else _SCORES_PER_THREAD
+    step = min(config["block_kv"], max(16, scores * threads // rows))
     stages, chunk = config["num_stages"], dims[1]
     if launch.device.kind == "nvidia" and problem.dtype == "fp32":
         # No matrix units: operands are held by threads, so they are cut small, and nothing is staged.
@@ -196,6 +198,7 @@ class Call:
         constants: `tl.constexpr` parameters.
         functions: Generated functions by the `tl.constexpr` parameter that names them: module and function, or None.
         tables: The arrays of those functions, as tuples, by parameter; None where there are none.
+        sum_types: Of the tuple that the function SCATTER adds to, the element types; empty where there is none.
         most_programs: Of its grid for all copies, where its programs take one item after the other; None: an item each.
         num_warps: Warps a program.
         num_stages: Depth of software pipelining.
@@ -214,6 +217,7 @@ class Call:
     max_registers: int | None = None
     functions: Mapping[str, tuple[Printed, str] | None] = field(default_factory=dict)
     tables: Mapping[str, tuple[Array, ...] | None] = field(default_factory=dict)
+    sum_types: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -245,6 +249,7 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
         "n_items": schedule.n_items,
         "abreast": abreast,
         "kv_len": work.bound.kv_len,
+        "first_query": launch.first_query,
         "scale": kernel_scale(launch),
     }
     if launch.template.layout != "rows":
@@ -319,12 +324,19 @@ class Functions:
     tables: dict[str, tuple[Array, ...] | None]
 
 
-def functions_of(launch: Launch, work: Work, *, with_slope: bool = False) -> Functions:
+def functions_of(launch: Launch, work: Work, *, with_slope: bool = False, with_scatter: bool = False) -> Functions:
     """The score modifier and, where the configuration wants it and the mask has one, the predicate of partial tiles."""
-    score = None if launch.score is None else printed_score(launch.score, launch.work.bound)
+    score = None
+    if launch.score is not None:
+        # By keys too, queries are those of the mask. Its first may be one of a longer sequence's.
+        q_len, kv_len = launch.work.bound.shape
+        n_edges = 0 if launch.work.numbers is None else launch.work.numbers.mask.nnz
+        lengths = (launch.first_query + q_len, kv_len)
+        score = printed_score(launch.score, lengths, launch.problem.q_heads, n_edges)
     functions: dict[str, tuple[Printed, str] | None] = {"MODIFY": None if score is None else (score, "value")}
     if with_slope:
         functions["SLOPE"] = None if score is None else (score, "slope")
+        functions["SCATTER"] = (score, "scatter") if score is not None and with_scatter else None
     tables = {"score_tables": None if score is None else score.tables or None}
     if work.tiles is not None or with_slope:
         is_wanted = work.tiles is not None and launch.config.get("by_predicate", 0) == 1
@@ -348,14 +360,22 @@ def _row_lists(launch: Launch, shape: Shape) -> Lists:
         "row_first": rows.columns if is_edges else rows.start,
         "row_last": None if is_edges else rows.stop,
         "row_step": None if is_edges else rows.step,
+        "row_edges": row_edges(launch.work),
     }
     return arrays, {"KEYS": shape.keys, "FORM": rows.form}
+
+
+def row_edges(work: Work) -> Array | None:
+    """The numbers of single edges, as they are stored; None where no score modifier asks for them."""
+    if work.numbers is None or work.rows is None:
+        return None
+    return np.arange(len(work.rows.columns), dtype=np.int32) if work.numbers.rows is None else work.numbers.rows
 
 
 def _tile_lists(launch: Launch, shape: Shape) -> Lists:
     tiles, schedule = launch.work.tiles, launch.work.schedule
     assert tiles is not None, "block_sparse walks tiles"
-    arrays = tile_arrays(tiles, schedule.start, schedule.stop)
+    arrays = tile_arrays(tiles, schedule.start, schedule.stop, launch.work.numbers)
     constants = {"PACK": shape.pack, "BLOCK_KV": tiles.tile_map.block_kv, "DESCRIBED": is_described(launch)}
     return arrays, {**constants, **_steps(shape), "PERSISTENT": most_programs(launch) is not None}
 
@@ -381,7 +401,7 @@ def _hybrid_lists(launch: Launch, shape: Shape) -> Lists:
     assert rows is not None, "hybrid walks single edges"
     assert items is not None, "a hybrid's items name stretches of three lists"
     arrays: dict[str, Array | None] = {
-        **tile_arrays(tiles, items.tile_start, items.tile_stop),
+        **tile_arrays(tiles, items.tile_start, items.tile_stop, work.numbers),
         "item_column": items.column_start,
         "item_column_stop": items.column_stop,
         "item_edge": items.edge_start,
@@ -390,6 +410,9 @@ def _hybrid_lists(launch: Launch, shape: Shape) -> Lists:
         "gathered_lanes": gathered.lanes.view(np.int64),
         "row_indptr": rows.indptr,
         "row_first": rows.columns,
+        "gathered_edge_indptr": None if work.numbers is None else work.numbers.gathered_indptr,
+        "gathered_edges": None if work.numbers is None else work.numbers.gathered,
+        "row_edges": row_edges(work),
     }
     constants = {"BLOCK_KV": tiles.tile_map.block_kv, "KEYS": shape.keys, **_steps(shape)}
     return arrays, {**constants, "PERSISTENT": most_programs(launch) is not None}

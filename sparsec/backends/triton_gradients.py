@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sparsec.backends.base import Launch, Work
+from sparsec.backends.table_gradients import sum_types
 from sparsec.backends.tile_lists import tile_arrays
 from sparsec.backends.triton_calls import (
     ACCUMULATOR_PER_THREAD,
@@ -21,10 +22,11 @@ from sparsec.backends.triton_calls import (
     functions_of,
     kernel_scale,
     most_programs,
+    row_edges,
     shared_limit,
     width,
 )
-from sparsec.layout import Ordering, RowLists, row_lists, schedule
+from sparsec.layout import EdgeOrder, Ordering, RowLists, row_lists, schedule
 from sparsec.layout.hybrid import HybridItems, HybridLayout
 
 # Queries that one program of the pre-pass takes.
@@ -72,9 +74,10 @@ def transposed_work(launch: Launch) -> Work:
     group = launch.problem.q_heads // launch.problem.kv_heads
     copies = max(1, len(launch.heads) // group) * launch.problem.batch
     workers = launch.device.units
+    edges = None if work.numbers is None else EdgeOrder(work.numbers.mask)
     if launch.template.layout == "rows":
         assert work.rows is not None, "row_traversal walks rows"
-        rows = row_lists(bound)
+        rows = row_lists(bound, None if edges is None else "edges")
         block = config["block_q"]
         before = np.concatenate(([0], np.cumsum(rows.degrees())))
         units = np.arange(-(-bound.q_len // block) + 1)
@@ -83,12 +86,14 @@ def transposed_work(launch: Launch) -> Work:
         planned = schedule(indptr, 1.0, workers=workers, copies=copies, item_cost=4.0 * block, min_piece=512.0)
         base = indptr[planned.unit]
         planned = replace(planned, start=planned.start - base, stop=planned.stop - base)
-        return Work(bound, ordering, block, planned, rows=rows)
+        numbers = None if edges is None else edges.of_rows(rows, ordering, by_keys=True)
+        return Work(bound, ordering, block, planned, rows=rows, numbers=numbers)
     assert work.tiles is not None, "a tiled launch has tiles"
     if launch.template.layout == "tiles":
         tiles = work.tiles.transpose()
         planned = schedule(tiles.tile_map.indptr, 1.0, workers=workers, copies=copies, item_cost=1.0, min_piece=8.0)
-        return Work(bound, ordering, tiles.tile_map.block_q, planned, tiles=tiles)
+        numbers = None if edges is None else edges.of_tiles(tiles, by_keys=True)
+        return Work(bound, ordering, tiles.tile_map.block_q, planned, tiles=tiles, numbers=numbers)
     assert work.gathered is not None, "a hybrid has gathered columns"
     assert work.rows is not None, "a hybrid has single edges"
     layout = HybridLayout(work.tiles, work.gathered, work.rows).transpose()
@@ -104,6 +109,9 @@ def transposed_work(launch: Launch) -> Work:
         tiles=layout.tiles,
         gathered=layout.gathered,
         rows=layout.leftovers,
+        numbers=None
+        if edges is None
+        else edges.of_hybrid(layout.tiles, layout.gathered, layout.leftovers, by_keys=True),
     )
 
 
@@ -138,7 +146,9 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
     steps, warps, stages = _steps(launch, side, dims)
     # Kernels that need more than tiles on matrix units: the assembler is not to save registers for occupancy.
     is_crowded = work.tiles is None or work.gathered is not None or problem.dtype == "fp32"
-    printed = functions_of(launch, work, with_slope=True)
+    # Queries own what a score modifier's tables are given: each edge is met once.
+    live = () if launch.score is None or not is_dq else sum_types(launch.score)
+    printed = functions_of(launch, work, with_slope=True, with_scatter=bool(live))
     backward = Call(
         name="backward",
         programs=planned.n_items,
@@ -187,6 +197,7 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
         max_registers=ROW_REGISTERS if is_crowded and launch.device.kind == "nvidia" else None,
         functions=printed.functions,
         tables=printed.tables,
+        sum_types=live,
     )
     if not len(planned.merge_unit):
         return (backward,)
@@ -230,7 +241,8 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
         return constants | {"CHUNK": 16, "CHUNK_2": 16}, warps, 1
     # Both operands of the own rows and of a step of the stream, and the weights and score gradients between.
     # Where a thread holds operands too, or copies of tensor memory beside them, it has room for half of the scores.
-    is_roomy = "tcgen05" not in device.features and (side.is_dq or "wgmma" in device.features)
+    # So it has where a modifier holds its own values beside them.
+    is_roomy = "tcgen05" not in device.features and (side.is_dq or "wgmma" in device.features) and launch.score is None
     step, stages = min(stream, 64 if block * accumulated <= 64 * (128 if is_roomy else 64) else 32), 2
     while step > 16 and (block * (dims[1] + dims[3]) + step * (dims[1] + dims[3]) + 2 * block * step) * itemsize > (
         shared_limit(config, device) - 4096
@@ -241,28 +253,33 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
 
 def _tiles(work: Work) -> dict[str, Array | None]:
     if work.tiles is None:
-        names = ("item_tile", "item_full", "item_partial", "tile_column", "tile_pattern", "patterns")
+        names = ("item_tile", "item_full", "item_partial", "tile_column", "tile_pattern", "patterns", "tile_edges")
         return dict.fromkeys(names)
     if work.items is not None:
-        return tile_arrays(work.tiles, work.items.tile_start, work.items.tile_stop)
-    return tile_arrays(work.tiles, work.schedule.start, work.schedule.stop)
+        return tile_arrays(work.tiles, work.items.tile_start, work.items.tile_stop, work.numbers)
+    return tile_arrays(work.tiles, work.schedule.start, work.schedule.stop, work.numbers)
 
 
 def _gathered(work: Work) -> dict[str, Array | None]:
     if work.gathered is None or work.items is None:
-        return dict.fromkeys(("item_column", "item_column_stop", "gathered_columns", "gathered_lanes"))
+        names = ("item_column", "item_column_stop", "gathered_columns", "gathered_lanes")
+        return dict.fromkeys((*names, "gathered_edge_indptr", "gathered_edges"))
     return {
         "item_column": work.items.column_start,
         "item_column_stop": work.items.column_stop,
         "gathered_columns": work.gathered.columns,
         "gathered_lanes": work.gathered.lanes.view(np.int64),
+        "gathered_edge_indptr": None if work.numbers is None else work.numbers.gathered_indptr,
+        "gathered_edges": None if work.numbers is None else work.numbers.gathered,
     }
 
 
 def _rows(work: Work) -> dict[str, Array | None]:
     rows = work.rows
     if rows is None:
-        return dict.fromkeys(("item_start", "item_stop", "row_indptr", "row_first", "row_last", "row_step"))
+        return dict.fromkeys(
+            ("item_start", "item_stop", "row_indptr", "row_first", "row_last", "row_step", "row_edges")
+        )
     start, stop = work.schedule.start, work.schedule.stop
     if work.items is not None:
         start, stop = _within_units(work, rows, work.items)
@@ -274,6 +291,7 @@ def _rows(work: Work) -> dict[str, Array | None]:
         "row_first": rows.columns if is_edges else rows.start,
         "row_last": None if is_edges else rows.stop,
         "row_step": None if is_edges else rows.step,
+        "row_edges": row_edges(work),
     }
 
 

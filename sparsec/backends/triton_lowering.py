@@ -110,6 +110,12 @@ def _signature(
         elif printed is not None:
             signature[name] = "constexpr"
             constants[name] = printed[0].function(printed[1])
+        elif name == "score_sums":
+            signature[name] = tuple(_TYPES[each] for each in call.sum_types) or "constexpr"
+            if call.sum_types:
+                attributes.update({(index, number): [["tt.divisibility", 16]] for number in range(len(call.sum_types))})
+            else:
+                constants[name] = None
         elif tables is not None:
             signature[name] = tuple(_TYPES[str(table.dtype)] for table in tables)
             for number in range(len(tables)):

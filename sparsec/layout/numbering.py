@@ -28,9 +28,9 @@ class EdgeNumbers:
     Attributes:
         mask: The mask that is numbered, in the tokens' own order.
         rows: int32 `[edges]`, of single edges as they are stored; None where edge i is number i.
-        tiles: int32 `[n_tiles, block_q]`, of each query's first edge in a tile.
+        tiles: int32 `[n_tiles, queries of a tile]`, of each query's first edge in a tile.
         gathered_indptr: int64 `[n_columns + 1]`.
-        gathered: int32 `[gathered edges]`, by column, then query.
+        gathered: int32 `[gathered edges]`, by column, then row.
     """
 
     mask: BoundMask
@@ -55,39 +55,52 @@ class EdgeOrder:
         rows = np.repeat(np.arange(mask.q_len, dtype=np.int64), np.diff(edges.indptr))
         self._keys: IntArray = rows * mask.kv_len + edges.indices
 
-    def of_rows(self, rows: RowLists, ordering: Ordering) -> EdgeNumbers:
-        """Those of single edges, which stand in an order of their own."""
+    def of_rows(self, rows: RowLists, ordering: Ordering, *, by_keys: bool = False) -> EdgeNumbers:
+        """Those of single edges, which stand in an order of their own.
+
+        Args:
+            rows: The single edges.
+            ordering: Which token stands at each position.
+            by_keys: Whether `rows` and `ordering` are those of the transposed mask: rows are keys, columns queries.
+        """
         assert rows.form == "edges", "only single edges are numbered"
-        if ordering.q_order is None and ordering.kv_order is None:
-            return EdgeNumbers(self.mask, None if rows.nnz == len(self._keys) else self._of_edges(rows))
-        return EdgeNumbers(self.mask, self._of_edges(rows, ordering))
+        is_in_order = ordering.q_order is None and ordering.kv_order is None and not by_keys
+        is_listed = not is_in_order or rows.nnz != len(self._keys)
+        return EdgeNumbers(self.mask, self._of_edges(rows, ordering, by_keys=by_keys) if is_listed else None)
 
-    def of_tiles(self, tiles: BlockTiles) -> EdgeNumbers:
+    def of_tiles(self, tiles: BlockTiles, *, by_keys: bool = False) -> EdgeNumbers:
         """Those of tiles in the tokens' own order; a tile holds all that its queries attend among its keys."""
-        return EdgeNumbers(self.mask, tiles=self._of_tiles(tiles))
+        return EdgeNumbers(self.mask, tiles=self._of_tiles(tiles, by_keys=by_keys))
 
-    def of_hybrid(self, tiles: BlockTiles, gathered: GatheredTiles, leftovers: RowLists) -> EdgeNumbers:
+    def of_hybrid(
+        self, tiles: BlockTiles, gathered: GatheredTiles, leftovers: RowLists, *, by_keys: bool = False
+    ) -> EdgeNumbers:
         """Those of a hybrid's three lists, in the tokens' own order."""
         indptr = np.concatenate(([0], np.cumsum(np.bitwise_count(gathered.lanes), dtype=np.int64)))
-        numbers = self._look_up(*gathered.edges())
-        return EdgeNumbers(self.mask, self._of_edges(leftovers), self._of_tiles(tiles), indptr, numbers)
+        numbers = self._look_up(*gathered.edges(), by_keys=by_keys)
+        rows = self._of_edges(leftovers, by_keys=by_keys)
+        return EdgeNumbers(self.mask, rows, self._of_tiles(tiles, by_keys=by_keys), indptr, numbers)
 
-    def _of_edges(self, rows: RowLists, ordering: Ordering | None = None) -> Numbers:
-        query = np.repeat(np.arange(rows.shape[0], dtype=np.int64), np.diff(rows.indptr))
-        key = rows.columns.astype(np.int64)
+    def _of_edges(self, rows: RowLists, ordering: Ordering | None = None, *, by_keys: bool) -> Numbers:
+        row = np.repeat(np.arange(rows.shape[0], dtype=np.int64), np.diff(rows.indptr))
+        column = rows.columns.astype(np.int64)
         if ordering is not None:
-            query = query if ordering.q_order is None else ordering.q_order[query].astype(np.int64)
-            key = key if ordering.kv_order is None else ordering.kv_order[key].astype(np.int64)
-        return self._look_up(query, key)
+            row = row if ordering.q_order is None else ordering.q_order[row].astype(np.int64)
+            column = column if ordering.kv_order is None else ordering.kv_order[column].astype(np.int64)
+        return self._look_up(row, column, by_keys=by_keys)
 
-    def _of_tiles(self, tiles: BlockTiles) -> Numbers:
+    def _of_tiles(self, tiles: BlockTiles, *, by_keys: bool) -> Numbers:
         tile_map = tiles.tile_map
-        block = np.repeat(np.arange(len(tile_map.indptr) - 1, dtype=np.int64), np.diff(tile_map.indptr))
-        query = block[:, None] * tile_map.block_q + np.arange(tile_map.block_q)
-        key = tile_map.indices.astype(np.int64)[:, None] * tile_map.block_kv
+        first_row = np.repeat(np.arange(len(tile_map.indptr) - 1, dtype=np.int64), np.diff(tile_map.indptr))
+        first_row, first_column = first_row * tile_map.block_q, tile_map.indices.astype(np.int64) * tile_map.block_kv
+        if by_keys:
+            query, key = first_column[:, None] + np.arange(tile_map.block_kv), first_row[:, None]
+        else:
+            query, key = first_row[:, None] + np.arange(tile_map.block_q), first_column[:, None]
         return self._look_up(query, np.broadcast_to(key, query.shape))
 
-    def _look_up(self, query: IntArray, key: IntArray) -> Numbers:
-        """The number of an edge, or of the first that follows the place."""
+    def _look_up(self, query: IntArray, key: IntArray, *, by_keys: bool = False) -> Numbers:
+        """The number of an edge, or of the first that follows the place; `by_keys` exchanges the two."""
+        query, key = (key, query) if by_keys else (query, key)
         found = np.searchsorted(self._keys, query * self.mask.kv_len + key)
         return found.astype(np.int32)

@@ -64,7 +64,7 @@ _MIN_ORDER_DEGREE = 16.0
 _HYBRID_FILL = 0.6
 _OWN_ORDER = "the tokens' own order, and reorder='force' asks for another"
 # Back ends whose kernels are given the live tables of a score modifier, and the numbers of edges.
-_TAKE_TABLES = ("cpu", "reference")
+_TAKE_TABLES = ("cpu", "triton", "reference")
 # Entries of a score modifier's array, and edges it can count: kernels index them with int32.
 _MAX_NUMBERED = 1 << 31
 
@@ -359,11 +359,6 @@ class _Search:
         score = self._wanted.score
         if score is None or name in _TAKE_TABLES or not (score.live_tables or score.needs_edges):
             return None
-        if name == "triton" and not score.needs_edges:
-            # Its kernels read live tables, and make no gradients of them.
-            return (
-                "its kernels make no gradients of captured tensors: detach them" if self._problem.needs_grad else None
-            )
         return "its kernels take no captured tensors, nor numbers of edges: capture arrays, not tensors"
 
     def _dense_refusal(self) -> str | None:

@@ -27,14 +27,16 @@ from ..shared.kernel_triton import (
 __all__ = ["add_up", "backward", "forward", "merge", "prepare"]
 
 
-@triton.jit(do_not_specialize=["n_items", "n_slots", "n_batches", "n_heads", "abreast", "q_len", "kv_len"])
+@triton.jit(
+    do_not_specialize=["n_items", "n_slots", "n_batches", "n_heads", "abreast", "q_len", "kv_len", "first_query"]
+)
 def forward(
     q, k, v, out, lse, partial,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     lse_batch, lse_head,
     batches, heads, item_unit, item_slot, item_tile, item_full, item_partial, tile_column, tile_pattern, patterns,
-    q_order, kv_order, score_tables, mask_tables,
-    n_items, n_slots, n_batches, n_heads, abreast, q_len, kv_len, scale,
+    tile_edges, q_order, kv_order, score_tables, mask_tables,
+    n_items, n_slots, n_batches, n_heads, abreast, q_len, kv_len, first_query, scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, MODIFY: tl.constexpr, ATTENDS: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
     CHUNK: tl.constexpr, DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -42,11 +44,11 @@ def forward(
     """`out` and `lse` of the launch's rows; a split unit goes to `partial`, for `merge`.
 
     Strides count elements. Index arrays: item_* [n_items] (first tile, number of full and of partial tiles after it),
-    tile_column and tile_pattern by tile, patterns [n, BLOCK_Q, words] as int64 words. DIMS is (head_dim, head_width,
-    v_dim, v_width), a width being the power of two that holds a dimension; CHUNK is head_width, or what
-    goes at a time where there are no matrix units. MODIFY and ATTENDS are generated functions or None: the score
-    modifier, whose `scale` is the scores' own, and the mask's predicate. DESCRIBED lets the copy engine fetch K and V;
-    their rows must be aligned to 16 bytes, and `kv_order` None.
+    tile_column, tile_pattern and (or None) tile_edges [n, BLOCK_Q] by tile, patterns [n, BLOCK_Q, words] as int64
+    words. DIMS is (head_dim, head_width, v_dim, v_width), a width being the power of two that holds a dimension; CHUNK
+    is head_width, or what goes at a time where there are no matrix units. MODIFY and ATTENDS are generated functions or
+    None: the score modifier, whose `scale` is the scores' own, and the mask's predicate. DESCRIBED lets the copy engine
+    fetch K and V; their rows must be aligned to 16 bytes, and `kv_order` None.
     """
     ROWS: tl.constexpr = BLOCK_Q * PACK
     for turn in tl.range(turns(n_items * n_batches * n_heads, PERSISTENT), disable_licm=True):
@@ -69,20 +71,23 @@ def forward(
             values = describe(v_base, kv_len, v_row, STEP_KV, DIMS[2], DIMS[3])
         # A modifier of several heads at once is told each row's.
         row_head = first_head if PACK == 1 else head[:, None]
-        who = (batch, row_head, token[:, None], position[:, None], score_tables, mask_tables)
+        who = (batch, row_head, (first_query + token)[:, None], position[:, None], score_tables, mask_tables)
 
         first_tile = tl.load(item_tile + item)
         n_full = tl.load(item_full + item)
+        first_partial = first_tile + n_full
+        full_edges = None if tile_edges is None else tile_edges + first_tile * BLOCK_Q
+        partial_edges = None if tile_edges is None else tile_edges + first_partial * BLOCK_Q
         peak, total, acc = empty_state(ROWS, DIMS[3])
         peak, total, acc = add_full_tiles(
             queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, tile_column + first_tile, n_full,
-            kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+            full_edges, lane, kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS,
+            CHUNK,
         )  # fmt: skip
-        first_partial = first_tile + n_full
         peak, total, acc = add_partial_tiles(
             queries, q, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, tile_column + first_partial,
-            tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
-            who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+            tile_pattern + first_partial, tl.load(item_partial + item), patterns, partial_edges, lane, kv_order,
+            kv_len, who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
         )  # fmt: skip
 
         slot = tl.load(item_slot + item)

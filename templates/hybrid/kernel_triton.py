@@ -21,6 +21,7 @@ from ..shared.kernel_triton import (
     merge,
     modified,
     program_at,
+    rank_among,
     save,
     score,
     tokens_at,
@@ -33,11 +34,14 @@ __all__ = ["add_up", "backward", "forward", "merge", "prepare"]
 
 @triton.jit
 def add_columns(
-    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, lanes, n_columns, lane, kv_order,
-    who, peak, total, acc, scale,
+    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, columns, lanes, n_columns, edge_indptr,
+    edges, lane, kv_order, who, peak, total, acc, scale,
     MODIFY: tl.constexpr, NEGATE: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The state after gathered columns; bit `i` of a column's lanes says that query `i` of the block attends it."""
+    """The state after gathered columns; bit `i` of a column's lanes says that query `i` of the block attends it.
+
+    edge_indptr, edges: the numbers of each column's edges, or None.
+    """
     for done in range(0, n_columns, STEP_KV):
         nth = done + tl.arange(0, STEP_KV)
         live = nth < n_columns
@@ -49,21 +53,27 @@ def add_columns(
         if MODIFY is None:
             peak, total, acc = attend(scores, v, attended, peak, total, acc, scale, False)
         else:
-            scores = modified(scores, scale, who, who[2], token[None, :], MODIFY)
+            edge = None
+            if edges is not None:
+                first_edge = tl.load(edge_indptr + nth, mask=live, other=0)
+                edge = tl.load(edges + first_edge[None, :] + rank_among(attended, 0), mask=attended, other=0)
+            scores = modified(scores, scale, who, who[2], token[None, :], edge, MODIFY)
             peak, total, acc = attend(scores, v, attended, peak, total, acc, LOG2_E, True)
     return peak, total, acc
 
 
-@triton.jit(do_not_specialize=["n_items", "n_slots", "n_batches", "n_heads", "abreast", "q_len", "kv_len"])
+@triton.jit(
+    do_not_specialize=["n_items", "n_slots", "n_batches", "n_heads", "abreast", "q_len", "kv_len", "first_query"]
+)
 def forward(
     q, k, v, out, lse, partial,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     lse_batch, lse_head,
     batches, heads, item_unit, item_slot, item_tile, item_full, item_partial, item_column, item_column_stop,
     item_edge, item_edge_stop, tile_column, tile_pattern, patterns, gathered_columns, gathered_lanes,
-    row_indptr, row_first,
+    row_indptr, row_first, tile_edges, gathered_edge_indptr, gathered_edges, row_edges,
     q_order, kv_order, score_tables, mask_tables,
-    n_items, n_slots, n_batches, n_heads, abreast, q_len, kv_len, scale,
+    n_items, n_slots, n_batches, n_heads, abreast, q_len, kv_len, first_query, scale,
     GROUP: tl.constexpr, MODIFY: tl.constexpr, ATTENDS: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
     CHUNK: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -86,7 +96,8 @@ def forward(
         k_base = k + batch * k_batch + kv_head * k_head
         v_base = v + batch * v_batch + kv_head * v_head
 
-        who = (batch, head, token[:, None], position[:, None], score_tables, mask_tables)
+        query = first_query + token
+        who = (batch, head, query[:, None], position[:, None], score_tables, mask_tables)
 
         # Single edges come first: their state then needs no place beside that of the tiles.
         peak, total, acc = empty_state(BLOCK_Q, DIMS[3])
@@ -99,29 +110,33 @@ def forward(
             singles = load_rows(q_base, q_offsets, inside, DIMS[0], DIMS[1]).to(tl.float32)
             peak, total, acc = walk(
                 singles, k_base, k_row, v_base, v_row, position.to(tl.int64), start, stop, row_indptr, row_first, None,
-                None, 0, kv_order, kv_len, (batch, head, token, None, score_tables), scale, "edges", BLOCK_Q, KEYS,
-                MODIFY, NEGATE, DIMS,
+                None, row_edges, 0, kv_order, kv_len, (batch, head, query, None, score_tables), scale, "edges",
+                BLOCK_Q, KEYS, MODIFY, NEGATE, DIMS,
             )  # fmt: skip
 
         queries = load_queries(q_base, q_offsets, inside, DIMS, CHUNK)
         first_tile = tl.load(item_tile + item)
         n_full = tl.load(item_full + item)
+        first_partial = first_tile + n_full
+        full_edges = None if tile_edges is None else tile_edges + first_tile * BLOCK_Q
+        partial_edges = None if tile_edges is None else tile_edges + first_partial * BLOCK_Q
         peak, total, acc = add_full_tiles(
             queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, None, None, tile_column + first_tile,
-            n_full, kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+            n_full, full_edges, lane, kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV,
+            STEP_KV, DIMS, CHUNK,
         )  # fmt: skip
-        first_partial = first_tile + n_full
         peak, total, acc = add_partial_tiles(
             queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, None, None, tile_column + first_partial,
-            tile_pattern + first_partial, tl.load(item_partial + item), patterns, lane, kv_order, kv_len,
-            who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
+            tile_pattern + first_partial, tl.load(item_partial + item), patterns, partial_edges, lane, kv_order,
+            kv_len, who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
         )  # fmt: skip
         column = tl.load(item_column + item)
         n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
+        column_edges = None if gathered_edges is None else gathered_edge_indptr + column
         peak, total, acc = add_columns(
             queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, gathered_columns + column,
-            gathered_lanes + column, n_columns, lane, kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, STEP_KV,
-            DIMS, CHUNK,
+            gathered_lanes + column, n_columns, column_edges, gathered_edges, lane, kv_order, who, peak, total,
+            acc, scale, MODIFY, NEGATE, STEP_KV, DIMS, CHUNK,
         )  # fmt: skip
 
         slot = tl.load(item_slot + item)

@@ -21,22 +21,24 @@ def one_of(vector, i, N: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, N) == i, vector, 0), 0) + tl.zeros([1], vector.dtype)
 
 
-@triton.jit(do_not_specialize=["n_items", "n_slots", "n_heads", "abreast", "q_len", "kv_len", "n_offsets"])
+@triton.jit(
+    do_not_specialize=["n_items", "n_slots", "n_heads", "abreast", "q_len", "kv_len", "n_offsets", "first_query"]
+)
 def forward(
     q, k, v, out, lse, partial,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     lse_batch, lse_head,
     batches, heads, item_unit, item_slot, item_start, item_stop, row_indptr, row_first, row_last, row_step,
-    q_order, kv_order, score_tables,
-    n_items, n_slots, n_heads, abreast, q_len, kv_len, n_offsets, scale,
+    row_edges, q_order, kv_order, score_tables,
+    n_items, n_slots, n_heads, abreast, q_len, kv_len, n_offsets, first_query, scale,
     GROUP: tl.constexpr, MODIFY: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, KEYS: tl.constexpr, FORM: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """`out` and `lse` of the launch's rows; a split unit goes to `partial`, for `merge`.
 
-    Index arrays: item_* [n_items], row_* as in `RowLists` (FORM "edges" has its columns in `row_first`). DIMS is
-    (head_dim, head_width, v_dim, v_width), a width being the power of two that holds a dimension. MODIFY is the score
-    modifier, a generated function, or None.
+    Index arrays: item_* [n_items], row_* as in `RowLists` (FORM "edges" has its columns in `row_first`, and in
+    `row_edges` their numbers where a modifier asks). DIMS is (head_dim, head_width, v_dim, v_width), a width being the
+    power of two that holds a dimension. MODIFY is the score modifier, a generated function, or None.
     """
     item, copy, batch, head = locate(tl.program_id(0), n_items, n_heads, abreast, batches, heads)
     kv_head = head // GROUP
@@ -63,8 +65,8 @@ def forward(
     is_long = (stop - start > abreast_keys) & (BLOCK_Q > 1)
     peak, total, acc = walk(
         queries, k_base, k_row, v_base, v_row, row, start, tl.where(is_long, start, stop), row_indptr, row_first,
-        row_last, row_step, n_offsets, kv_order, kv_len, (batch, head, token, None, score_tables), scale,
-        FORM, BLOCK_Q, KEYS, MODIFY, NEGATE, DIMS,
+        row_last, row_step, row_edges, n_offsets, kv_order, kv_len,
+        (batch, head, first_query + token, None, score_tables), scale, FORM, BLOCK_Q, KEYS, MODIFY, NEGATE, DIMS,
     )  # fmt: skip
     if slot < 0:
         finish(out, lse, out_offsets, lse_offsets, inside & ~is_long, peak, total, acc, DIMS[2], DIMS[3])
@@ -77,10 +79,10 @@ def forward(
             if tl.max(high - low, 0) > abreast_keys:
                 is_here = low < high
                 query = load_rows(q_base, one_of(token * q_row, i, BLOCK_Q), is_here, DIMS[0], DIMS[1])
-                who = (batch, head, one_of(token, i, BLOCK_Q), None, score_tables)
+                who = (batch, head, first_query + one_of(token, i, BLOCK_Q), None, score_tables)
                 one_peak, one_total, one_acc = walk(
                     query.to(tl.float32), k_base, k_row, v_base, v_row, one_of(row, i, BLOCK_Q), low, high,
-                    row_indptr, row_first, row_last, row_step, n_offsets, kv_order, kv_len, who, scale,
+                    row_indptr, row_first, row_last, row_step, row_edges, n_offsets, kv_order, kv_len, who, scale,
                     FORM, 1, abreast_keys, MODIFY, NEGATE, DIMS,
                 )  # fmt: skip
                 if slot < 0:

@@ -4,7 +4,7 @@ With P the probabilities, dP = dO·Vᵀ and dS = P ∘ (dP - delta), where delta
 
     dQ = scale · dS·K      dK = scale · dSᵀ·Q      dV = Pᵀ·dO
 
-A score modifier's derivative is a factor of dS.
+A score modifier's derivative is a factor of dS; its derivative by an entry of a table, of what that entry is given.
 
 One kernel makes either side. Its programs own a block of *rows* and run through the other side, the *stream*: queries
 own rows for dQ and stream keys; keys own rows for dK and dV and stream queries, over the transposed lists. So each
@@ -26,10 +26,16 @@ from .kernel_triton import (
     n_progressions,
     program_at,
     progression,
+    rank_among,
     score,
     tokens_at,
     turns,
 )
+
+# Sums of tables' gradients: `backends/table_gradients.py`.
+DIGIT_BITS = tl.constexpr(28)
+DIGIT_MASK = tl.constexpr((1 << 28) - 1)
+WORDS = tl.constexpr(11)
 
 
 @triton.jit(do_not_specialize=["n_heads", "q_len"])
@@ -64,6 +70,24 @@ def statistics(lse, delta, offsets, delta_offsets, inside):
 
 
 @triton.jit
+def add_exactly(sums, index, x):
+    """Adds fp32 numbers to the sums at some indices, in integers: the result is the same in any order."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) & 255
+    mantissa = (bits & 0x7FFFFF) | tl.where(exponent > 0, 1 << 23, 0)
+    place = tl.maximum(exponent, 1) - 1
+    wide = mantissa.to(tl.int64) << (place % DIGIT_BITS).to(tl.int64)
+    low, high = wide & DIGIT_MASK, wide >> DIGIT_BITS
+    is_finite, is_negative = exponent < 255, bits < 0
+    special = tl.where(x != x, (1 << 32) + 1, tl.where(is_negative, 1 << 32, 1))
+    low = tl.where(is_finite, tl.where(is_negative, -low, low), special)
+    high = tl.where(is_finite, tl.where(is_negative, -high, high), 0)
+    at = sums + index * WORDS + tl.where(is_finite, place // DIGIT_BITS, WORDS - 1)
+    tl.atomic_add(at, low, mask=low != 0, sem="relaxed")
+    tl.atomic_add(at + 1, high, mask=high != 0, sem="relaxed")
+
+
+@triton.jit
 def chained(d_value, factor):
     """Of what a modified score was made of, the gradient: 0 where the score has none, though the factor be infinite."""
     return tl.where(d_value == 0.0, 0.0, d_value * factor)
@@ -71,15 +95,16 @@ def chained(d_value, factor):
 
 @triton.jit
 def add_tile(
-    rows, row_base, row_delta, stream, token, live, attended, who, acc_1, acc_2, scale,
-    MODIFY: tl.constexpr, SLOPE: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, STEP: tl.constexpr,
-    DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
+    rows, row_base, row_delta, stream, token, edge, live, attended, who, acc_1, acc_2, scale,
+    MODIFY: tl.constexpr, SLOPE: tl.constexpr, SCATTER: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr,
+    STEP: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
 ):  # fmt: skip
     """The gradients after a block of the stream, on matrix units.
 
     rows: (first, second, first pointer, first offsets, second pointer, second offsets, inside); stream: (first pointer,
     first stride, second pointer, second stride, lse, delta, their offsets of token 0); who: (batch element, query head,
-    tokens and positions of the own rows as columns, tables of the modifier, tables of the mask).
+    tokens and positions of the own rows as columns, tables of the modifier, tables of the mask, sums of the modifier's
+    tables); edge: the numbers of the edges, or None.
     """
     one_offsets, two_offsets = token * stream[1], token * stream[3]
     scores = score(rows[0], rows[2], rows[3], rows[6], stream[0], one_offsets, live, NEGATE, STEP, DIMS, CHUNK)
@@ -95,12 +120,21 @@ def add_tile(
         weights = tl.exp2(scores * scale - base)
     else:
         q_token, kv_token = (who[2], token[None, :]) if IS_DQ else (token[None, :], who[2])
-        weights = tl.exp2(modified(scores, scale, who, q_token, kv_token, MODIFY) * LOG2_E - base)
+        weights = tl.exp2(modified(scores, scale, who, q_token, kv_token, edge, MODIFY) * LOG2_E - base)
     if attended is not None:
         weights = tl.where(attended, weights, 0.0)
     d_scores = weights * (d_weights - delta)
     if SLOPE is not None:
-        d_scores = chained(d_scores, modified(scores, scale, who, q_token, kv_token, SLOPE))
+        if SCATTER is not None:
+            # A pair that is not there has no number, nor any place in a table.
+            is_pair = rows[6][:, None] & live[None, :]
+            if attended is not None:
+                is_pair = is_pair & attended
+            d_value = tl.where(is_pair, d_scores, 0.0)
+            SCATTER(
+                d_value, scores * scale, who[0], who[1], q_token, kv_token, edge, who[4], who[6], add_exactly
+            )  # fmt: skip
+        d_scores = chained(d_scores, modified(scores, scale, who, q_token, kv_token, edge, SLOPE))
     one = load_rows(stream[0], one_offsets, live, DIMS[0], DIMS[1])
     acc_1 = tl.dot(d_scores.to(one.dtype), one, acc_1, input_precision="ieee")
     if not IS_DQ:
@@ -111,16 +145,20 @@ def add_tile(
 
 @triton.jit
 def add_tiles(
-    rows, row_base, row_delta, stream, columns, which, n_tiles, patterns, lane, order, length, who, acc_1, acc_2,
+    rows, row_base, row_delta, stream, columns, which, n_tiles, patterns, edges, lane, order, length, who, acc_1, acc_2,
     scale,
-    ATTENDS: tl.constexpr, MODIFY: tl.constexpr, SLOPE: tl.constexpr, IS_PARTIAL: tl.constexpr, IS_DQ: tl.constexpr,
-    NEGATE: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr, STEP: tl.constexpr, DIMS: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
+    ATTENDS: tl.constexpr, MODIFY: tl.constexpr, SLOPE: tl.constexpr, SCATTER: tl.constexpr, IS_PARTIAL: tl.constexpr,
+    IS_DQ: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr, STEP: tl.constexpr,
+    DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
 ):  # fmt: skip
-    """The gradients after tiles of BLOCK rows and STREAM tokens of the stream, full, by predicate or by pattern."""
+    """The gradients after tiles of BLOCK rows and STREAM tokens of the stream, full, by predicate or by pattern.
+
+    edges: for each tile the number of every query's first edge, or None.
+    """
     steps: tl.constexpr = STREAM // STEP
     words: tl.constexpr = (STREAM + 63) // 64
     within = tl.arange(0, STEP)
+    passed = lane * 0
     for i in range(n_tiles * steps):
         offset = i % steps * STEP
         position = tl.load(columns + i // steps) * STREAM + offset + within
@@ -134,39 +172,58 @@ def add_tiles(
             attended = ((tl.load(at)[:, None] >> bit.to(tl.int64)) & 1) != 0
         else:
             attended = None
+        edge = None
+        if edges is not None:
+            # A query's edges in a tile follow each other.
+            if IS_DQ:
+                first_edge = tl.load(edges + (lane * 0 + i // steps).to(tl.int64) * BLOCK + lane)[:, None]
+                if IS_PARTIAL:
+                    passed = tl.where(offset == 0, 0, passed)
+                    edge = first_edge + passed[:, None] + rank_among(attended, 1)
+                    passed += tl.sum(attended.to(tl.int32), 1)
+                else:
+                    edge = first_edge + (offset + within)[None, :]
+            else:
+                first_edge = tl.load(edges + (within * 0 + i // steps).to(tl.int64) * STREAM + offset + within)[None, :]
+                edge = first_edge + (rank_among(attended, 0) if IS_PARTIAL else lane[:, None])
         acc_1, acc_2 = add_tile(
-            rows, row_base, row_delta, stream, token, live, attended, who, acc_1, acc_2, scale,
-            MODIFY, SLOPE, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
+            rows, row_base, row_delta, stream, token, edge, live, attended, who, acc_1, acc_2, scale,
+            MODIFY, SLOPE, SCATTER, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
         )  # fmt: skip
     return acc_1, acc_2
 
 
 @triton.jit
 def add_columns(
-    rows, row_base, row_delta, stream, columns, lanes, n_columns, lane, order, who, acc_1, acc_2, scale,
-    MODIFY: tl.constexpr, SLOPE: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, STEP: tl.constexpr,
-    DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
+    rows, row_base, row_delta, stream, columns, lanes, n_columns, edge_indptr, edges, lane, order, who, acc_1, acc_2,
+    scale,
+    MODIFY: tl.constexpr, SLOPE: tl.constexpr, SCATTER: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr,
+    STEP: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
 ):  # fmt: skip
-    """The gradients after gathered columns."""
+    """The gradients after gathered columns; edge_indptr, edges: the numbers of each column's edges, or None."""
     for done in range(0, n_columns, STEP):
         nth = done + tl.arange(0, STEP)
         live = nth < n_columns
         token = tokens_at(order, tl.load(columns + nth, mask=live, other=0), live)
         bits = tl.load(lanes + nth, mask=live, other=0)
         attended = ((bits[None, :] >> lane[:, None].to(tl.int64)) & 1) != 0
+        edge = None
+        if edges is not None:
+            first_edge = tl.load(edge_indptr + nth, mask=live, other=0)
+            edge = tl.load(edges + first_edge[None, :] + rank_among(attended, 0), mask=attended, other=0)
         acc_1, acc_2 = add_tile(
-            rows, row_base, row_delta, stream, token, live, attended, who, acc_1, acc_2, scale,
-            MODIFY, SLOPE, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
+            rows, row_base, row_delta, stream, token, edge, live, attended, who, acc_1, acc_2, scale,
+            MODIFY, SLOPE, SCATTER, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
         )  # fmt: skip
     return acc_1, acc_2
 
 
 @triton.jit
 def add_singly(
-    one, two, row_base, row_delta, stream, position, live, start, stop, indptr, first, last, step, n_offsets, order,
-    length, who, acc_1, acc_2, scale,
-    MODIFY: tl.constexpr, SLOPE: tl.constexpr, FORM: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr,
-    KEYS: tl.constexpr, DIMS: tl.constexpr,
+    one, two, row_base, row_delta, stream, position, live, start, stop, indptr, first, last, step, edges, n_offsets,
+    order, length, who, acc_1, acc_2, scale,
+    MODIFY: tl.constexpr, SLOPE: tl.constexpr, SCATTER: tl.constexpr, FORM: tl.constexpr, IS_DQ: tl.constexpr,
+    NEGATE: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """The gradients after rows met their partners `start … stop - 1`, KEYS at a time, without matrix units.
 
@@ -193,6 +250,9 @@ def add_singly(
             index = low[None, :] + (nth + done)
             is_here = index < high[None, :]
             partner = tl.where(is_here, begin[None, :] + index * by[None, :], 0)
+            edge = None
+            if edges is not None:
+                edge = tl.load(edges + partner, mask=is_here, other=0)
             if FORM == "edges":
                 partner = tl.load(first + partner, mask=is_here, other=0)
             token = tokens_at(order, partner, is_here)
@@ -211,11 +271,16 @@ def add_singly(
                 weights = tl.exp2(scores * scale - base)
             else:
                 q_token, kv_token = (who[2], token) if IS_DQ else (token, who[2])
-                weights = tl.exp2(modified(scores, scale, who, q_token, kv_token, MODIFY) * LOG2_E - base)
+                weights = tl.exp2(modified(scores, scale, who, q_token, kv_token, edge, MODIFY) * LOG2_E - base)
             weights = tl.where(is_here, weights, 0.0)
             d_scores = weights * (tl.sum(two[None, :, :] * other_2, 2) - delta)
             if SLOPE is not None:
-                d_scores = chained(d_scores, modified(scores, scale, who, q_token, kv_token, SLOPE))
+                if SCATTER is not None:
+                    d_value = tl.where(is_here, d_scores, 0.0)
+                    SCATTER(
+                        d_value, scores * scale, who[0], who[1], q_token, kv_token, edge, who[4], who[6], add_exactly
+                    )  # fmt: skip
+                d_scores = chained(d_scores, modified(scores, scale, who, q_token, kv_token, edge, SLOPE))
             acc_1 += tl.sum(d_scores[:, :, None] * other_1, 0)
             if not IS_DQ:
                 acc_2 += tl.sum(weights[:, :, None] * other_2, 0)
@@ -233,9 +298,10 @@ def backward(
     item_tile, item_full, item_partial, tile_column, tile_pattern, patterns,
     item_column, item_column_stop, gathered_columns, gathered_lanes,
     item_start, item_stop, row_indptr, row_first, row_last, row_step,
-    order, stream_order, score_tables, mask_tables,
+    tile_edges, gathered_edge_indptr, gathered_edges, row_edges,
+    order, stream_order, score_tables, mask_tables, score_sums,
     n_items, n_slots, n_batches, n_heads, length, stream_length, n_offsets, scale, plain_scale,
-    ATTENDS: tl.constexpr, MODIFY: tl.constexpr, SLOPE: tl.constexpr,
+    ATTENDS: tl.constexpr, MODIFY: tl.constexpr, SLOPE: tl.constexpr, SCATTER: tl.constexpr,
     FORM: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr,
     STEP: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
     PERSISTENT: tl.constexpr,
@@ -245,7 +311,8 @@ def backward(
     Own and stream operands are (q, dO) and (k, v) for dQ, the other way round for dK and dV. A program serves one own
     head and all stream heads that meet it, in their order. None arrays mean that there is no such list; FORM None
     that there are no single edges. ATTENDS is the mask's predicate, MODIFY and SLOPE the score modifier and its
-    derivative: generated functions, or None. `scale` takes scores to units of log 2, or, modified, to their own.
+    derivative: generated functions, or None; SCATTER is another, which adds to `score_sums`. `scale` takes scores to
+    units of log 2, or, modified, to their own.
     """
     for turn in tl.range(turns(n_items * n_batches * n_heads, PERSISTENT), disable_licm=True):
         program = program_at(turn, PERSISTENT)
@@ -288,7 +355,7 @@ def backward(
                 stream_2 + batch * stream_2_batch + other_head * stream_2_head, stream_2_row,
                 lse, delta, batch * lse_batch + query_head * lse_head, batch * delta_batch + query_head * delta_head,
             )  # fmt: skip
-            who = (batch, query_head, token[:, None], position[:, None], score_tables, mask_tables)
+            who = (batch, query_head, token[:, None], position[:, None], score_tables, mask_tables, score_sums)
             if FORM is not None:
                 start, stop = tl.load(item_start + item), tl.load(item_stop + item)
                 if start < stop or item_tile is None:
@@ -299,34 +366,40 @@ def backward(
                     before = tl.cumsum(degree, 0) - degree
                     low = tl.minimum(tl.maximum(start - before, 0), degree)
                     high = tl.minimum(tl.maximum(stop - before, 0), degree)
-                    row_who = (batch, query_head, token[None, :], None, score_tables)
+                    row_who = (batch, query_head, token[None, :], None, score_tables, None, score_sums)
                     one = load_rows(base_1, offsets_1, inside, DIMS[0], DIMS[1]).to(tl.float32)
                     two = load_rows(base_2, offsets_2, inside, DIMS[2], DIMS[3]).to(tl.float32)
                     acc_1, acc_2 = add_singly(
                         one, two, row_base, row_delta, stream, row, inside, low, high, row_indptr, row_first, row_last,
-                        row_step, n_offsets, stream_order, stream_length, row_who, acc_1, acc_2, scale, MODIFY, SLOPE,
-                        FORM, IS_DQ, NEGATE, KEYS, DIMS,
+                        row_step, row_edges, n_offsets, stream_order, stream_length, row_who, acc_1, acc_2, scale,
+                        MODIFY, SLOPE, SCATTER, FORM, IS_DQ, NEGATE, KEYS, DIMS,
                     )  # fmt: skip
             if item_tile is not None:
                 first_tile, n_full = tl.load(item_tile + item), tl.load(item_full + item)
-                acc_1, acc_2 = add_tiles(
-                    rows, row_base, row_delta, stream, tile_column + first_tile, None, n_full, None, lane, stream_order,
-                    stream_length, who, acc_1, acc_2, scale, ATTENDS, MODIFY, SLOPE, False, IS_DQ, NEGATE, BLOCK,
-                    STREAM, STEP, DIMS, CHUNK, CHUNK_2,
-                )  # fmt: skip
                 first_partial = first_tile + n_full
+                # A tile has a number for each of its queries.
+                queries: tl.constexpr = BLOCK if IS_DQ else STREAM
+                full_edges = None if tile_edges is None else tile_edges + first_tile * queries
+                partial_edges = None if tile_edges is None else tile_edges + first_partial * queries
+                acc_1, acc_2 = add_tiles(
+                    rows, row_base, row_delta, stream, tile_column + first_tile, None, n_full, None, full_edges, lane,
+                    stream_order, stream_length, who, acc_1, acc_2, scale, ATTENDS, MODIFY, SLOPE, SCATTER, False,
+                    IS_DQ, NEGATE, BLOCK, STREAM, STEP, DIMS, CHUNK, CHUNK_2,
+                )  # fmt: skip
                 acc_1, acc_2 = add_tiles(
                     rows, row_base, row_delta, stream, tile_column + first_partial, tile_pattern + first_partial,
-                    tl.load(item_partial + item), patterns, lane, stream_order, stream_length, who, acc_1, acc_2,
-                    scale, ATTENDS, MODIFY, SLOPE, True, IS_DQ, NEGATE, BLOCK, STREAM, STEP, DIMS, CHUNK, CHUNK_2,
+                    tl.load(item_partial + item), patterns, partial_edges, lane, stream_order, stream_length, who,
+                    acc_1, acc_2, scale, ATTENDS, MODIFY, SLOPE, SCATTER, True, IS_DQ, NEGATE, BLOCK, STREAM, STEP,
+                    DIMS, CHUNK, CHUNK_2,
                 )  # fmt: skip
             if item_column is not None:
                 column = tl.load(item_column + item)
                 n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
+                column_edges = None if gathered_edges is None else gathered_edge_indptr + column
                 acc_1, acc_2 = add_columns(
                     rows, row_base, row_delta, stream, gathered_columns + column, gathered_lanes + column, n_columns,
-                    lane, stream_order, who, acc_1, acc_2, scale, MODIFY, SLOPE, IS_DQ, NEGATE, STEP, DIMS, CHUNK,
-                    CHUNK_2,
+                    column_edges, gathered_edges, lane, stream_order, who, acc_1, acc_2, scale, MODIFY, SLOPE, SCATTER,
+                    IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
                 )  # fmt: skip
 
         acc_1 *= plain_scale

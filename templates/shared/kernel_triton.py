@@ -140,9 +140,19 @@ def score_described(q, keys, first, NEGATE: tl.constexpr):
 
 
 @triton.jit
-def modified(scores, scale, who, q_token, kv_token, FUNCTION: tl.constexpr):
-    """What a generated function makes of scores, in natural units; who: (batch element, heads, ..., tables)."""
-    return FUNCTION(scores * scale, who[0], who[1], q_token, kv_token, who[4])
+def modified(scores, scale, who, q_token, kv_token, edge, FUNCTION: tl.constexpr):
+    """What a generated function makes of scores, in natural units; who: (batch element, heads, ..., tables).
+
+    edge: the numbers of the edges, or None where no function asks for them.
+    """
+    return FUNCTION(scores * scale, who[0], who[1], q_token, kv_token, edge, who[4])
+
+
+@triton.jit
+def rank_among(attended, AXIS: tl.constexpr):
+    """How many of those before it along an axis are attended; int32."""
+    marks = attended.to(tl.int32)
+    return tl.cumsum(marks, AXIS) - marks
 
 
 @triton.jit
@@ -168,15 +178,16 @@ def attend(scores, v, attended, peak, total, acc, scale, IS_MODIFIED: tl.constex
 
 @triton.jit
 def add_full_tiles(
-    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, columns, n_tiles, kv_order, who, peak,
-    total, acc, scale,
-    MODIFY: tl.constexpr, NEGATE: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, DIMS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, columns, n_tiles, edges, lane, kv_order,
+    who, peak, total, acc, scale,
+    MODIFY: tl.constexpr, NEGATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr,
+    DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The state after tiles whose every pair is attended, all inside the key sequence.
 
     keys, values: descriptors of K and V, or None. who: what generated functions are told: (batch element, head of each
     row, tokens and positions of the queries, all but the first as columns, tables of the modifier, tables of the mask).
+    edges: for each tile the number of every query's first edge, or None; lane: which query of the block each row is.
     """
     steps: tl.constexpr = BLOCK_KV // STEP_KV
     within = tl.arange(0, STEP_KV)
@@ -199,26 +210,31 @@ def add_full_tiles(
             peak, total, acc = attend(scores, v, None, peak, total, acc, scale, False)
         else:
             key = first + within if kv_order is None else token
-            scores = modified(scores, scale, who, who[2], key[None, :], MODIFY)
+            edge = None
+            if edges is not None:
+                edge = tl.load(edges + (lane * 0 + i // steps).to(tl.int64) * BLOCK_Q + lane)[:, None]
+                edge += (i % steps * STEP_KV + within)[None, :]
+            scores = modified(scores, scale, who, who[2], key[None, :], edge, MODIFY)
             peak, total, acc = attend(scores, v, None, peak, total, acc, LOG2_E, True)
     return peak, total, acc
 
 
 @triton.jit
 def add_partial_tiles(
-    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, columns, which, n_tiles, patterns, lane,
-    kv_order, kv_len, who, peak, total, acc, scale,
+    q, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, columns, which, n_tiles, patterns, edges,
+    lane, kv_order, kv_len, who, peak, total, acc, scale,
     ATTENDS: tl.constexpr, MODIFY: tl.constexpr, NEGATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     STEP_KV: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The state after tiles that attend by ATTENDS, the mask's predicate, or where that is None by pattern.
 
     lane: which query of the block each row is. A pattern has for each query the words of 64 keys; keys beyond the
-    sequence have no bit.
+    sequence have no bit. edges: as above.
     """
     steps: tl.constexpr = BLOCK_KV // STEP_KV
     words: tl.constexpr = (BLOCK_KV + 63) // 64
     within = tl.arange(0, STEP_KV)
+    passed = lane * 0
     for i in range(n_tiles * steps):
         offset = i % steps * STEP_KV
         first = tl.load(columns + i // steps) * BLOCK_KV + offset
@@ -244,20 +260,27 @@ def add_partial_tiles(
         if MODIFY is None:
             peak, total, acc = attend(scores, v, attended, peak, total, acc, scale, False)
         else:
-            scores = modified(scores, scale, who, who[2], token[None, :], MODIFY)
+            edge = None
+            if edges is not None:
+                # A query's edges in a tile follow each other.
+                passed = tl.where(offset == 0, 0, passed)
+                edge = tl.load(edges + (lane * 0 + i // steps).to(tl.int64) * BLOCK_Q + lane) + passed
+                edge = edge[:, None] + rank_among(attended, 1)
+                passed += tl.sum(attended.to(tl.int32), 1)
+            scores = modified(scores, scale, who, who[2], token[None, :], edge, MODIFY)
             peak, total, acc = attend(scores, v, attended, peak, total, acc, LOG2_E, True)
     return peak, total, acc
 
 
 @triton.jit
 def attend_singly(
-    q, k_base, k_row, v_base, v_row, tokens, live, who, peak, total, acc, scale,
+    q, k_base, k_row, v_base, v_row, tokens, edge, live, who, peak, total, acc, scale,
     MODIFY: tl.constexpr, NEGATE: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """The state after each query met keys of its own, without matrix units.
 
-    q: fp32 [queries, head_width], tokens and live: [keys, queries]. Queries come before keys among the threads, so that
-    a query's sums stay with the threads that hold it.
+    q: fp32 [queries, head_width], tokens, edge (or None) and live: [keys, queries]. Queries come before keys among the
+    threads, so that a query's sums stay with the threads that hold it.
     """
     column = tl.arange(0, DIMS[1])[None, None, :]
     v_column = tl.arange(0, DIMS[3])[None, None, :]
@@ -271,7 +294,7 @@ def attend_singly(
         scores = -scores
     unit = scale
     if MODIFY is not None:
-        scores = modified(scores, scale, who, who[2][None, :], tokens, MODIFY)
+        scores = modified(scores, scale, who, who[2][None, :], tokens, edge, MODIFY)
         unit = LOG2_E
     scores = tl.where(live, scores, NEG_INF)
     highest = tl.maximum(peak, tl.max(scores, 0) * unit)
@@ -339,8 +362,8 @@ def degrees(rows, live, indptr, first, last, step, n_offsets, kv_len, FORM: tl.c
 
 @triton.jit
 def walk(
-    q, k_base, k_row, v_base, v_row, rows, start, stop, indptr, first, last, step, n_offsets, kv_order, kv_len, who,
-    scale,
+    q, k_base, k_row, v_base, v_row, rows, start, stop, indptr, first, last, step, edges, n_offsets, kv_order, kv_len,
+    who, scale,
     FORM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MODIFY: tl.constexpr, NEGATE: tl.constexpr,
     DIMS: tl.constexpr,
 ):  # fmt: skip
@@ -349,7 +372,7 @@ def walk(
     who: (batch element, head, tokens of the rows, None, tables of the modifier), for generated functions.
 
     q: fp32 [ROWS, head_width]; rows, start, stop: int64 [ROWS]. The keys of a row are numbered in the order of its
-    progressions; FORM "edges" has them in `first`.
+    progressions; FORM "edges" has them in `first`, and where a modifier asks their numbers in `edges`.
     """
     peak, total, acc = empty_state(ROWS, DIMS[3])
     nth = tl.arange(0, KEYS).to(tl.int64)[:, None]
@@ -359,11 +382,16 @@ def walk(
         count = tl.where(live, stop - start, 0)
         for done in range(0, tl.max(count, 0).to(tl.int32), KEYS):
             is_key = nth + done < count[None, :]
-            position = tl.load(first + begin[None, :] + (nth + done), mask=is_key, other=0)
+            at = begin[None, :] + (nth + done)
+            position = tl.load(first + at, mask=is_key, other=0)
             tokens = tokens_at(kv_order, position, is_key)
+            edge = None
+            if edges is not None:
+                edge = tl.load(edges + at, mask=is_key, other=0)
             peak, total, acc = attend_singly(
-                q, k_base, k_row, v_base, v_row, tokens, is_key, who, peak, total, acc, scale, MODIFY, NEGATE, DIMS
-            )
+                q, k_base, k_row, v_base, v_row, tokens, edge, is_key, who, peak, total, acc, scale, MODIFY, NEGATE,
+                DIMS,
+            )  # fmt: skip
     else:
         passed = rows * 0
         for p in range(n_progressions(rows, live, indptr, n_offsets, FORM)):
@@ -377,8 +405,9 @@ def walk(
                 position = tl.where(is_key, begin[None, :] + key * by[None, :], 0)
                 tokens = tokens_at(kv_order, position, is_key)
                 peak, total, acc = attend_singly(
-                    q, k_base, k_row, v_base, v_row, tokens, is_key, who, peak, total, acc, scale, MODIFY, NEGATE, DIMS
-                )
+                    q, k_base, k_row, v_base, v_row, tokens, None, is_key, who, peak, total, acc, scale, MODIFY, NEGATE,
+                    DIMS,
+                )  # fmt: skip
     return peak, total, acc
 
 

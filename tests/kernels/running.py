@@ -13,7 +13,7 @@ from cases import Case
 from sparsec.backends import reference
 from sparsec.backends.base import BACKENDS, Launch, backend
 from sparsec.device import Device, detect_cpu, detect_gpu
-from sparsec.layout import Ordering
+from sparsec.layout import EdgeOrder, Ordering
 from sparsec.masks import BoundMask
 from sparsec.planner.works import IDENTITY, build_work
 from sparsec.template import Config, Template, templates
@@ -86,12 +86,13 @@ def launch(
     ordering: Ordering = IDENTITY,
     bound: BoundMask | None = None,
     is_partial: bool = False,
+    edges: EdgeOrder | None = None,
 ) -> Launch:
     """A launch of the whole case; `bound` is the mask in position space where it is not the case's."""
     p = case.problem
     device = device or device_of(backend_name)
     config = config or template.default(backend_name)
-    work = build_work(template, config, bound or case.bound, p, device, heads=p.q_heads, ordering=ordering)
+    work = build_work(template, config, bound or case.bound, p, device, heads=p.q_heads, ordering=ordering, edges=edges)
     heads, batch = tuple(range(p.q_heads)), tuple(range(p.batch))
     return Launch(template, backend_name, config, p, device, work, heads, batch, scale_of(case), is_partial)
 

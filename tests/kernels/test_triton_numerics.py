@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -25,9 +26,8 @@ from sparsec.backends.base import Launch, Work
 from sparsec.backends.reference import Modifier
 from sparsec.backends.triton_calls import Call
 from sparsec.device import device
-from sparsec.errors import UnsupportedError
-from sparsec.layout import Ordering, reordered, row_lists, schedule
-from sparsec.score import ScoreMod, alibi, as_score_mod, relative_bias, soft_cap
+from sparsec.layout import EdgeOrder, Ordering, reordered, row_lists, schedule
+from sparsec.score import ScoreMod, alibi, as_score_mod, chain, edge_bias, relative_bias, soft_cap
 from sparsec.template import Config, template
 
 # Not `importorskip`: the interpreter's process imports this file, and must not import Triton before it chose.
@@ -78,12 +78,20 @@ def _checked(made: Launch, tried: Case) -> None:
         _check_modified(made, tried, out, lse)
 
 
-def _check_modified(made: Launch, tried: Case, out: torch.Tensor, lse: torch.Tensor) -> None:
+def _modifier(made: Launch, b: int, h: int, tables: Sequence[torch.Tensor]) -> Modifier:
+    """That of a launch in the tokens' own order, which is that of the case."""
+    numbers = made.work.numbers
+    return Modifier(made.score.given(tables), b, h, numbered=None if numbers is None else numbers.mask)
+
+
+def _check_modified(
+    made: Launch, tried: Case, out: torch.Tensor, lse: torch.Tensor, tables: Sequence[torch.Tensor] = ()
+) -> None:
     q, k, v = running.inputs(tried)
     group = tried.problem.q_heads // tried.problem.kv_heads
     for b, h in np.ndindex(lse.shape[:2]):
         heads = tuple(t.double().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group]))
-        modifier = Modifier(made.score, b, h)
+        modifier = _modifier(made, b, h, tables)
         wanted = reference.attention(*heads, tried.bound, made.scale, modifier=modifier)
         allowed = reference.tolerances(*heads, tried.bound, made.scale, tried.problem.dtype, modifier)
         running.check_close(out[b, h], wanted[0], allowed[0], f"output of head {h}, batch element {b}")
@@ -248,22 +256,41 @@ def _run_modified_shuffled(name: str, tried: Case) -> None:
     _check_gradient(made, tried)
 
 
-def _run_live(name: str, tried: Case) -> None:
-    """A captured tensor that is given anew at each call; its gradient is refused, not left out."""
-    bias = torch.zeros(4, 33, requires_grad=True)
-    made = replace(_launch(name, tried), score=relative_bias(bias))
-    kernel, p = triton_backend.backend().lower(made), tried.problem
-    q, k, v = running.inputs(tried)
+def live_modifiers(nnz: int) -> dict[str, ScoreMod]:
+    """Captured tensors by every kind of index, whose gradients are added up in as many ways."""
+    bias, gain, shift, slopes = (torch.zeros(*shape, requires_grad=True) for shape in ((4, 33), (4,), (2, 50), (4,)))
+    edges, own_edges = (torch.zeros(*shape, requires_grad=True) for shape in ((nnz,), (2, 4, nnz)))
+    return {
+        "by-places": as_score_mod(
+            lambda score, b, h, q, kv: (
+                (score * (1.5 + gain[h]) + bias[h, kv - q + 16] + shift[b, kv]) * (1.0 + 0.25 * shift[0, q])
+            )
+        ),
+        "by-edges": chain(
+            alibi(slopes),
+            edge_bias(edges),
+            lambda score, b, h, q, kv: score * 0.5 + torch.sigmoid(score),
+            edge_bias(own_edges),
+        ),
+    }
+
+
+def _run_live(name: str, tried: Case, modifier: str, values: dict[str, int] | None = None) -> None:
+    """Captured tensors that are given anew at each call, and their gradients."""
+    score = live_modifiers(tried.bound.nnz)[modifier]
+    made = replace(_launch(name, tried, values, edges=EdgeOrder(tried.bound)), score=score)
+    if modifier == "by-places":
+        made = replace(made, work=replace(made.work, numbers=None))
+    kernel = triton_backend.backend().lower(made)
     for seed in (1, 2):
-        given = torch.randn(4, 33, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        given = [torch.randn(table.shape, generator=generator) / 2 for table in score.live_tables]
         out, lse = running.poisoned(tried)
-        kernel(q, k, v, out, lse, [given])
-        _check_modified(replace(made, score=made.score.given([given])), tried, out, lse)
-    dq, dk, dv = (torch.zeros(like.shape) for like in (q, k, v))
-    gradient = triton_backend.backend().lower_backward(made)
-    d_out = torch.ones(p.batch, p.q_heads, p.q_len, p.v_dim).to(out)
-    with pytest.raises(UnsupportedError, match="detach"):
-        gradient(q, k, v, out, lse, d_out, None, dq, dk, dv, [given], [torch.zeros_like(given)])
+        kernel(*running.inputs(tried), out, lse, given)
+        _check_modified(made, tried, out, lse, given)
+    _check_gradient(made, tried, tables=given)
+    # Where no gradient of theirs is wanted, another kernel runs.
+    _check_gradient(made, tried, tables=given, are_wanted=False)
 
 
 def _run_by_predicate(name: str, tried: Case) -> None:
@@ -303,8 +330,15 @@ def _run_gradient_of_some_heads(name: str, tried: Case) -> None:
     _check_gradient(replace(_launch(name, tried), heads=(1, 2), batch=(1,)), tried, with_d_lse=False)
 
 
-def _check_gradient(made: Launch, tried: Case, *, with_d_lse: bool = True) -> None:
-    """Holds dq, and what is added to dk and dv, to the reference, given exact results of the forward pass."""
+def _check_gradient(
+    made: Launch,
+    tried: Case,
+    *,
+    with_d_lse: bool = True,
+    tables: Sequence[torch.Tensor] = (),
+    are_wanted: bool = True,
+) -> None:
+    """Holds dq, and what is added to dk, dv and gradients of tables, to the reference, given exact results."""
     p, scale = tried.problem, running.scale_of(tried)
     group = p.q_heads // p.kv_heads
     q, k, v = running.inputs(tried)
@@ -312,13 +346,17 @@ def _check_gradient(made: Launch, tried: Case, *, with_d_lse: bool = True) -> No
     q, k = (tensor.mul(8).round().div(8) for tensor in (q, k))
     out, lse = running.poisoned(tried)
     everything = {"heads": tuple(range(p.q_heads)), "batch": tuple(range(p.batch)), "score": made.score}
-    reference.ReferenceKernel(replace(_launch(made.template.name, tried), **everything))(q, k, v, out, lse)
+    whole = _launch(made.template.name, tried)
+    whole = replace(whole, work=replace(whole.work, numbers=made.work.numbers), **everything)
+    reference.ReferenceKernel(whole)(q, k, v, out, lse, tables)
     generator = torch.Generator().manual_seed(13)
     d_out = torch.randn(out.shape, generator=generator).to(out.dtype)
     d_lse = torch.randn(lse.shape, generator=generator)
     dq, dk, dv = torch.full_like(q, float("nan")), torch.ones(k.shape), torch.ones(v.shape)
+    d_tables = [torch.ones(table.shape) if are_wanted else None for table in tables]
+    expected_tables, allowed_tables = [np.ones(table.shape) for table in tables], [1e-5] * len(tables)
     gradient = triton_backend.backend().lower_backward(made)
-    gradient(q, k, v, out, lse, d_out, d_lse if with_d_lse else None, dq, dk, dv)
+    gradient(q, k, v, out, lse, d_out, d_lse if with_d_lse else None, dq, dk, dv, tables, d_tables)
     written = torch.zeros(lse.shape, dtype=torch.bool)
     allowed_k, allowed_v = np.full(k.shape[:2], 1e-5), np.full(v.shape[:2], 1e-5)
     expected_k, expected_v = np.ones(k.shape), np.ones(v.shape)
@@ -326,8 +364,8 @@ def _check_gradient(made: Launch, tried: Case, *, with_d_lse: bool = True) -> No
         for h in made.heads:
             heads = tuple(t.double().numpy() for t in (q[b, h], k[b, h // group], v[b, h // group]))
             above = d_out[b, h].double().numpy(), d_lse[b, h].double().numpy() * with_d_lse
-            modifier = None if made.score is None else Modifier(made.score, b, h)
-            wanted = reference.gradients(*heads, tried.bound, scale, *above, modifier)
+            modifier = None if made.score is None else _modifier(made, b, h, tables)
+            wanted = reference.gradients(*heads, tried.bound, scale, *above, modifier, expected_tables)
             allowed = reference.gradient_tolerances(*heads, tried.bound, scale, *above, p.dtype, modifier)
             running.check_close(dq[b, h], wanted[0], allowed[0], f"dq of head {h}, batch element {b}")
             written[b, h] = True
@@ -335,10 +373,14 @@ def _check_gradient(made: Launch, tried: Case, *, with_d_lse: bool = True) -> No
             expected_v[b, h // group] += wanted[2]
             allowed_k[b, h // group] += allowed[1]
             allowed_v[b, h // group] += allowed[2]
+            allowed_tables = [total + own for total, own in zip(allowed_tables, allowed[3:], strict=True)]
     assert torch.equal(~torch.isnan(dq).any(-1), written)
     for b, h in np.ndindex(p.batch, p.kv_heads):
         running.check_close(dk[b, h], expected_k[b, h], allowed_k[b, h], f"dk of head {h}, batch element {b}")
         running.check_close(dv[b, h], expected_v[b, h], allowed_v[b, h], f"dv of head {h}, batch element {b}")
+    for number, (got, expected, limit) in enumerate(zip(d_tables, expected_tables, allowed_tables, strict=True)):
+        if got is not None:
+            running.check_close(got, expected, limit, f"gradient of table {number}, {made.score.live_tables[number]}")
 
 
 def split(work: Work) -> Work:
@@ -507,9 +549,11 @@ def test_modifiers(interpreter, modifier, name, direction):
     interpreter(_run_modified, name, GROUPED.with_dtype(dtype), modifier, direction)
 
 
-@pytest.mark.parametrize("name", ["block_sparse", spread("row_traversal"), spread("hybrid")])
-def test_captured_tensors_are_read_anew(interpreter, name):
-    interpreter(_run_live, name, GROUPED.with_dtype("fp32"))
+@pytest.mark.parametrize("dtype", ["fp32", SPREAD_FP16])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("modifier", ["by-places", "by-edges"])
+def test_captured_tensors_and_their_gradients(interpreter, modifier, name, dtype):
+    interpreter(_run_live, name, GROUPED.with_dtype(dtype), modifier)
 
 
 @pytest.mark.spread
