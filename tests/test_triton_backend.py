@@ -231,8 +231,8 @@ def test_planning_for_a_gpu_imports_neither_torch_nor_triton():
 def test_captured_tensors_and_numbered_edges_are_served():
     import torch
 
-    bound = m.window(40, 0).bind(200)
-    problem = Problem(200, 200, 2, 2, dtype="bf16", needs_grad=True)
+    bound = (m.window(40, 0) | m.random_edges(3, 1)).bind(700)
+    problem = Problem(700, 700, 2, 2, dtype="bf16", needs_grad=True)
     for score in (
         sparsec.score.relative_bias(torch.zeros(2, 33, requires_grad=True)),
         sparsec.score.edge_bias(torch.zeros(2, bound.nnz, requires_grad=True)),

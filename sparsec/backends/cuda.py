@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -36,6 +36,7 @@ from sparsec.backends.cuda_calls import (
 )
 from sparsec.backends.cuda_gradients import GradientArguments, Side, gradient_program, prepared_blocks, sides
 from sparsec.backends.cuda_printed import score_tables
+from sparsec.backends.table_gradients import add_sums, zero_sums
 from sparsec.device import Device
 from sparsec.errors import CompileError, UnsupportedError
 from sparsec.template import Config, Template
@@ -150,15 +151,15 @@ class _Bound:
         found = {name: None if array is None else array.data_ptr() for name, array in arrays.items()}
         return {**found, "batches": self._batches[device, batch].data_ptr()}
 
-    def fill_tables(self, lists: ListsArgument, device: torch.device) -> None:
-        """Where the score modifier's arrays are."""
+    def fill_tables(self, lists: ListsArgument, device: torch.device, live: Sequence[torch.Tensor]) -> None:
+        """Where the score modifier's arrays are; `live` are those of this call."""
         if self.launch.score is None:
             return
         if device not in self._tables:
             self._tables[device] = tuple(_upload(array, device) for array in score_tables(self.launch.score))
-        for number, table in enumerate(self._tables[device]):
-            assert table is not None, "a captured array is an array"
-            lists.tables[number] = table.data_ptr()
+        given = iter(live)
+        for number, kept in enumerate(self._tables[device]):
+            lists.tables[number] = (next(given) if kept is None else kept).data_ptr()
 
     def run(
         self, made: Program, name: str, blocks: int, threads: int, arguments: ctypes.Structure, device: torch.device
@@ -203,7 +204,13 @@ class CudaKernel(_Bound):
         return self._walk.nbytes + self._partial_words(len(self.launch.batch)) * 4
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        tables: Sequence[torch.Tensor] = (),
     ) -> None:
         import torch
 
@@ -226,7 +233,7 @@ class CudaKernel(_Bound):
             partial=partial.data_ptr(),
             scale=launch.scale * (LOG2_E if launch.score is None else 1.0),
         )
-        self.fill_tables(arguments.lists, q.device)
+        self.fill_tables(arguments.lists, q.device, tables)
         made = forward_program(launch, walk, widths)
         copies = n_batch * walk.n_copies
         blocks, shape = walk.shape.blocks(walk.bins), walk.shape
@@ -263,9 +270,16 @@ class CudaGradient(_Bound):
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
+        tables: Sequence[torch.Tensor] = (),
+        d_tables: Sequence[torch.Tensor | None] = (),
     ) -> None:
         import torch
 
+        score, numbers = self.launch.score, self.launch.work.numbers
+        sums: Sequence[torch.Tensor | None] = ()
+        if score is not None and any(wanted is not None for wanted in d_tables):
+            places = (q.shape[0], q.shape[1], 0 if numbers is None else numbers.mask.nnz)
+            sums = zero_sums(score, d_tables, places, q.device)
         problem, n_batch = self.launch.problem, len(self.launch.elements(q.shape[0]))
         delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
         for side in self._sides:
@@ -299,15 +313,20 @@ class CudaGradient(_Bound):
                 partial=partial.data_ptr(),
                 scale=self.launch.scale,
             )
-            self.fill_tables(arguments.lists, q.device)
+            self.fill_tables(arguments.lists, q.device, tables)
+            for number, total in enumerate(sums):
+                arguments.sums[number] = None if total is None else total.data_ptr()
             head_indptr, stream_heads = self._heads_on(side, q.device)
             arguments.head_indptr, arguments.stream_heads = head_indptr.data_ptr(), stream_heads.data_ptr()
-            made, threads = gradient_program(self.launch, side, widths), walk.shape.warps * WARP
+            made = gradient_program(self.launch, side, widths, with_sums=bool(sums))
+            threads = walk.shape.warps * WARP
             if side.is_dq:
                 self.run(made, "prepare", prepared_blocks(walk) * copies, threads, arguments, q.device)
             self.run(made, "backward", walk.shape.blocks(walk.bins) * copies, threads, arguments, q.device)
             joined = len(walk.bins.merge_row) * walk.shape.pack * copies
             self.run(made, "add_up", joined, JOIN_THREADS, arguments, q.device)
+        if score is not None and sums:
+            add_sums(score, sums, d_tables)
 
     def _heads_on(self, side: Side, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
@@ -334,7 +353,8 @@ def programs_of(launch: Launch, direction: Direction = "forward") -> tuple[tuple
     if direction == "forward":
         walk = forward_walk(launch)
         return ((forward_program(launch, walk, widths), walk),)
-    return tuple((gradient_program(launch, side, widths), side.walk) for side in sides(launch))
+    with_sums = launch.score is not None and bool(launch.score.live_tables)
+    return tuple((gradient_program(launch, side, widths, with_sums=with_sums), side.walk) for side in sides(launch))
 
 
 def _contiguous(dim: int, itemsize: int) -> Placed:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsec.backends.base import Launch
-from sparsec.backends.cuda_printed import MAX_TABLES, score_header
+from sparsec.backends.cuda_printed import MAX_TABLES, Extents, score_header
 from sparsec.layout import RowLists, schedule
 
 Array = npt.NDArray[Any]
@@ -238,8 +238,25 @@ class Program:
     score: str = ""
 
 
-def program(launch: Launch, shape: TeamShape, form: str, widths: tuple[int, int], **more: object) -> Program:
-    """The program of a launch, for K and V rows fetched in such widths."""
+def program(
+    launch: Launch,
+    shape: TeamShape,
+    form: str,
+    widths: tuple[int, int],
+    *,
+    with_scatter: bool = False,
+    **more: object,
+) -> Program:
+    """The program of a launch, for K and V rows fetched in such widths.
+
+    Args:
+        launch: The launch.
+        shape: Of the teams.
+        form: Of the rows.
+        widths: Bytes that a lane fetches at once.
+        with_scatter: Whether it sums up gradients of a score modifier's tables.
+        more: Definitions of its own.
+    """
     problem = launch.problem
     values: dict[str, object] = {
         "SX_T": _TYPES[problem.dtype],
@@ -258,8 +275,10 @@ def program(launch: Launch, shape: TeamShape, form: str, widths: tuple[int, int]
     defines = tuple((name, str(value)) for name, value in values.items())
     if launch.score is None:
         return Program(launch.template.name, launch.device.arch, defines)
-    header = score_header(launch.score, launch.work.bound)
-    return Program(launch.template.name, launch.device.arch, (*defines, ("SX_SCORE", "1")), header)
+    header = score_header(launch.score, Extents.of(launch), with_scatter=with_scatter)
+    asked = {"SX_SCORE": True, "SX_EDGES": launch.score.needs_edges, "SX_SCATTER": with_scatter}
+    defines += tuple((name, "1") for name, is_asked in asked.items() if is_asked)
+    return Program(launch.template.name, launch.device.arch, defines, header)
 
 
 # Arguments, as the kernels' headers declare them.
@@ -279,11 +298,12 @@ class TensorArgument(ctypes.Structure):
 _POINTERS: Final = (
     *("indptr", "first", "last", "step", "row_order", "key_order", "batches", "heads"),
     *("piece_row", "piece_start", "piece_stop", "piece_slot", "warp_rows", "team_rows", "merge_row", "merge_indptr"),
+    "edges",
 )
 _NUMBERS: Final = (
     *("n_pieces", "n_warp_rows", "n_team_rows", "warp_first", "team_first"),
     *("n_slots", "n_merges", "n_heads", "abreast", "rows_per_warp"),
-    *("n_offsets", "row_len", "key_len", "group"),
+    *("n_offsets", "row_len", "key_len", "group", "first_query"),
 )
 
 
@@ -357,6 +377,7 @@ def walk(
     pack: int,
     group: int,
     orders: tuple[Array | None, Array | None],
+    numbers: Array | None = None,
 ) -> Walk:
     """How a launch walks `rows`.
 
@@ -367,6 +388,7 @@ def walk(
         pack: How many of them go together.
         group: Heads of the own side that share one of the other's.
         orders: The token at each position, of the rows and of their keys.
+        numbers: Of the edges as `rows` lists them, where that is not their order.
     """
     shape = team_shape(launch, rows.shape[0], pack=pack)
     firsts = heads[::pack]
@@ -395,8 +417,9 @@ def walk(
         "team_rows": bins.teams.rows,
         "merge_row": bins.merge_row,
         "merge_indptr": bins.merge_indptr,
+        "edges": numbers,
     }
-    numbers = {
+    counts = {
         "n_pieces": len(bins.piece_row),
         "n_warp_rows": bins.warps.count,
         "n_team_rows": bins.teams.count,
@@ -412,8 +435,9 @@ def walk(
         "row_len": rows.shape[0],
         "key_len": rows.shape[1],
         "group": group,
+        "first_query": launch.first_query,
     }
-    return Walk(rows.form, shape, bins, arrays, numbers, len(firsts))
+    return Walk(rows.form, shape, bins, arrays, counts, len(firsts))
 
 
 def forward_walk(launch: Launch) -> Walk:
@@ -422,7 +446,8 @@ def forward_walk(launch: Launch) -> Walk:
     assert work.rows is not None, "row_traversal walks rows"
     orders = (work.ordering.q_order, work.ordering.kv_order)
     group = problem.q_heads // problem.kv_heads
-    return walk(launch, work.rows, launch.heads, pack=packed_heads(launch), group=group, orders=orders)
+    pack, numbers = packed_heads(launch), None if work.numbers is None else work.numbers.rows
+    return walk(launch, work.rows, launch.heads, pack=pack, group=group, orders=orders, numbers=numbers)
 
 
 def forward_program(launch: Launch, walk: Walk, widths: tuple[int, int]) -> Program:

@@ -22,7 +22,8 @@ from sparsec.backends.cuda_calls import (
     program,
     walk,
 )
-from sparsec.layout import row_lists
+from sparsec.backends.cuda_printed import MAX_TABLES
+from sparsec.layout import EdgeOrder, Ordering, row_lists
 
 
 class GradientArguments(ctypes.Structure):
@@ -34,6 +35,7 @@ class GradientArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("lse", "d_lse", "delta")),
         *((f"{name}_{axis}", ctypes.c_int64) for name in ("lse", "d_lse", "delta") for axis in ("batch", "head")),
         *((name, ctypes.c_void_p) for name in ("head_indptr", "stream_heads", "partial")),
+        ("sums", ctypes.c_void_p * MAX_TABLES),
         ("scale", ctypes.c_float),
     )
 
@@ -67,12 +69,22 @@ def sides(launch: Launch) -> tuple[Side, Side]:
     group = problem.q_heads // problem.kv_heads
     q_order, kv_order = work.ordering.q_order, work.ordering.kv_order
     by_queries = walk(
-        launch, work.rows, launch.heads, pack=packed_heads(launch), group=group, orders=(q_order, kv_order)
+        launch,
+        work.rows,
+        launch.heads,
+        pack=packed_heads(launch),
+        group=group,
+        orders=(q_order, kv_order),
+        numbers=None if work.numbers is None else work.numbers.rows,
     )
     kv_heads = tuple(sorted({head // group for head in launch.heads}))
     meeting = [[head for head in sorted(launch.heads) if head // group == kv_head] for kv_head in kv_heads]
-    transposed = row_lists(work.bound.T)
-    by_keys = walk(launch, transposed, kv_heads, pack=1, group=1, orders=(kv_order, q_order))
+    transposed = row_lists(work.bound.T, None if work.numbers is None else "edges")
+    numbers = None
+    if work.numbers is not None:
+        ordering = Ordering(work.ordering.name, kv_order, q_order)
+        numbers = EdgeOrder(work.numbers.mask).of_rows(transposed, ordering, by_keys=True).rows
+    by_keys = walk(launch, transposed, kv_heads, pack=1, group=1, orders=(kv_order, q_order), numbers=numbers)
     none = np.zeros(1, np.int32)
     return (
         Side(True, by_queries, none, none),
@@ -90,8 +102,11 @@ def prepared_blocks(walk: Walk) -> int:
     return -(-walk.numbers["row_len"] // (walk.shape.warps * walk.shape.teams))
 
 
-def gradient_program(launch: Launch, side: Side, widths: tuple[int, int]) -> Program:
-    """The program of one side, for rows fetched in such widths; dK and dV are fp32."""
+def gradient_program(launch: Launch, side: Side, widths: tuple[int, int], *, with_sums: bool = False) -> Program:
+    """The program of one side, for rows fetched in such widths; dK and dV are fp32.
+
+    With sums, the side of the queries adds up the gradients of the score modifier's tables.
+    """
     more: dict[str, object] = {
         "SX_BACKWARD": 1,
         "SX_DQ": int(side.is_dq),
@@ -99,4 +114,4 @@ def gradient_program(launch: Launch, side: Side, widths: tuple[int, int]) -> Pro
     }
     if not side.is_dq:
         more["SX_OUT"] = "float"
-    return program(launch, side.walk.shape, side.walk.form, widths, **more)
+    return program(launch, side.walk.shape, side.walk.form, widths, with_scatter=with_sums and side.is_dq, **more)

@@ -7,21 +7,24 @@ it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from sparsec.backends.base import Launch
+from sparsec.backends.table_gradients import is_by_edge
 from sparsec.errors import UnsupportedError
-from sparsec.expr import CUDA, CUDA_FUNCTIONS, Expr, needs_int64
-from sparsec.masks.mask import BoundMask
-from sparsec.score import ScoreMod
+from sparsec.expr import CUDA, CUDA_FUNCTIONS, Captured, Expr, apply, needs_int64
+from sparsec.expr.tree import cast_to
+from sparsec.score import ScoreMod, offset_of
 
 # `kMaxTables` of shared/launch.cuh.
 MAX_TABLES: Final = 16
 # More batch elements and heads than these are in no GPU's memory.
 _MOST: Final = 1 << 20
-_VARIABLES: Final = frozenset({"score", "b", "h", "q_idx", "kv_idx"})
 _TYPES: Final = {"f4": "float", "f8": "float", "i4": "int", "i8": "long long", "b1": "bool"}
 _HEADER: Final = """\
 // Generated: a score modifier and its derivative by the score.
@@ -34,27 +37,72 @@ struct Score {{
 """
 _FUNCTION: Final = """\
   // {expr}
-  static SX_INLINE float {name}(const void* const* tables, float score, int b, int h, int q_idx, int kv_idx) {{
+  static SX_INLINE float {name}(
+      const void* const* tables, float score, int b, int h, int q_idx, int kv_idx, int edge = 0) {{
 {body}    return static_cast<float>({result});
   }}
 """
+# `kept` are sums over a row's edges of what goes to one entry, which is added once.
+_SCATTER: Final = """\
+  static constexpr int kKept = {n_kept};
+  static SX_INLINE void scatter(
+      const void* const* tables, void* const* sums, float d_value, float score, int b, int h, int q_idx, int kv_idx,
+      int edge, float* kept) {{
+{bodies}  }}
+  static SX_INLINE void scatter_kept(
+      const void* const* tables, void* const* sums, int b, int h, int q_idx, const float* kept) {{
+{kept}  }}
+"""
+_SCATTER_BODY: Final = """\
+    if (sums[{number}]) {{
+{statements}      const float share = chained(d_value, static_cast<float>({factor}));
+      {added}
+    }}
+"""
+_BY_EDGE: Final = "((float*)sums[{number}])[((i64)b * {q_heads} + h) * {n_edges} + edge] = share;"
+_KEPT_BODY: Final = """\
+    if (sums[{number}]) {{
+{statements}      add_exactly(sums[{number}], {index}, kept[{place}]);
+    }}
+"""
 
 
-def score_header(score: ScoreMod, bound: BoundMask) -> str:
-    """`Score::value` and `Score::slope` of `(tables, score, b, h, q_idx, kv_idx)`, in natural units.
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """How many values the variables of a modifier take; `edges` is 0 where it counts none."""
+
+    queries: int
+    keys: int
+    q_heads: int
+    edges: int = 0
+
+    @classmethod
+    def of(cls, launch: Launch) -> Extents:
+        q_len, kv_len = launch.work.bound.shape
+        numbers = launch.work.numbers
+        n_edges = 0 if numbers is None else numbers.mask.nnz
+        return cls(launch.first_query + q_len, kv_len, launch.problem.q_heads, n_edges)
+
+
+def score_header(score: ScoreMod, extents: Extents, *, with_scatter: bool = False) -> str:
+    """`Score::value` and `Score::slope` of `(tables, score, b, h, q_idx, kv_idx, edge)`, in natural units.
+
+    Args:
+        score: The modifier.
+        extents: Of its variables.
+        with_scatter: Whether to say, too, what scores add to the gradients of live tables (`scatter`, `scatter_kept`).
 
     Raises:
         UnsupportedError: It needs what these kernels do not give.
     """
     names = {
-        table: f"((const {_TYPES[table.array.dtype.str[1:]]}*)tables[{number}])"
-        for number, table in enumerate(score.tables)
+        table: f"((const {_TYPES[table.dtype.str[1:]]}*)tables[{number}])" for number, table in enumerate(score.tables)
     }
     if len(names) > MAX_TABLES:
         raise UnsupportedError(f"score_mod captures {len(names)} arrays, and the CUDA kernels take {MAX_TABLES}")
     functions = ""
     for name, expr in (("value", score.expr), ("slope", score.slope)):
-        _check(expr, bound)
+        _check(expr, extents)
         code = CUDA.code((expr,), tables=names)
         functions += _FUNCTION.format(
             name=name,
@@ -62,20 +110,55 @@ def score_header(score: ScoreMod, bound: BoundMask) -> str:
             body="".join(f"    {line}\n" for line in code.statements),
             result=code.results[0],
         )
+    if with_scatter:
+        functions += _scatter(score, names, extents)
     return _HEADER.format(given=CUDA_FUNCTIONS, functions=functions)
 
 
-def score_tables(score: ScoreMod) -> tuple[npt.NDArray[Any], ...]:
-    """The arrays of `tables`, contiguous; doubles as floats."""
-    arrays = (np.array(table.array, order="C") for table in score.tables)
-    return tuple(array.astype(np.float32) if array.dtype == np.float64 else array for array in arrays)
+def score_tables(score: ScoreMod) -> tuple[npt.NDArray[Any] | None, ...]:
+    """The arrays of `tables`, contiguous, doubles as floats; None for those that are given at each call."""
+    arrays = (None if table.is_live else np.array(table.array, order="C") for table in score.tables)
+    return tuple(
+        array.astype(np.float32) if array is not None and array.dtype == np.float64 else array for array in arrays
+    )
 
 
-def _check(expr: Expr, bound: BoundMask) -> None:
-    ranges = {"q_idx": (0, bound.q_len), "kv_idx": (0, bound.kv_len), "b": (0, _MOST), "h": (0, _MOST)}
-    unknown = expr.variables() - _VARIABLES
-    if unknown:
-        raise UnsupportedError(f"score_mod asks for {', '.join(sorted(unknown))}, which the CUDA kernels do not give")
+def _scatter(score: ScoreMod, names: Mapping[Captured, str], extents: Extents) -> str:
+    bodies, kept, n_kept = "", "", 0
+    for number, look_up, factor in score.look_ups:
+        index = offset_of(look_up)
+        _check(apply("add", cast_to("float", index), factor), extents)
+        is_of_row = index.variables() <= {"b", "h", "q_idx"}
+        code = CUDA.code((factor,) if is_of_row or is_by_edge(score, number) else (factor, index), tables=names)
+        if is_by_edge(score, number):
+            added = _BY_EDGE.format(number=number, q_heads=extents.q_heads, n_edges=extents.edges)
+        elif is_of_row:
+            added = f"kept[{n_kept}] += share;"
+            place = CUDA.code((index,), tables=names)
+            kept += _KEPT_BODY.format(
+                number=number, statements=_lines(place.statements), index=place.results[0], place=n_kept
+            )
+            n_kept += 1
+        else:
+            added = f"add_exactly(sums[{number}], {code.results[1]}, share);"
+        bodies += _SCATTER_BODY.format(
+            number=number, statements=_lines(code.statements), factor=code.results[0], added=added
+        )
+    return _SCATTER.format(n_kept=n_kept, bodies=bodies, kept=kept)
+
+
+def _lines(statements: tuple[str, ...]) -> str:
+    return "".join(f"      {line}\n" for line in statements)
+
+
+def _check(expr: Expr, extents: Extents) -> None:
+    ranges = {
+        "q_idx": (0, extents.queries),
+        "kv_idx": (0, extents.keys),
+        "edge": (0, extents.edges),
+        "b": (0, _MOST),
+        "h": (0, _MOST),
+    }
     if any(math.prod(table.shape) > 2**31 - 1 for table in expr.tables()) or needs_int64(expr, ranges):
         raise UnsupportedError("score_mod makes integers beyond 32 bits, which the CUDA kernels do not hold")
 

@@ -81,8 +81,9 @@ def shape_of(launch: Launch) -> Shape:
     keys = max(1, config.get("fetch", 64) * threads // (rows * row_bytes))
     if launch.template.layout == "rows":
         return Shape(dims, pack, 0, dims[1], keys, warps, 1, 0)
+    # Beside each score that is looked up for stand its place in the table and what is found there.
     looks_up = launch.score is not None and bool(launch.score.tables)
-    scores = _SCORES_PER_THREAD // 2 if looks_up else _SCORES_PER_THREAD
+    scores = _SCORES_PER_THREAD // 4 if looks_up else _SCORES_PER_THREAD
     step = min(config["block_kv"], max(16, scores * threads // rows))
     stages, chunk = config["num_stages"], dims[1]
     if launch.device.kind == "nvidia" and problem.dtype == "fp32":

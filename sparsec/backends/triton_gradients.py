@@ -248,6 +248,9 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
         shared_limit(config, device) - 4096
     ):
         step //= 2
+    if launch.score is not None and (launch.score.needs_edges or (side.is_dq and launch.score.live_tables)):
+        # Edges are counted, and what is added to a table is made, of each score beside its gradient.
+        step = 16
     return constants | {"STEP": step}, warps, stages
 
 

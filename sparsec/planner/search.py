@@ -63,8 +63,6 @@ _MIN_ORDER_DEGREE = 16.0
 # Gathered tiles can gain only where tiles leave this much empty.
 _HYBRID_FILL = 0.6
 _OWN_ORDER = "the tokens' own order, and reorder='force' asks for another"
-# Back ends whose kernels are given the live tables of a score modifier, and the numbers of edges.
-_TAKE_TABLES = ("cpu", "triton", "reference")
 # Entries of a score modifier's array, and edges it can count: kernels index them with int32.
 _MAX_NUMBERED = 1 << 31
 
@@ -347,19 +345,13 @@ class _Search:
                         wrong_kind = f"it does not serve {self._device.kind} devices such as {self._device.name}"
                         self._refusals.append(Refusal(f"{each.name} on {name}", wrong_kind))
                     continue
-                reason = server.refusal(each, self._problem, self._device) or self._score_refusal(name)
+                reason = server.refusal(each, self._problem, self._device)
                 if each.layout == "none":
                     reason = reason or self._dense_refusal()
                 if reason is not None:
                     self._refusals.append(Refusal(f"{each.name} on {name}", reason))
                 else:
                     yield each, name
-
-    def _score_refusal(self, name: str) -> str | None:
-        score = self._wanted.score
-        if score is None or name in _TAKE_TABLES or not (score.live_tables or score.needs_edges):
-            return None
-        return "its kernels take no captured tensors, nor numbers of edges: capture arrays, not tensors"
 
     def _dense_refusal(self) -> str | None:
         if self._dense_share() is None:

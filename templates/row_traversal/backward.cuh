@@ -29,6 +29,7 @@ struct Arguments {
   const int* head_indptr;   // of an own head's stream heads; where queries own rows, the head of keys is theirs
   const int* stream_heads;
   float* partial;        // [copies, slots, kPack, kWords]
+  void* sums[kMaxTables];  // of the gradients of a score modifier's live tables; null where none is wanted
   float scale;
 };
 
@@ -118,7 +119,10 @@ SX_INLINE void join_sums(const Arguments& a, const Copy& copy, int p, i64 token,
 struct Places {
   const void* const* tables;
   int batch, head, own;  // of the first head of a pack; the own token
-  int stream[kKeys];
+  int stream[kKeys], edge[kKeys];
+
+  SX_INLINE int query(int u) const { return kIsDq ? own : stream[u]; }
+  SX_INLINE int key(int u) const { return kIsDq ? stream[u] : own; }
 };
 
 #if defined(SX_SCORE)
@@ -126,18 +130,44 @@ struct Places {
 SX_INLINE float modified(const Places& at, int p, int u, float score, float* slope) {
   *slope = 0.0f;
   if (at.stream[u] < 0) return score;
-  const int q_idx = kIsDq ? at.own : at.stream[u], kv_idx = kIsDq ? at.stream[u] : at.own;
-  *slope = Score::slope(at.tables, score, at.batch, at.head + p, q_idx, kv_idx);
-  return Score::value(at.tables, score, at.batch, at.head + p, q_idx, kv_idx);
+  *slope = Score::slope(at.tables, score, at.batch, at.head + p, at.query(u), at.key(u), at.edge[u]);
+  return Score::value(at.tables, score, at.batch, at.head + p, at.query(u), at.key(u), at.edge[u]);
 }
 #endif
 
-// The gradient of what a modified score was made of; 0 where that of the score is 0, though the factor be infinite.
-SX_INLINE float chained(float d_value, float factor) { return d_value == 0.0f ? 0.0f : d_value * factor; }
+// What a team has for the gradients of a score modifier's tables; its first lane alone adds to them.
+struct TableSums {
+#if defined(SX_SCATTER)
+  void* const* sums;
+  bool is_adder;
+  float kept[kPack][Score::kKept ? Score::kKept : 1];
+
+  SX_INLINE void clear() {
+#pragma unroll
+    for (int p = 0; p < kPack; ++p) {
+#pragma unroll
+      for (float& sum : kept[p]) sum = 0.0f;
+    }
+  }
+  SX_INLINE void add(const Places& at, int p, int u, float d_value, float score) {
+    if (is_adder && d_value != 0.0f)
+      Score::scatter(at.tables, sums, d_value, score, at.batch, at.head + p, at.query(u), at.key(u), at.edge[u], kept[p]);
+  }
+  SX_INLINE void finish(const void* const* tables, int batch, int head, int q_idx) {
+#pragma unroll
+    for (int p = 0; p < kPack; ++p)
+      if (is_adder) Score::scatter_kept(tables, sums, batch, head + p, q_idx, kept[p]);
+  }
+#else
+  SX_INLINE void clear() {}
+  SX_INLINE void add(const Places&, int, int, float, float) {}
+  SX_INLINE void finish(const void* const*, int, int, int) {}
+#endif
+};
 
 // Adds kKeys partners of a row.
 SX_INLINE void add(
-    const Places& at, Sums& sums, const float (&own_1)[kPack][One::kSize], const float (&own_2)[kPack][Two::kSize],
+    const Places& at, Sums& sums, TableSums& of_tables, const float (&own_1)[kPack][One::kSize], const float (&own_2)[kPack][Two::kSize],
     const typename One::Raw (&one)[kKeys], const typename Two::Raw (&two)[kKeys], const bool (&is_live)[kKeys],
     const Statistics (&of)[kIsDq ? kPack : kKeys], float scale) {
   float scores[kPack][kKeys], products[kPack][kKeys];
@@ -166,11 +196,16 @@ SX_INLINE void add(
       float slope;
       const float above = modified(at, p, u, score * scale, &slope) - known.lse;
 #else
-      const float slope = 1.0f, above = fmaf(score, scale, -known.lse);
+      const float above = fmaf(score, scale, -known.lse);
 #endif
       const float weight = is_live[u] ? power_of_two(above * kLog2E) : 0.0f;
       const float d_value = weight == 0.0f ? 0.0f : weight * (product - known.delta);
+#if defined(SX_SCORE)
+      of_tables.add(at, p, u, d_value, score * scale);
       One::add(sums.one[p], chained(d_value, slope), values_1);
+#else
+      One::add(sums.one[p], d_value, values_1);
+#endif
       if constexpr (!kIsDq) Two::add(sums.two[p], weight, values_2);
     }
   }
@@ -212,6 +247,10 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) backward(const __
   const int own_head = (int)(copy.index % a.lists.n_heads);
   const int first_stream = kIsDq ? 0 : a.head_indptr[own_head], last_stream = kIsDq ? 1 : a.head_indptr[own_head + 1];
   Sums sums;
+  TableSums of_tables;
+#if defined(SX_SCATTER)
+  of_tables.sums = a.sums;
+#endif
 
   Keys<SX_FORM> keys, ahead;
   keys.open(a.lists, job, job.entry);
@@ -231,6 +270,10 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) backward(const __
       if constexpr (kIsDq) of[p] = statistics(a, copy.batch, head, token);
     }
     sums.clear();
+    of_tables.clear();
+#if defined(SX_SCATTER)
+    of_tables.is_adder = is_row && lane == 0;
+#endif
 
     const int trips = most_of_teams(keys.trips);
     for (int stream = first_stream; stream < last_stream; ++stream) {
@@ -245,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) backward(const __
         Places at{a.lists.tables, (int)copy.batch, kIsDq ? (int)copy.head : (int)head, (int)token};
 #pragma unroll
         for (int u = 0; u < kKeys; ++u) {
-          at.stream[u] = walked.tokens[u];
+          at.stream[u] = walked.tokens[u], at.edge[u] = walked.edge(u);
           is_live[u] = walked.tokens[u] >= 0;
           One::fetch_row(one[u], rows_1 + walked.tokens[u] * a.stream_1.row, lane, is_live[u]);
         }
@@ -258,10 +301,11 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) backward(const __
             of[u] = is_live[u] ? statistics(a, copy.batch, head, walked.tokens[u]) : Statistics{0.0f, 0.0f};
         }
         walked.advance(a.lists, job);
-        add(at, sums, own_1, own_2, one, two, is_live, of, a.scale);
+        add(at, sums, of_tables, own_1, own_2, one, two, is_live, of, a.scale);
       }
     }
 
+    of_tables.finish(a.lists.tables, (int)copy.batch, (int)copy.head, (int)token);
     if (job.bin == Job::kTeam) {
       if (is_row) write_row(a, copy, token, sums, lane);
     } else {

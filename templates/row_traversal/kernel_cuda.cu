@@ -162,10 +162,10 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __g
       typename K::Raw k[kKeys];
       typename V::Raw v[kKeys];
       bool is_live[kKeys];
-      int tokens[kKeys];
+      int tokens[kKeys], edges[kKeys];
 #pragma unroll
       for (int u = 0; u < kKeys; ++u) {
-        tokens[u] = keys.tokens[u];
+        tokens[u] = keys.tokens[u], edges[u] = keys.edge(u);
         is_live[u] = tokens[u] >= 0;
         K::fetch_row(k[u], k_rows + keys.tokens[u] * a.k.row, lane, is_live[u]);
       }
@@ -195,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __g
 #pragma unroll
         for (int u = 0; u < kKeys; ++u)
           if (is_live[u])
-            scores[p][u] = Score::value(a.lists.tables, scores[p][u] * a.scale, (int)copy.batch, (int)copy.head + p, (int)token, tokens[u]);
+            scores[p][u] = Score::value(a.lists.tables, scores[p][u] * a.scale, (int)copy.batch, (int)copy.head + p, a.lists.first_query + (int)token, tokens[u], edges[u]);
       }
       attend(state, scores, is_live, v, kLog2E);
 #else

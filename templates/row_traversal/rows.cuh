@@ -8,8 +8,10 @@
 #pragma once
 #include "shared/device.cuh"
 #include "shared/launch.cuh"
-// A score modifier is a header that the host generates: Score::value and Score::slope.
+// A score modifier is a header that the host generates: Score::value and Score::slope; with SX_SCATTER, what scores add to
+// the gradients of its tables. SX_EDGES says that it asks for the numbers of edges.
 #if defined(SX_SCORE)
+#include "row_traversal/tables.cuh"
 #include "score_generated.cuh"
 #endif
 
@@ -40,9 +42,11 @@ struct Lists {
   const int* team_rows;    // short rows, likewise
   const int* merge_row;    // split rows
   const i64* merge_indptr; // their slots
+  const int* edges;        // the number of each edge as they are listed; null: edge i is number i
   int n_pieces, n_warp_rows, n_team_rows, warp_first, team_first;
   int n_slots, n_merges, n_heads, abreast, rows_per_warp;
   int n_offsets, row_len, key_len, group;
+  int first_query;                 // what a score modifier is told of query 0
   const void* tables[kMaxTables];  // of the score modifier
 };
 
@@ -119,6 +123,10 @@ template <int FORM> class Keys {
     for (int u = 0; u < kKeys; ++u, at_ += job.turn) {
       tokens[u] = -1;
       if (at_ < stop) tokens[u] = position(lists, at_);
+#if defined(SX_EDGES)
+      numbers[u] = 0;
+      if (at_ < stop) numbers[u] = lists.edges ? __ldg(lists.edges + low_ + at_) : (int)(low_ + at_);
+#endif
     }
     if (lists.key_order) {
 #pragma unroll
@@ -130,6 +138,12 @@ template <int FORM> class Keys {
   int row, stop, slot;
   int trips;  // how often this team takes kKeys keys
   int tokens[kKeys];
+#if defined(SX_EDGES)
+  int numbers[kKeys];  // of their edges
+  SX_INLINE int edge(int u) const { return numbers[u]; }
+#else
+  SX_INLINE int edge(int) const { return 0; }
+#endif
 
  private:
   SX_INLINE Progression progression(const Lists& lists, i64 p) const {

@@ -153,6 +153,12 @@ template <class T> T __ldg(const T* from) {
   memcpy((void*)&value, (const void*)from, sizeof(T));
   return value;
 }
+// Threads take turns where they wait, and never here.
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long more) {
+  const unsigned long long before = *at;
+  *at += more;
+  return before;
+}
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import running
+import torch
 from cases import case, scattered
 
 from sparsec import masks as m
@@ -14,6 +15,7 @@ from sparsec.backends import cuda, cuda_compile
 from sparsec.backends.cuda_calls import Program
 from sparsec.device import device
 from sparsec.errors import CompileError
+from sparsec.layout import EdgeOrder
 from sparsec.template import Config, template
 
 pytestmark = pytest.mark.skipif(cuda_compile.missing() is not None, reason=str(cuda_compile.missing()))
@@ -78,11 +80,29 @@ def test_forms_of_rows(form):
     assert made.kernels["forward"].registers <= 128
 
 
-def test_a_score_modifier_is_compiled_in():
-    tried = case("lowered", scattered(90, 90, 0.05), 90, 90, 64, heads=(4, 2)).with_dtype("bf16")
-    made = replace(running.launch(ROWS, "cuda", tried, device=device("nvidia-h100")), score=score.soft_cap(30.0))
-    for program, _ in cuda.programs_of(made, "backward"):
+MODIFIED = case("lowered", scattered(90, 90, 0.05), 90, 90, 64, heads=(4, 2)).with_dtype("bf16")
+MODIFIERS = {
+    "soft-cap": score.soft_cap(30.0),
+    "relative-bias": score.relative_bias(torch.zeros(4, 65, requires_grad=True)),
+    "row-and-edge": score.chain(
+        score.row_bias(torch.zeros(4, 90, requires_grad=True)),
+        score.edge_bias(torch.zeros(4, MODIFIED.bound.nnz, requires_grad=True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param("sm_80", marks=pytest.mark.spread)])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "name", ["relative-bias", *(pytest.param(n, marks=pytest.mark.spread) for n in ("soft-cap", "row-and-edge"))]
+)
+def test_score_modifiers_do_not_spill(name, direction, arch):
+    edges = EdgeOrder(MODIFIED.bound) if MODIFIERS[name].needs_edges else None
+    made = running.launch(ROWS, "cuda", MODIFIED, device=device(GPUS[arch]), edges=edges)
+    for program, _ in cuda.programs_of(replace(made, score=MODIFIERS[name]), direction):
         assert all(kernel.spilled_bytes == 0 for kernel in cuda_compile.lowered(program).kernels.values())
+        if "SX_SCATTER" in dict(program.defines):
+            assert "scatter_kept" in program.score
 
 
 def test_what_does_not_compile_says_why():

@@ -215,11 +215,34 @@ def _every_operation(value, b, h, q_idx, kv_idx):
 _TABLE = np.random.default_rng(3).standard_normal(8).astype(np.float32)
 
 
+def _modifiers() -> dict[str, score.ScoreMod]:
+    """The last two capture tensors, by places of every kind and by edges; an infinite slope forbids every fifth key."""
+    gain, bias, shift, edges, own_edges = (
+        torch.zeros(*shape, requires_grad=True) for shape in ((4,), (4, 65), (2, 151), (700,), (2, 4, 3000))
+    )
+
+    def by_places(value, b, h, q_idx, kv_idx):
+        nothing = torch.clamp(value, max=9e9) - value
+        forbidden = torch.log(torch.where(kv_idx % 5 == 4, nothing, nothing + 1.0)) * gain[h] * gain[h]
+        return (value * (1.5 + gain[h]) + bias[h, kv_idx - q_idx + 32] + shift[b, kv_idx]) * (
+            1.0 + 0.25 * shift[0, q_idx]
+        ) + forbidden
+
+    return {
+        "every-operation": score.as_score_mod(_every_operation),
+        "by-places": score.as_score_mod(by_places),
+        "by-edges": score.chain(
+            score.edge_bias(edges), lambda s, b, h, q, kv: s * 0.5 + torch.sigmoid(s), score.edge_bias(own_edges)
+        ),
+    }
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_score_modifier(emulation, direction):
+@pytest.mark.parametrize("name", [*_modifiers()])
+def test_score_modifiers(emulation, name, direction):
     # The gate's own hard case, with its tensors where the emulation can read them.
     here = replace(GPU, kind="cpu")
-    assert gate.check(ROWS, "cuda", "fp32", here, direction, score.as_score_mod(_every_operation)) is None
+    assert gate.check(ROWS, "cuda", "fp32", here, direction, _modifiers()[name]) is None
 
 
 def test_what_a_modifier_asks_beyond_the_kernels_is_refused():
