@@ -717,9 +717,10 @@ def test_a_share_is_of_the_larger_peak():
 
 
 def test_memory_may_be_that_of_a_settled_process():
-    row = measure_case(_case(length=4096), replace(QUICK, settled_memory=True), 1, _silent)
-    out_bytes = 2 * 4096 * 16 * 4
-    assert out_bytes <= row.row("ours").peak_bytes < 16 * out_bytes
+    # Large enough for the blocks that results leave to each other.
+    row = measure_case(_case(length=65_536), replace(QUICK, settled_memory=True), 1, _silent)
+    out_bytes = 2 * 65_536 * 16 * 4
+    assert out_bytes <= row.row("ours").peak_bytes < 8 * out_bytes
 
 
 # Sheets

@@ -22,7 +22,7 @@ from bench.peers import Peer, Prepared, RefusedError, peer
 from bench.protocol import Announce, PeakMemory, interleaved
 from bench.results import CaseRow, PeerRow, Timing
 from bench.workload import Workload, make_workload
-from sparsec import analyse
+from sparsec import analyse, buffers
 from sparsec.errors import BackendMissingError, CompileError
 
 PEAK = "peak"
@@ -146,6 +146,8 @@ def _prepared(name: str, checked: _Checked, make_peer: Callable[[str], Peer]) ->
 
 def _settled_bytes(name: str, work: Workload, make_peer: Callable[[str], Peer]) -> int | None:
     """What another preparation and call add to a process that has gone through one."""
+    # Ours would write over the block of the result that has gone.
+    buffers.release()
     memory = PeakMemory()
     _Ready(make_peer(name).prepare(work), work)()
     return memory.bytes()
