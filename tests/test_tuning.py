@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 import tuning_programs
@@ -97,8 +98,8 @@ def test_a_search_comes_near_the_best_of_hundreds_in_40_trials():
     tried = space()
     results = recorded(tried)
     assert len(results) > 400
-    regrets = [replay(tried, results, 40, Settings(seed=seed)).regret for seed in range(3)]
-    assert sorted(regrets)[1] <= 0.05
+    regrets = [replay(tried, results, 40, Settings(seed=seed)).regret for seed in range(5)]
+    assert median(regrets) <= 0.05
 
 
 def test_a_search_that_may_try_everything_finds_the_best_and_ends():
