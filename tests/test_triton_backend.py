@@ -15,6 +15,7 @@ from sparsec import masks as m
 from sparsec.backends import triton
 from sparsec.backends.base import Launch, Problem
 from sparsec.device import device
+from sparsec.layout import Ordering
 from sparsec.planner.works import build_work
 from sparsec.score import as_score_mod
 from sparsec.template import Config, template, templates
@@ -115,6 +116,26 @@ def test_programs_stay_where_as_many_fit():
     assert "where 4 share a multiprocessor" in refused("nvidia-rtx4090", 128, persistent=4)
     assert refused("nvidia-rtx4090", 128, persistent=1) is None
     assert "4 programs hold" in refused("nvidia-h100", 256, persistent=4, block_q=64)
+
+
+@pytest.mark.parametrize("name", ["block_sparse", "hybrid"])
+def test_descriptors_are_refused_where_no_copy_engine_takes_them(name):
+    config = Config.of(**{**template(name).default("triton").to_dict(), "descriptors": 1})
+    problem = Problem(200, 200, 2, 2, 64, 64, "bf16")
+
+    def reason(gpu: str, **changes) -> str | None:
+        return triton.backend().config_refusal(template(name), config, replace(problem, **changes), device(gpu))
+
+    for gpu in GPUS:
+        assert ("copy engine" in (reason(gpu) or "")) == (device(gpu).arch not in ("sm_90", "sm_100"))
+    assert "fp32" in reason("nvidia-h100", dtype="fp32")
+    assert "rows of 20 dimensions" in reason("nvidia-h100", v_dim=20)
+    made = launch(name, "nvidia-h100", problem, descriptors=1)
+    assert triton.calls_of(made)[0].constants["DESCRIBED"]
+    order = np.arange(200, dtype=np.int32)[::-1].copy()
+    turned = replace(made, work=replace(made.work, ordering=Ordering("turned", order, order)))
+    assert not triton.calls_of(turned)[0].constants["DESCRIBED"], "rows in another order are no tiles"
+    assert [call.constants.get("DESCRIBED") for call in triton.gradient_calls_of(turned)] == [None, False, False]
 
 
 def test_packed_heads_are_counted():

@@ -270,7 +270,8 @@ def _undescribed(call: Call, given: dict[str, torch.Tensor | None]) -> dict[str,
     """What switches descriptors off where the tensors at hand are not aligned for them."""
     if not call.constants.get("DESCRIBED"):
         return {}
-    streamed = [tensor for name in ("k", "v") if (tensor := given[name]) is not None]
+    names = ("k", "v", "stream_1", "stream_2")
+    streamed = [tensor for name in names if (tensor := given.get(name)) is not None]
     strides = [stride * each.itemsize for each in streamed for stride in each.stride()[:3]]
     places = [*strides, *(each.data_ptr() for each in streamed)]
     return {} if all(place % ALIGNMENT_BYTES == 0 for place in places) else {"DESCRIBED": False}

@@ -18,6 +18,7 @@ from sparsec.backends.base import Launch, Problem, Work
 from sparsec.backends.tile_lists import tile_arrays
 from sparsec.backends.triton_printed import Printed, printed_predicate, printed_score
 from sparsec.device import Device
+from sparsec.layout import Ordering
 from sparsec.template import Config, Template
 
 Array = npt.NDArray[Any]
@@ -90,7 +91,7 @@ def shape_of(launch: Launch) -> Shape:
         # No matrix units: operands are held by threads, so they are cut small, and nothing is staged.
         step, stages, chunk = 16, 1, 16
     device, itemsize = launch.device, problem.itemsize
-    least_buffers = 2 if is_described(launch) else 1
+    least_buffers = 2 if is_described(launch, launch.work.ordering) else 1
 
     def needed() -> int:
         return shared_bytes(device, rows, step, dims, max(stages - 1, least_buffers), itemsize)
@@ -129,10 +130,13 @@ def shared_limit(config: Config, device: Device) -> int:
 
 
 def too_large(template: Template, config: Config, problem: Problem, device: Device) -> str | None:
-    """What of a configuration does not fit the device's shared memory or its registers, or None.
+    """What of a configuration the device has not, or does not fit its shared memory or its registers, or None.
 
     Everything that can be cut smaller is taken at its smallest: steps, stages, warps.
     """
+    reason = _undescribable(problem, device) if config.get("descriptors", 0) else None
+    if reason is not None:
+        return f"{config}: {reason}"
     dims = (problem.head_dim, width(problem.head_dim), problem.v_dim, width(problem.v_dim))
     warp, most = (64, _AMD_VALUES) if device.kind == "amd" else (32, _NVIDIA_VALUES)
     if template.layout == "rows":
@@ -377,21 +381,30 @@ def _tile_lists(launch: Launch, shape: Shape) -> Lists:
     tiles, schedule = launch.work.tiles, launch.work.schedule
     assert tiles is not None, "block_sparse walks tiles"
     arrays = tile_arrays(tiles, schedule.start, schedule.stop, launch.work.numbers)
-    constants = {"PACK": shape.pack, "BLOCK_KV": tiles.tile_map.block_kv, "DESCRIBED": is_described(launch)}
+    constants = {"PACK": shape.pack, "BLOCK_KV": tiles.tile_map.block_kv}
+    constants["DESCRIBED"] = is_described(launch, launch.work.ordering)
     return arrays, {**constants, **_steps(shape), "PERSISTENT": most_programs(launch) is not None}
 
 
-def is_described(launch: Launch) -> bool:
-    """Whether the copy engine fetches K and V: asked for, there, and of rows that begin at multiples of 16 bytes."""
-    problem = launch.problem
-    rows_bytes = (problem.head_dim * problem.itemsize, problem.v_dim * problem.itemsize)
+def is_described(launch: Launch, ordering: Ordering) -> bool:
+    """Whether the copy engine fetches what tiles stream: asked for, possible, and tokens at their own positions."""
     return (
         launch.config.get("descriptors", 0) == 1
-        and "tma" in launch.device.features
-        and problem.dtype != "fp32"
-        and launch.work.ordering.kv_order is None
-        and all(row_bytes % ALIGNMENT_BYTES == 0 for row_bytes in rows_bytes)
+        and ordering.kv_order is None
+        and _undescribable(launch.problem, launch.device) is None
     )
+
+
+def _undescribable(problem: Problem, device: Device) -> str | None:
+    """Why the copy engine cannot fetch the tiles of such a problem, or None."""
+    if "tma" not in device.features:
+        return f"{device.name} has no copy engine that takes tensor descriptors"
+    if problem.dtype == "fp32":
+        return "fp32 tiles go to no matrix units, and are not staged"
+    uneven = [dim for dim in (problem.head_dim, problem.v_dim) if dim * problem.itemsize % ALIGNMENT_BYTES]
+    if uneven:
+        return f"rows of {uneven[0]} dimensions do not begin at multiples of {ALIGNMENT_BYTES} bytes"
+    return None
 
 
 def _hybrid_lists(launch: Launch, shape: Shape) -> Lists:
@@ -416,6 +429,7 @@ def _hybrid_lists(launch: Launch, shape: Shape) -> Lists:
         "row_edges": row_edges(work),
     }
     constants = {"BLOCK_KV": tiles.tile_map.block_kv, "KEYS": shape.keys, **_steps(shape)}
+    constants["DESCRIBED"] = is_described(launch, work.ordering)
     return arrays, {**constants, "PERSISTENT": most_programs(launch) is not None}
 
 

@@ -13,6 +13,7 @@ from ..shared.kernel_triton import (
     add_full_tiles,
     add_partial_tiles,
     attend,
+    describe,
     empty_state,
     finish,
     load_queries,
@@ -76,13 +77,14 @@ def forward(
     n_items, n_slots, n_batches, n_heads, abreast, q_len, kv_len, first_query, scale,
     GROUP: tl.constexpr, MODIFY: tl.constexpr, ATTENDS: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, STEP_KV: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
-    CHUNK: tl.constexpr, PERSISTENT: tl.constexpr,
+    CHUNK: tl.constexpr, DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """`out` and `lse` of the launch's rows; a split unit goes to `partial`, for `merge`.
 
     Index arrays: as in `block_sparse`, `GatheredTiles` and `RowLists` (edges). DIMS is (head_dim, head_width, v_dim,
     v_width), a width being the power of two that holds a dimension; CHUNK is head_width, or what goes at a time where
-    there are no matrix units. MODIFY and ATTENDS are generated functions or None, as in `block_sparse`.
+    there are no matrix units. MODIFY and ATTENDS are generated functions or None, as in `block_sparse`. DESCRIBED lets
+    the copy engine fetch contiguous tiles.
     """
     for turn in tl.range(turns(n_items * n_batches * n_heads, PERSISTENT), disable_licm=True):
         item, copy, batch, head = locate(program_at(turn, PERSISTENT), n_items, n_heads, abreast, batches, heads)
@@ -114,6 +116,10 @@ def forward(
                 BLOCK_Q, KEYS, MODIFY, NEGATE, DIMS,
             )  # fmt: skip
 
+        keys, values = None, None
+        if DESCRIBED:
+            keys = describe(k_base, kv_len, k_row, STEP_KV, DIMS[0], DIMS[1])
+            values = describe(v_base, kv_len, v_row, STEP_KV, DIMS[2], DIMS[3])
         queries = load_queries(q_base, q_offsets, inside, DIMS, CHUNK)
         first_tile = tl.load(item_tile + item)
         n_full = tl.load(item_full + item)
@@ -121,12 +127,12 @@ def forward(
         full_edges = None if tile_edges is None else tile_edges + first_tile * BLOCK_Q
         partial_edges = None if tile_edges is None else tile_edges + first_partial * BLOCK_Q
         peak, total, acc = add_full_tiles(
-            queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, None, None, tile_column + first_tile,
+            queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, tile_column + first_tile,
             n_full, full_edges, lane, kv_order, who, peak, total, acc, scale, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV,
             STEP_KV, DIMS, CHUNK,
         )  # fmt: skip
         peak, total, acc = add_partial_tiles(
-            queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, None, None, tile_column + first_partial,
+            queries, q_base, q_offsets, inside, k_base, k_row, v_base, v_row, keys, values, tile_column + first_partial,
             tile_pattern + first_partial, tl.load(item_partial + item), patterns, partial_edges, lane, kv_order,
             kv_len, who, peak, total, acc, scale, ATTENDS, MODIFY, NEGATE, BLOCK_Q, BLOCK_KV, STEP_KV, DIMS, CHUNK,
         )  # fmt: skip

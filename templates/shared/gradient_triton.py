@@ -21,6 +21,7 @@ from .kernel_triton import (
     LOG2_E,
     NEG_INF,
     degrees,
+    describe,
     load_rows,
     modified,
     n_progressions,
@@ -28,6 +29,7 @@ from .kernel_triton import (
     progression,
     rank_among,
     score,
+    score_rows,
     tokens_at,
     turns,
 )
@@ -95,22 +97,31 @@ def chained(d_value, factor):
 
 @triton.jit
 def add_tile(
-    rows, row_base, row_delta, stream, token, edge, live, attended, who, acc_1, acc_2, scale,
+    rows, row_base, row_delta, stream, first, token, edge, live, attended, who, acc_1, acc_2, scale,
     MODIFY: tl.constexpr, SLOPE: tl.constexpr, SCATTER: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr,
     STEP: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
 ):  # fmt: skip
     """The gradients after a block of the stream, on matrix units.
 
     rows: (first, second, first pointer, first offsets, second pointer, second offsets, inside); stream: (first pointer,
-    first stride, second pointer, second stride, lse, delta, their offsets of token 0); who: (batch element, query head,
+    first stride, second pointer, second stride, lse, delta, their offsets of token 0, descriptors of both or None);
+    first: where the block begins, for descriptors, or None where it is gathered; who: (batch element, query head,
     tokens and positions of the own rows as columns, tables of the modifier, tables of the mask, sums of the modifier's
     tables); edge: the numbers of the edges, or None.
     """
     one_offsets, two_offsets = token * stream[1], token * stream[3]
-    scores = score(rows[0], rows[2], rows[3], rows[6], stream[0], one_offsets, live, NEGATE, STEP, DIMS, CHUNK)
-    # The second operands, V and dO, are v_dim wide.
-    dims_2: tl.constexpr = (DIMS[2], DIMS[3])
-    d_weights = score(rows[1], rows[4], rows[5], rows[6], stream[2], two_offsets, live, False, STEP, dims_2, CHUNK_2)
+    one, two = None, None
+    if first is not None and stream[8] is not None:
+        one, two = stream[8].load([first, 0]), stream[9].load([first, 0])
+        scores = score_rows(rows[0], one, NEGATE)
+        d_weights = score_rows(rows[1], two, False)
+    else:
+        scores = score(rows[0], rows[2], rows[3], rows[6], stream[0], one_offsets, live, NEGATE, STEP, DIMS, CHUNK)
+        # The second operands, V and dO, are v_dim wide.
+        dims_2: tl.constexpr = (DIMS[2], DIMS[3])
+        d_weights = score(
+            rows[1], rows[4], rows[5], rows[6], stream[2], two_offsets, live, False, STEP, dims_2, CHUNK_2
+        )
     if IS_DQ:
         base, delta = row_base[:, None], row_delta[:, None]
     else:
@@ -135,10 +146,12 @@ def add_tile(
                 d_value, scores * scale, who[0], who[1], q_token, kv_token, edge, who[4], who[6], add_exactly
             )  # fmt: skip
         d_scores = chained(d_scores, modified(scores, scale, who, q_token, kv_token, edge, SLOPE))
-    one = load_rows(stream[0], one_offsets, live, DIMS[0], DIMS[1])
+    if one is None:
+        one = load_rows(stream[0], one_offsets, live, DIMS[0], DIMS[1])
     acc_1 = tl.dot(d_scores.to(one.dtype), one, acc_1, input_precision="ieee")
     if not IS_DQ:
-        two = load_rows(stream[2], two_offsets, live, DIMS[2], DIMS[3])
+        if two is None:
+            two = load_rows(stream[2], two_offsets, live, DIMS[2], DIMS[3])
         acc_2 = tl.dot(weights.to(two.dtype), two, acc_2, input_precision="ieee")
     return acc_1, acc_2
 
@@ -161,7 +174,8 @@ def add_tiles(
     passed = lane * 0
     for i in range(n_tiles * steps):
         offset = i % steps * STEP
-        position = tl.load(columns + i // steps) * STREAM + offset + within
+        first = tl.load(columns + i // steps) * STREAM + offset
+        position = first + within
         live = position < length
         token = tokens_at(order, position, live)
         if IS_PARTIAL and ATTENDS is not None:
@@ -187,7 +201,7 @@ def add_tiles(
                 first_edge = tl.load(edges + (within * 0 + i // steps).to(tl.int64) * STREAM + offset + within)[None, :]
                 edge = first_edge + (rank_among(attended, 0) if IS_PARTIAL else lane[:, None])
         acc_1, acc_2 = add_tile(
-            rows, row_base, row_delta, stream, token, edge, live, attended, who, acc_1, acc_2, scale,
+            rows, row_base, row_delta, stream, first, token, edge, live, attended, who, acc_1, acc_2, scale,
             MODIFY, SLOPE, SCATTER, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
         )  # fmt: skip
     return acc_1, acc_2
@@ -212,7 +226,7 @@ def add_columns(
             first_edge = tl.load(edge_indptr + nth, mask=live, other=0)
             edge = tl.load(edges + first_edge[None, :] + rank_among(attended, 0), mask=attended, other=0)
         acc_1, acc_2 = add_tile(
-            rows, row_base, row_delta, stream, token, edge, live, attended, who, acc_1, acc_2, scale,
+            rows, row_base, row_delta, stream, None, token, edge, live, attended, who, acc_1, acc_2, scale,
             MODIFY, SLOPE, SCATTER, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
         )  # fmt: skip
     return acc_1, acc_2
@@ -304,7 +318,7 @@ def backward(
     ATTENDS: tl.constexpr, MODIFY: tl.constexpr, SLOPE: tl.constexpr, SCATTER: tl.constexpr,
     FORM: tl.constexpr, IS_DQ: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr,
     STEP: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """dQ, written, or dK and dV, added to what is there; a split unit goes to `partial`, for `add_up`.
 
@@ -312,7 +326,8 @@ def backward(
     head and all stream heads that meet it, in their order. None arrays mean that there is no such list; FORM None
     that there are no single edges. ATTENDS is the mask's predicate, MODIFY and SLOPE the score modifier and its
     derivative: generated functions, or None; SCATTER is another, which adds to `score_sums`. `scale` takes scores to
-    units of log 2, or, modified, to their own.
+    units of log 2, or, modified, to their own. DESCRIBED lets the copy engine fetch the stream's tiles; their rows must
+    be aligned to 16 bytes, and `stream_order` None.
     """
     for turn in tl.range(turns(n_items * n_batches * n_heads, PERSISTENT), disable_licm=True):
         program = program_at(turn, PERSISTENT)
@@ -350,10 +365,15 @@ def backward(
         for i in range(tl.load(head_indptr + head_index), tl.load(head_indptr + head_index + 1)):
             other_head = tl.load(stream_heads + i).to(tl.int64)
             query_head = head if IS_DQ else other_head
+            from_1 = stream_1 + batch * stream_1_batch + other_head * stream_1_head
+            from_2 = stream_2 + batch * stream_2_batch + other_head * stream_2_head
+            described_1, described_2 = None, None
+            if DESCRIBED:
+                described_1 = describe(from_1, stream_length, stream_1_row, STEP, DIMS[0], DIMS[1])
+                described_2 = describe(from_2, stream_length, stream_2_row, STEP, DIMS[2], DIMS[3])
             stream = (
-                stream_1 + batch * stream_1_batch + other_head * stream_1_head, stream_1_row,
-                stream_2 + batch * stream_2_batch + other_head * stream_2_head, stream_2_row,
-                lse, delta, batch * lse_batch + query_head * lse_head, batch * delta_batch + query_head * delta_head,
+                from_1, stream_1_row, from_2, stream_2_row, lse, delta, batch * lse_batch + query_head * lse_head,
+                batch * delta_batch + query_head * delta_head, described_1, described_2,
             )  # fmt: skip
             who = (batch, query_head, token[:, None], position[:, None], score_tables, mask_tables, score_sums)
             if FORM is not None:

@@ -131,9 +131,9 @@ def describe(base, length, row, STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def score_described(q, keys, first, NEGATE: tl.constexpr):
-    """`[queries, keys]`, fp32, not yet scaled, of keys from `first` on that the copy engine fetches."""
-    scores = tl.dot(q, tl.trans(keys.load([first, 0])), input_precision="ieee")
+def score_rows(q, rows, NEGATE: tl.constexpr):
+    """`[queries, keys]`, fp32, not yet scaled, of keys that are already here."""
+    scores = tl.dot(q, tl.trans(rows), input_precision="ieee")
     if NEGATE:
         scores = -scores
     return scores
@@ -201,7 +201,7 @@ def add_full_tiles(
             k_tile, v_tile = k_base, v_base
             token = tl.load(kv_order + first + within).to(tl.int64)
         if keys is not None:
-            scores = score_described(q, keys, first, NEGATE)
+            scores = score_rows(q, keys.load([first, 0]), NEGATE)
             v = values.load([first, 0])
         else:
             scores = score(q, q_base, q_offsets, inside, k_tile, token * k_row, None, NEGATE, STEP_KV, DIMS, CHUNK)
@@ -242,7 +242,7 @@ def add_partial_tiles(
         live = key < kv_len
         token = tokens_at(kv_order, key, live)
         if keys is not None:
-            scores = score_described(q, keys, first, NEGATE)
+            scores = score_rows(q, keys.load([first, 0]), NEGATE)
             v = values.load([first, 0])
         else:
             scores = score(q, q_base, q_offsets, inside, k_base, token * k_row, live, NEGATE, STEP_KV, DIMS, CHUNK)

@@ -39,7 +39,7 @@ SMALL = {
 OTHERS = {
     "block_sparse": {"persistent": 1, "by_predicate": 1, "descriptors": 1},
     "row_traversal": {},
-    "hybrid": {"persistent": 1, "by_predicate": 1},
+    "hybrid": {"persistent": 1, "by_predicate": 1, "descriptors": 1},
 }
 # Name, grid and (where they were compiled) shared memory of the kernels that were launched.
 Launched = list[tuple[str, int, int | None]]

@@ -29,6 +29,7 @@ from sparsec.template import Config, template
 # sm_80, sm_90, sm_100, gfx90a, gfx942.
 DEVICES = ("nvidia-a100", "nvidia-h100", "nvidia-b200", "amd-mi250x", "amd-mi300x")
 TEMPLATES = ("block_sparse", "row_traversal", "hybrid")
+TILED = ("block_sparse", "hybrid")
 
 # Older assemblers need some registers more; the kernels are shaped for the newest. Bytes; 3.6 was tried.
 SPILLED_BY_OLDER = 32 if tuple(int(part) for part in metadata.version("triton").split(".")[:2]) < (3, 9) else 0
@@ -129,7 +130,7 @@ def test_other_configurations_compile_and_fit(name, gpu, values):
 
 
 def _persistent():
-    for name, gpu, direction in itertools.product(("block_sparse", "hybrid"), DEVICES, ("forward", "backward")):
+    for name, gpu, direction in itertools.product(TILED, DEVICES, ("forward", "backward")):
         is_quick = (name, gpu) == ("block_sparse", "nvidia-h100") and direction == "forward"
         yield pytest.param(name, gpu, direction, marks=() if is_quick else pytest.mark.spread)
 
@@ -163,19 +164,22 @@ def test_what_is_planned_at_the_limit_compiles(gpu):
             assert each.spilled_bytes <= max(known, SPILLED_BY_OLDER), each
 
 
-@pytest.mark.parametrize("gpu", ["nvidia-h100", pytest.param("nvidia-b200", marks=pytest.mark.spread)])
-def test_the_copy_engine_fetches_what_is_described(gpu):
-    (lowered,) = _lowered("block_sparse", gpu, "bf16", tried_at(128), (("descriptors", 1), ("num_stages", 2)))
-    assert lowered.instructions.get("UTMALDG", 0) > 0
-    assert lowered.spilled_bytes <= SPILLED_BY_OLDER
+def _described():
+    for name, gpu, direction in itertools.product(TILED, ("nvidia-h100", "nvidia-b200"), ("forward", "backward")):
+        is_quick = (name, gpu, direction) == ("block_sparse", "nvidia-h100", "forward")
+        yield pytest.param(name, gpu, direction, marks=() if is_quick else pytest.mark.spread)
 
 
-def test_devices_without_a_copy_engine_fetch_themselves():
-    config = Config.of(**{**template("block_sparse").default("triton").to_dict(), "descriptors": 1})
-    for gpu, dtype in (("nvidia-a100", "bf16"), ("nvidia-h100", "fp32")):
-        tried = tried_at(64).with_dtype(dtype)
-        made = running.launch(template("block_sparse"), "triton", tried, config=config, device=device(gpu))
-        assert not triton_backend.calls_of(made)[0].constants["DESCRIBED"]
+@pytest.mark.parametrize(("name", "gpu", "direction"), [*_described()])
+def test_the_copy_engine_fetches_what_is_described(name, gpu, direction):
+    lowered = _lowered(name, gpu, "bf16", tried_at(128), (("descriptors", 1), ("num_stages", 2)), direction)
+    # Known: with both accumulators or both score tiles beside a barrier's addresses, a few registers too few.
+    allowed = max(SPILLED_BY_OLDER, 16 if direction == "backward" else 0)
+    for each in lowered:
+        if each.name in ("forward", "backward"):
+            assert each.instructions.get("UTMALDG", 0) > 0, each
+            assert "cp.async.bulk.tensor" in each.texts["ptx"]
+            assert each.spilled_bytes <= allowed, each
 
 
 @pytest.mark.parametrize("form", ["offsets", "ranges", "edges"])

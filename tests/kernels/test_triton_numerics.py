@@ -300,10 +300,14 @@ def _run_by_predicate(name: str, tried: Case) -> None:
     _check_gradient(made, tried)
 
 
-def _run_described(tried: Case, is_aligned: bool) -> None:
-    """Keys and values fetched through descriptors, or not where a view of them is not aligned for that."""
-    made = _launch("block_sparse", tried, {"descriptors": 1})
-    assert triton_backend.calls_of(made)[0].constants["DESCRIBED"]
+def _run_described(name: str, tried: Case, is_aligned: bool, direction: str) -> None:
+    """Tiles fetched through descriptors, or not where a view of them is not aligned for that."""
+    made = _launch(name, tried, {"descriptors": 1})
+    described = [call.constants.get("DESCRIBED", False) for call in calls_of(made, direction)]
+    assert sum(described) == (1 if direction == "forward" else 2)
+    if direction == "backward":
+        _check_gradient(made, tried)
+        return
     if is_aligned:
         _checked(made, tried)
         return
@@ -416,7 +420,8 @@ def _pieces(work: Work, planned, indptr):
 
 
 def spread(value: object) -> object:
-    return pytest.param(value, marks=pytest.mark.spread)
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, marks=pytest.mark.spread)
 
 
 SPREAD_FP16 = spread("fp16")
@@ -568,7 +573,16 @@ def test_partial_tiles_by_predicate(interpreter, mask, name):
     interpreter(_run_by_predicate, name, case("predicate", mask, 41, 41, 16, heads=(2, 1)).with_dtype("fp32"))
 
 
-@pytest.mark.parametrize("is_aligned", [True, False], ids=["aligned", "not-aligned"])
-def test_descriptors(interpreter, is_aligned):
+@pytest.mark.parametrize(
+    ("name", "is_aligned", "direction"),
+    [
+        ("block_sparse", True, "forward"),
+        ("block_sparse", False, "forward"),
+        ("block_sparse", True, "backward"),
+        ("hybrid", True, "forward"),
+        spread(("hybrid", True, "backward")),
+    ],
+)
+def test_descriptors(interpreter, name, is_aligned, direction):
     tried = case("described", scattered(35, 45, 0.15), 35, 45, 24, v_dim=40, heads=(4, 2), batch=2)
-    interpreter(_run_described, tried.with_dtype("fp16"), is_aligned)
+    interpreter(_run_described, name, tried.with_dtype("fp16"), is_aligned, direction)
