@@ -14,7 +14,7 @@ from cuda_emulation import Emulation
 
 from sparsec import gate, score
 from sparsec import masks as m
-from sparsec.backends import cuda
+from sparsec.backends import cuda, reference
 from sparsec.device import device
 from sparsec.errors import UnsupportedError
 from sparsec.layout import Ordering, reordered
@@ -243,6 +243,16 @@ def test_score_modifiers(emulation, name, direction):
     # The gate's own hard case, with its tensors where the emulation can read them.
     here = replace(GPU, kind="cpu")
     assert gate.check(ROWS, "cuda", "fp32", here, direction, _modifiers()[name]) is None
+
+
+def test_modifiers_are_told_queries_of_a_longer_sequence(emulation):
+    tried = case("step", m.window(9, 9), 5, 60, 16, heads=(4, 2)).with_dtype("fp32")
+    made = replace(launched(tried), score=score.alibi([0.5, 0.25, 0.125, 0.0625]), first_query=23)
+    results = [running.poisoned(tried) for _ in range(2)]
+    cuda.backend().lower(made)(*running.inputs(tried), *results[0])
+    reference.ReferenceKernel(made)(*running.inputs(tried), *results[1])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_what_a_modifier_asks_beyond_the_kernels_is_refused():

@@ -22,7 +22,8 @@ from sparsec import masks as m
 from sparsec.backends import triton as triton_backend
 from sparsec.backends.base import Launch
 from sparsec.device import device
-from sparsec.score import as_score_mod
+from sparsec.layout import EdgeOrder
+from sparsec.score import alibi, as_score_mod, chain, edge_bias, relative_bias
 from sparsec.template import Config, template
 
 if importlib.util.find_spec("triton") is None:
@@ -124,6 +125,39 @@ def test_every_argument_of_a_call_is_bound(pretended_gpu, name, direction, with_
     calls = triton_backend.calls_of(made) if direction == "forward" else triton_backend.gradient_calls_of(made)
     assert [each[:2] for each in launched] == [(call.name, call.grid(2)) for call in calls]
     assert ("merge" in {each[0] for each in launched}) == (direction == "forward" and not with_others)
+
+
+def _launched_with_tables(name: str) -> Launched:
+    from triton.runtime.jit import JITFunction
+
+    JITFunction._do_compile = _compile
+    tried = case("launched", scattered(50, 50, 0.05), 50, 50, 16, heads=(4, 2), batch=2).with_dtype("bf16")
+    shapes = (4, 99), (4, tried.bound.nnz), (4,)
+    bias, edges, slopes = (torch.zeros(*shape, requires_grad=True) for shape in shapes)
+    score = chain(relative_bias(bias), edge_bias(edges), alibi(slopes))
+    config = Config.of(**{**template(name).default("triton").to_dict(), **SMALL[name]})
+    order = EdgeOrder(tried.bound)
+    made = running.launch(template(name), "triton", tried, config=config, device=H100, edges=order)
+    made = replace(made, score=score)
+    q, k, v = running.inputs(tried)
+    out, lse = torch.empty_like(q), torch.zeros(q.shape[:3])
+    tables = [torch.zeros(shape) for shape in shapes]
+    _launched.clear()
+    triton_backend.backend().lower(made)(q, k, v, out, lse, tables)
+    into = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)
+    # Of one table no gradient is wanted.
+    wanted = [torch.zeros(shape) if shape != shapes[0] else None for shape in shapes]
+    gradient = triton_backend.backend().lower_backward(made)
+    gradient(q, k, v, out, lse, torch.ones_like(out), None, *into, tables, wanted)
+    return list(_launched)
+
+
+@pytest.mark.parametrize(
+    "name", ["block_sparse", *(pytest.param(n, marks=pytest.mark.spread) for n in ("row_traversal", "hybrid"))]
+)
+def test_tables_and_their_sums_are_bound(pretended_gpu, name):
+    launched = [kernel for kernel, *_ in pretended_gpu(_launched_with_tables, name)]
+    assert [kernel for kernel in launched if kernel in ("forward", "backward")] == ["forward", "backward", "backward"]
 
 
 @pytest.mark.spread

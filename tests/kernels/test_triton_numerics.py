@@ -27,7 +27,8 @@ from sparsec.backends.reference import Modifier
 from sparsec.backends.triton_calls import Call
 from sparsec.device import device
 from sparsec.layout import EdgeOrder, Ordering, reordered, row_lists, schedule
-from sparsec.score import ScoreMod, alibi, as_score_mod, chain, edge_bias, relative_bias, soft_cap
+from sparsec.score import ScoreMod, alibi, as_score_mod, chain, edge_bias, relative_bias, row_bias, soft_cap
+from sparsec.score_arguments import with_sinks
 from sparsec.template import Config, template
 
 # Not `importorskip`: the interpreter's process imports this file, and must not import Triton before it chose.
@@ -291,6 +292,47 @@ def _run_live(name: str, tried: Case, modifier: str, values: dict[str, int] | No
     _check_gradient(made, tried, tables=given)
     # Where no gradient of theirs is wanted, another kernel runs.
     _check_gradient(made, tried, tables=given, are_wanted=False)
+
+
+def _run_step(name: str, tried: Case) -> None:
+    """Queries of a longer sequence: what a modifier is told of the first is not 0."""
+    score, first = alibi([0.5, 0.25, 0.125, 0.0625]), 23
+    made = replace(_launch(name, tried), score=chain(score, row_bias(np.arange(99) % 7 / 8)), first_query=first)
+    out, lse = running.poisoned(tried)
+    triton_backend.backend().lower(made)(*running.inputs(tried), out, lse)
+    wanted_out, wanted_lse = running.poisoned(tried)
+    reference.ReferenceKernel(made)(*running.inputs(tried), wanted_out, wanted_lse)
+    torch.testing.assert_close(out, wanted_out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+
+
+def _run_sunk(name: str, tried: Case) -> None:
+    """Sinks enter what the kernels made, and what they differentiate, against dense attention in fp64."""
+    made, p = _launch(name, tried), tried.problem
+    group = p.q_heads // p.kv_heads
+    q, k, v = (tensor.requires_grad_() for tensor in (tensor.clone() for tensor in running.inputs(tried)))
+    logits = torch.tensor([0.5, -torch.inf, 3.0, -2.0], requires_grad=True)
+    plain, log_sums = running.poisoned(tried)
+    triton_backend.backend().lower(made)(q.detach(), k.detach(), v.detach(), plain, log_sums)
+    leaves = plain.requires_grad_(), log_sums.requires_grad_()
+    out, lse = with_sinks(*leaves, logits)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (q, k, v, logits)]
+    scores = exact[0] @ exact[1].repeat_interleave(group, 1).transpose(2, 3) * made.scale
+    scores = scores.masked_fill(~torch.from_numpy(tried.bound.to_dense()), -torch.inf)
+    sunk = torch.cat((scores, exact[3][None, :, None, None].expand(*scores.shape[:3], 1)), 3)
+    # Without keys and with no sink there is nothing to divide by.
+    weights = torch.softmax(sunk, 3).nan_to_num(0.0)[..., :-1]
+    wanted = weights @ exact[2].repeat_interleave(group, 1), torch.logsumexp(sunk, 3)
+    for got, right in zip((out, lse), wanted, strict=True):
+        torch.testing.assert_close(got.detach().double(), right.detach(), rtol=1e-5, atol=1e-5)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    above = torch.autograd.grad(out, (*leaves, logits), d_out)
+    dq, dk, dv = torch.full_like(q, float("nan")), torch.zeros(k.shape), torch.zeros(v.shape)
+    gradient = triton_backend.backend().lower_backward(made)
+    with torch.no_grad():
+        gradient(q, k, v, plain, log_sums, *above[:2], dq, dk, dv)
+    for got, right in zip((dq, dk, dv, above[2]), torch.autograd.grad(wanted[0], exact, d_out.double()), strict=True):
+        torch.testing.assert_close(got.double(), right.nan_to_num(0.0), rtol=1e-4, atol=1e-5)
 
 
 def _run_by_predicate(name: str, tried: Case) -> None:
@@ -559,6 +601,16 @@ def test_modifiers(interpreter, modifier, name, direction):
 @pytest.mark.parametrize("modifier", ["by-places", "by-edges"])
 def test_captured_tensors_and_their_gradients(interpreter, modifier, name, dtype):
     interpreter(_run_live, name, GROUPED.with_dtype(dtype), modifier)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_modifiers_are_told_queries_of_a_longer_sequence(interpreter, name):
+    interpreter(_run_step, name, GROUPED.with_dtype("fp32"))
+
+
+@pytest.mark.parametrize("name", ["block_sparse", spread("row_traversal"), spread("hybrid")])
+def test_sinks_enter_results_and_gradients(interpreter, name):
+    interpreter(_run_sunk, name, GROUPED.with_dtype("fp32"))
 
 
 @pytest.mark.spread

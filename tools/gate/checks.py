@@ -19,7 +19,7 @@ from sparsec.backends.base import BACKENDS, DTYPES, Dtype, Launch, Problem, back
 from sparsec.device import Device
 from sparsec.masks.mask import Mask
 from sparsec.planner.works import build_work
-from sparsec.score import as_score_mod
+from sparsec.score import ScoreMod, as_score_mod, chain, edge_bias
 from sparsec.template import KERNEL_FILES, Config, Template, templates
 
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -228,21 +228,51 @@ def many_tokens(each: Template, name: str, device: Device) -> None:
 # Score modifiers, partial tiles by predicate, graph capture.
 
 
+def modifiers() -> dict[str, ScoreMod]:
+    """One that looks up by head and distance and bends what it finds; two of captured tensors with gradients."""
+    import torch
+
+    frozen = np.random.default_rng(4).normal(size=(4, 65)).astype(np.float32)
+    # By the head, the query, the key and both; by the edge, shared by all heads and not.
+    gain, rows, columns, bias, edges, own_edges = (
+        torch.zeros(*shape, requires_grad=True) for shape in ((4,), (4, 83), (2, 151), (4, 65), (3000,), (2, 4, 3000))
+    )
+    return {
+        "bent": as_score_mod(
+            lambda score, b, h, q, kv: (score + frozen[h, (q - kv) % 65] * (b + 1)) * 0.5 + score.tanh()
+        ),
+        "captured": as_score_mod(
+            lambda score, b, h, q, kv: (
+                (score * (1.5 + gain[h]) + bias[h, kv - q + 32] + columns[b, kv]) * (1.0 + 0.25 * rows[h, q])
+            )
+        ),
+        "edges": chain(edge_bias(edges), lambda s, b, h, q, kv: s * 0.5 + torch.sigmoid(s), edge_bias(own_edges)),
+    }
+
+
 def modified(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every kernel with a modifier that looks up by head and distance and bends what it finds."""
-    bias = np.random.default_rng(4).normal(size=(4, 65)).astype(np.float32)
-    score = as_score_mod(lambda score, b, h, q, kv: (score + bias[h, (q - kv) % 65] * (b + 1)) * 0.5 + score.tanh())
-    for direction in DIRECTIONS:
-        for each, name in own_kernels(device):
-            for dtype in reversed(DTYPES):
+    """Every kernel with score modifiers, and the gradients of the tensors that those capture."""
+    every = (
+        (*tried, kernel)
+        for tried in itertools.product(modifiers().items(), DIRECTIONS)
+        for kernel in own_kernels(device)
+    )
+    for (title, score), direction, (each, name) in every:
+        for dtype in reversed(DTYPES):
 
-                def check(e: Template = each, n: str = name, t: Dtype = dtype, d: gate.Direction = direction) -> None:
-                    error = gate.check(e, n, t, device, d, score)
-                    if error is not None:
-                        raise AssertionError(error)
+            def check(
+                e: Template = each,
+                n: str = name,
+                t: Dtype = dtype,
+                d: gate.Direction = direction,
+                s: ScoreMod = score,
+            ) -> None:
+                error = gate.check(e, n, t, device, d, s)
+                if error is not None:
+                    raise AssertionError(error)
 
-                if backend(name).refusal(each, Problem(64, 64, has_score_mod=True), device) is None:
-                    yield f"modified/{each.name}/{name}/{dtype}/{direction}", check
+            if backend(name).refusal(each, Problem(64, 64, has_score_mod=True), device) is None:
+                yield f"modified/{each.name}/{name}/{dtype}/{direction}/{title}", check
 
 
 def other_configurations(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
