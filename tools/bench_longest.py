@@ -195,7 +195,8 @@ def ask(part: str, **arguments: Any) -> dict[str, Any] | str:
         check=False,
     )
     if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
+        return "out of memory" if "allocate memory" in last or "MemoryError" in last else last
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -256,11 +257,13 @@ def main(
             shape,
             error=found["error"],
             allowed=found["allowed"],
-            note=f"data of the process held to {memory_gib:g} GiB; 2% more tokens: {refused[:120]}",
+            note=f"data of the process held to {memory_gib:g} GiB; 2% more tokens: {refused}",
         ),
         Figure("one call of it", found["took_us"], "us", shape, note=f"the first took {found['first_us'] / 1e6:.3g} s"),
         Figure("peak resident size of it", found["peak_bytes"], "bytes", shape),
     ]
+    # The second part may take long, or more than the disk has.
+    _kept(path, memory_gib, figures)
     with tempfile.TemporaryDirectory(dir=folder, prefix="sparsec-longest-") as inside:
         long = int(n * times) + 1
         needed, free = 3 * long * ROW_BYTES, shutil.disk_usage(inside).free
@@ -304,6 +307,10 @@ def main(
     ]
     for figure in figures:
         click.echo(f"{figure.what:48} {measured(figure):>20}  exact: {figure.is_exact}  {figure.note}")
+    _kept(path, memory_gib, figures)
+
+
+def _kept(path: Path | None, memory_gib: float, figures: list[Figure]) -> None:
     if path is not None:
         about = f"The longest context under {memory_gib:g} GiB, and one beyond memory, on a CPU"
         write_sheet(path, made("longest", about, PROTOCOL, torch.get_num_threads(), figures))

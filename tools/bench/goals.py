@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 
 from bench.grid import SLOPES, Goal
+from bench.names import family
 from bench.results import CaseRow, Run
 
 
@@ -102,7 +103,7 @@ class Crossing:
 
 
 def crossings(run: Run) -> list[Crossing]:
-    """Every change of the lead between two peers along the lines of a run."""
+    """Every change of the lead between two peers along the lines of a run, our plan and its own templates apart."""
     groups: dict[tuple[str, str, int | None], list[CaseRow]] = {}
     for row in run.cases:
         if row.case.measure == "attention":
@@ -114,6 +115,8 @@ def crossings(run: Run) -> list[Crossing]:
         peers = list(dict.fromkeys(each.peer for row in rows for each in row.peers))
         for index, first in enumerate(peers):
             for second in peers[index + 1 :]:
+                if "ours" in (first, second) and family(first) == family(second):
+                    continue
                 for at, second_leads in _changes_of_lead(rows, first, second, run.x):
                     faster, slower = (second, first) if second_leads else (first, second)
                     found.append(Crossing(name, dtype, length, faster, slower, at))
