@@ -29,6 +29,8 @@ Integers = npt.NDArray[np.integer]
 
 # Queries whose dense rows are held at a time.
 _ROWS = 256
+# Of the dimensions, in which a plain computation is done to see what it may lose.
+_ORDERS_OF_SUMMATION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,15 +279,29 @@ def gradient_tolerances(
 ) -> tuple[float, ...]:
     """The largest errors of one head's dq, dk, dv and the gradients of live tables that a correct kernel may show.
 
-    By the rule of `tolerances`: the plain computation is in fp32, with probabilities, the output and the gradients of
-    the scores rounded to the dtype.
+    By the rule of `tolerances`: the plain computation is in fp32, one term after the other whatever this machine's BLAS
+    would do, with probabilities, the output and the gradients of the scores rounded to the dtype. Where a row has few
+    keys, what it loses hangs on a few differences of dot products that nearly cancel, and so on luck: it is done with
+    the dimensions in several orders, and what the worst of them loses counts.
     """
-    tables, plain_tables = ([], []) if modifier is None else (modifier.zeros(), modifier.zeros(np.float32))
+    tables = [] if modifier is None else modifier.zeros()
     exact = (*gradients(q, k, v, bound, scale, d_out, d_lse, modifier, tables), *tables)
-    weights, d_scores = plain_weights(q, k, v, bound, scale, d_out, d_lse, dtype, modifier, plain_tables)
     q32, k32, d_out32 = (array.astype(np.float32) for array in (q, k, d_out))
-    plain = (d_scores @ k32 * np.float32(scale), d_scores.T @ q32 * np.float32(scale), weights.T @ d_out32)
-    allowed = [allowed_error(got, wanted, dtype) for got, wanted in zip((*plain, *plain_tables), exact, strict=True)]
+    allowed = [0.0] * len(exact)
+    for seed in range(_ORDERS_OF_SUMMATION):
+        shuffle = np.random.default_rng(seed)
+        dims, v_dims = shuffle.permutation(q.shape[1]), shuffle.permutation(v.shape[1])
+        plain_tables = [] if modifier is None else modifier.zeros(np.float32)
+        weights, d_scores = plain_weights(
+            q[:, dims], k[:, dims], v[:, v_dims], bound, scale, d_out[:, v_dims], d_lse, dtype, modifier, plain_tables
+        )
+        plain = (
+            summed_in_order(d_scores, k32) * np.float32(scale),
+            summed_in_order(d_scores.T, q32) * np.float32(scale),
+            summed_in_order(weights.T, d_out32),
+        )
+        errors = (allowed_error(got, wanted, dtype) for got, wanted in zip((*plain, *plain_tables), exact, strict=True))
+        allowed = [max(most, error) for most, error in zip(allowed, errors, strict=True)]
     if modifier is not None and tables:
         # An entry is a sum over any number of edges, in another order than here: fp32 rounds by the size of its terms.
         sizes, every = modifier.zeros(), np.arange(bound.q_len)
@@ -317,16 +333,17 @@ def plain_weights(
     attended = bound.to_dense()
     attends = attended.any(axis=1)
     q32, k32, v32, d_out32 = (array.astype(np.float32) for array in (q, k, v, d_out))
-    scaled, every = q32 @ k32.T * np.float32(scale), np.arange(bound.q_len)
+    scaled, every = summed_in_order(q32, k32.T) * np.float32(scale), np.arange(bound.q_len)
     modified = scaled if modifier is None else modifier.value(scaled, every)
     scores = np.where(attended, modified, np.float32(-np.inf))
     # Probabilities are recomputed from the log-sum-exp, which is kept in fp32.
     lse = attention(q, k, v, bound, scale, modifier=modifier)[1].astype(np.float32)
     weights = np.exp(scores - np.where(attends, lse, np.float32(0.0))[:, None])
     halves = rounded(weights, dtype).astype(np.float32)
-    out = rounded(halves @ v32, dtype).astype(np.float32)
-    delta = (out * d_out32).sum(axis=1, keepdims=True) - d_lse.astype(np.float32)[:, None]
-    d_values = np.where(attended, weights * (d_out32 @ v32.T - delta), np.float32(0.0))
+    out = rounded(summed_in_order(halves, v32), dtype).astype(np.float32)
+    # Summed apart from d_out @ v.T, so not in its order either: their errors do not cancel.
+    delta = np.cumsum((out * d_out32)[:, ::-1], axis=1)[:, -1:] - d_lse.astype(np.float32)[:, None]
+    d_values = np.where(attended, weights * (summed_in_order(d_out32, v32.T) - delta), np.float32(0.0))
     if modifier is None:
         return halves, rounded(d_values, dtype).astype(np.float32)
     if d_tables:
