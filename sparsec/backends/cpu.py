@@ -214,7 +214,7 @@ def _load(path: Path, source: Path) -> ctypes.CDLL:
     if library.sx_abi() != ctypes.sizeof(Arguments):
         raise CompileError(
             f"{path.name} takes {library.sx_abi()} bytes of arguments and this sparsec passes "
-            f"{ctypes.sizeof(Arguments)}: templates/shared/arguments.hpp and backends/cpu.py disagree",
+            f"{ctypes.sizeof(Arguments)}: templates/shared/arguments.hpp and backends/cpu_kernels.py disagree",
             source,
         )
     return library

@@ -36,7 +36,6 @@ template <class T> class RowForward {
             at(a_.out, h, a_.out_is_fp32 ? 4 : sizeof(T)), a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr,
             Score(a_.tables, (int32_t)(a_.first_batch + b), (int32_t)h)};
   }
-  int64_t q_token(int64_t position) const { return a_.q_order ? a_.q_order[position] : position; }
   float* slot(int64_t copy, int64_t index, int64_t row) const {
     return a_.partial + ((copy * a_.n_slots + index) * a_.block_q + row) * (a_.v_dim + 2);
   }
@@ -58,8 +57,7 @@ template <class T> class RowForward {
 
   void item(int64_t share_index, int64_t index) const {
     Share share(*this, share_index);
-    const int64_t first = a_.item_unit[index] * a_.block_q;
-    const int64_t n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
+    const int64_t unit = a_.item_unit[index], first = unit * a_.block_q, n = a_.queries_of(unit);
     const int64_t slot_index = a_.item_slot[index];
     const int64_t start = slot_index < 0 ? 0 : a_.edge_start[index], stop = slot_index < 0 ? INT64_MAX : a_.edge_stop[index];
     int64_t seen = 0;  // edges of the unit's earlier queries
@@ -70,7 +68,8 @@ template <class T> class RowForward {
       const int64_t end = std::min(keys.indptr[rows], last);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t from = std::max(keys.indptr[i], base + start), to = std::min(keys.indptr[i + 1], last);
-        attend(share, first + done + i, keys.tokens + from, to - from, end - from, row_edges(a_, keys.first_edge + from), slot_index, done + i);
+        attend(share, first + done + i, keys.tokens + from, to - from, end - from, row_edges(a_, keys.first_edge + from),
+               slot_index, done + i);
       }
       seen = keys.indptr[rows] - base;
       done += rows;
@@ -80,7 +79,7 @@ template <class T> class RowForward {
   // The query at `position` attends `tokens[0:n]`: finished, or saved where an item is a part of its unit.
   void attend(Share& share, int64_t position, const int32_t* tokens, int64_t n, int64_t ahead, RowEdges edges, int64_t slot_index,
               int64_t row) const {
-    const int64_t token = q_token(position);
+    const int64_t token = a_.q_token(position);
     const KeyRows<T>& rows = share.heads[0].rows;
     bool is_done = slot_index < 0 && !a_.out_is_fp32;
     for (int h = 0; h < share.n && is_done; ++h) {
@@ -99,11 +98,10 @@ template <class T> class RowForward {
 
   void merge(int64_t copy, int64_t index) const {
     const Head h = head(copy);
-    const int64_t first = a_.merge_unit[index] * a_.block_q;
-    const int64_t n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
+    const int64_t unit = a_.merge_unit[index], first = unit * a_.block_q, n = a_.queries_of(unit);
     RowEngine<T> engine(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t token = q_token(first + i);
+      const int64_t token = a_.q_token(first + i);
       engine.begin(h.q + token * a_.q.row, token);
       for (int64_t s = a_.merge_indptr[index]; s < a_.merge_indptr[index + 1]; ++s) engine.join(slot(copy, s, i));
       finish(engine, h, token);

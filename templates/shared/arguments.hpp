@@ -1,9 +1,10 @@
 // What Python hands to a CPU kernel, and how a kernel spreads work over threads.
 //
-// Decides the binary interface: `Arguments` mirrors `sparsec.backends.cpu.Arguments` field by field (every field is eight
-// bytes wide; `sx_abi` lets Python check the size). Knows nothing of how attention is computed.
+// Decides the binary interface: `Arguments` mirrors `sparsec.backends.cpu_kernels.Arguments` field by field (every field is
+// eight bytes wide; `sx_abi` lets Python check the size). Knows nothing of how attention is computed.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -24,10 +25,10 @@ struct Arguments {
   int64_t n_heads;
   int64_t heads_sharing;  // runs of so many of them share a key head
   double scale;
-  int64_t first_batch;         // what batch element 0 of the tensors is called in a score modifier
-  int64_t first_query;         // likewise query 0; 0 in the backward pass
-  const void* const* tables;   // captured arrays of the score modifier, or null
-  int64_t out_is_fp32;  // rows of `out` are fp32 whatever the dtype: results that are joined with others'
+  int64_t first_batch;        // what batch element 0 of the tensors is called in a score modifier
+  int64_t first_query;        // likewise query 0; 0 in the backward pass
+  const void* const* tables;  // captured arrays of the score modifier, or null
+  int64_t out_is_fp32;        // rows of `out` are fp32 whatever the dtype: results that are joined with others'
 
   // Tiles; a pattern of -1 is a full tile. `patterns` is [n_patterns, block_kv]: the query bits of each key.
   int64_t block_q, block_kv;
@@ -71,9 +72,9 @@ struct Arguments {
   const int64_t* merge_indptr;
   float* partial;  // [batch * n_heads, n_slots, (v_dim + 2) * block_q]
 
-  // The backward pass: `out`, `lse` are then inputs. dK and dV are fp32 sums, added to, [n_parts, batch,
-  // kv_heads, kv_len, dimension padded to whole vectors]; `heads` are sorted by key head and cut by kv_group_indptr [n_kv_groups + 1]; part_indptr
-  // [n_parts + 1] cuts the units.
+  // The backward pass: `out` and `lse` are then inputs. dK and dV are fp32 sums, added to: [n_parts, batch, kv_heads,
+  // kv_len, dimension padded to whole vectors]. `heads` are sorted by key head and cut by kv_group_indptr [n_kv_groups + 1];
+  // part_indptr [n_parts + 1] cuts the units.
   Tensor d_out, dq, dk, dv;
   const float* d_lse;  // or null
   int64_t d_lse_batch, d_lse_head;
@@ -98,6 +99,11 @@ struct Arguments {
   // Torch's own OpenMP runtime (GOMP_parallel), or null to stay on the calling thread.
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
   int64_t threads;
+
+  int64_t q_token(int64_t position) const { return q_order ? q_order[position] : position; }
+  int64_t kv_token(int64_t position) const { return kv_order ? kv_order[position] : position; }
+  // How many queries a unit has: the last may have fewer than block_q.
+  int64_t queries_of(int64_t unit) const { return std::min(q_len - unit * block_q, block_q); }
 };
 
 // Calls `work(index)` for every index below `count`; idle threads take the next index in order.

@@ -8,7 +8,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "key_lists.hpp"
 #include "row_gradient.hpp"
@@ -41,7 +40,9 @@ template <class T, bool HAS_TILES, bool HAS_ROWS> class Backward {
   Head head(int64_t b, int64_t h, int64_t part, int64_t kv_group) const {
     const int64_t kv = h / group_;
     auto at = [&](const Tensor& t, int64_t i) { return (T*)t.data + b * t.batch + i * t.head; };
-    auto sums = [&](const Tensor& t, int64_t part_pitch) { return (float*)t.data + part * part_pitch + b * t.batch + kv * t.head; };
+    auto sums = [&](const Tensor& t, int64_t part_pitch) {
+      return (float*)t.data + part * part_pitch + b * t.batch + kv * t.head;
+    };
     const int64_t at_lse = b * a_.lse_batch + h * a_.lse_head;
     Score score(a_.tables, (int32_t)(a_.first_batch + b), (int32_t)h);
     if (a_.table_gradients)
@@ -53,11 +54,10 @@ template <class T, bool HAS_TILES, bool HAS_ROWS> class Backward {
     return {at(a_.q, h), at(a_.out, h), at(a_.d_out, h),
             (char*)a_.dq.data + (b * a_.dq.batch + h * a_.dq.head) * (a_.out_is_fp32 ? 4 : sizeof(T)),
             a_.lse + at_lse, a_.d_lse ? a_.d_lse + b * a_.d_lse_batch + h * a_.d_lse_head : nullptr,
-            {at(a_.k, kv), at(a_.v, kv), sums(a_.dk, a_.dk_part), sums(a_.dv, a_.dv_part), a_.k.row, a_.v.row, a_.dk.row, a_.dv.row},
+            {at(a_.k, kv), at(a_.v, kv), sums(a_.dk, a_.dk_part), sums(a_.dv, a_.dv_part),
+             a_.k.row, a_.v.row, a_.dk.row, a_.dv.row},
             score};
   }
-  int64_t q_token(int64_t position) const { return a_.q_order ? a_.q_order[position] : position; }
-  int64_t kv_token(int64_t position) const { return a_.kv_order ? a_.kv_order[position] : position; }
   static Scratch& scratch() { thread_local Scratch s; return s; }
 
   // rowsum(dO ∘ O) - dLSE.
@@ -75,22 +75,23 @@ template <class T, bool HAS_TILES, bool HAS_ROWS> class Backward {
   }
 
   void block(const Head& h, int64_t unit) const {
-    const int64_t first = unit * a_.block_q, n = std::min(a_.q_len - first, a_.block_q);
+    const int64_t first = unit * a_.block_q, n = a_.queries_of(unit);
     bool has_tiles = false;
     if constexpr (HAS_TILES) {
       TileGradient<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
       const bool has_columns = a_.gathered_indptr && a_.gathered_indptr[unit] < a_.gathered_indptr[unit + 1];
       has_tiles = has_columns || a_.tile_indptr[unit] < a_.tile_indptr[unit + 1];
       if (has_tiles) {
-        engine.begin(n, [&](int64_t i) { return h.q + q_token(first + i) * a_.q.row; },
-                     [&](int64_t i) { return h.d_out + q_token(first + i) * a_.d_out.row; },
-                     [&](int64_t i) { return h.lse[q_token(first + i)]; }, [&](int64_t i) { return delta(h, q_token(first + i)); },
-                     [&](int64_t i) { return q_token(first + i); });
+        engine.begin(n, [&](int64_t i) { return h.q + a_.q_token(first + i) * a_.q.row; },
+                     [&](int64_t i) { return h.d_out + a_.q_token(first + i) * a_.d_out.row; },
+                     [&](int64_t i) { return h.lse[a_.q_token(first + i)]; },
+                     [&](int64_t i) { return delta(h, a_.q_token(first + i)); },
+                     [&](int64_t i) { return a_.q_token(first + i); });
         for (int64_t t = a_.tile_indptr[unit]; t < a_.tile_indptr[unit + 1]; ++t) add_tile(engine, h, t);
         if (has_columns)
           for (int64_t c = a_.gathered_indptr[unit]; c < a_.gathered_indptr[unit + 1]; ++c) {
             engine.number(a_, c);
-            add(engine, h, kv_token(a_.gathered_columns[c]), a_.gathered_lanes[c]);
+            add(engine, h, a_.kv_token(a_.gathered_columns[c]), a_.gathered_lanes[c]);
           }
         engine.finish();
       }
@@ -114,14 +115,14 @@ template <class T, bool HAS_TILES, bool HAS_ROWS> class Backward {
       const uint64_t live = lanes ? lanes[i] : ~uint64_t(0);
       if (!live) continue;
       engine.number(edges, live);
-      add(engine, h, kv_token(first + i), live);
+      add(engine, h, a_.kv_token(first + i), live);
     }
   }
 
   // Finishes each query with its single edges, from what the tiles gave (or from nothing).
   void walk_rows(const Head& h, int64_t first, int64_t n, const TileGradient<T>* tiles) const {
     if constexpr (!HAS_ROWS) {
-      for (int64_t i = 0; i < n; ++i) write_plain(h, q_token(first + i), tiles ? tiles->row(i) : nullptr);
+      for (int64_t i = 0; i < n; ++i) write_plain(h, a_.q_token(first + i), tiles ? tiles->row(i) : nullptr);
     } else {
       RowGradient<T> row(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
       const bool has_rows = a_.row_form != 0 || a_.row_indptr;
@@ -129,7 +130,7 @@ template <class T, bool HAS_TILES, bool HAS_ROWS> class Backward {
         int64_t rows = n - done;
         const Keys keys = has_rows ? collect_keys(a_, first + done, rows) : Keys{nullptr, nullptr, 0};
         for (int64_t i = done; i < done + rows; ++i) {
-          const int64_t token = q_token(first + i);
+          const int64_t token = a_.q_token(first + i);
           const int64_t from = has_rows ? keys.indptr[i - done] : 0, to = has_rows ? keys.indptr[i - done + 1] : 0;
           if (from == to) {
             write_plain(h, token, tiles ? tiles->row(i) : nullptr);

@@ -24,8 +24,8 @@ template <class T> class RowGradient {
   // Takes up the query at place `token`, with dQ = 0 or with what other keys have given (`dq`, scaled).
   void begin(const T* q, const T* d_out, float lse, float delta, int64_t token, const float* dq = nullptr) {
     q_token_ = (int32_t)token;
-    take(q_, q, head_dim_);
-    take(do_, d_out, v_dim_);
+    widen(q_, q, head_dim_);
+    widen(do_, d_out, v_dim_);
     for (int64_t x = 0; x < head_dim_; x += VL) store(dq_ + x, dq && scale_ != 0 ? load(dq + x) * (1 / scale_) : vf{});
     lse_ = lse == NEG_INF ? 0.0f : lse;
     delta_ = delta;
@@ -46,10 +46,7 @@ template <class T> class RowGradient {
   }
 
  private:
-  static void take(float* to, const T* from, int64_t n) {
-    for (int64_t x = 0; x < n; x += VL) store(to + x, x + VL <= n ? load_f32(from + x) : load_f32_partial(from + x, (int)(n - x)));
-  }
-  template <int VECTORS> SX_INLINE static void prefetch(const void* row, int64_t bytes) {
+  SX_INLINE static void prefetch(const void* row, int64_t bytes) {
     for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch((const char*)row + x, 0, 2);
   }
 
@@ -58,10 +55,10 @@ template <class T> class RowGradient {
     for (int64_t first = 0; first < n; first += VL) {
       const int count = (int)(n - first < VL ? n - first : VL);
       for (int64_t i = first + VL, last = i + count < ahead ? i + count : ahead; i < last; ++i) {
-        prefetch<VECTORS>(rows.k + tokens[i] * rows.k_pitch, head_dim * sizeof(T));
-        prefetch<VECTORS>(rows.v + tokens[i] * rows.v_pitch, v_dim * sizeof(T));
-        prefetch<VECTORS>(rows.dk + tokens[i] * rows.dk_pitch, head_dim * 4);
-        prefetch<VECTORS>(rows.dv + tokens[i] * rows.dv_pitch, v_dim * 4);
+        prefetch(rows.k + tokens[i] * rows.k_pitch, head_dim * sizeof(T));
+        prefetch(rows.v + tokens[i] * rows.v_pitch, v_dim * sizeof(T));
+        prefetch(rows.dk + tokens[i] * rows.dk_pitch, head_dim * 4);
+        prefetch(rows.dv + tokens[i] * rows.dv_pitch, v_dim * 4);
       }
       step<VECTORS>(rows, tokens + first, count, edges.from(first));
     }

@@ -217,6 +217,12 @@ template <class T> SX_INLINE void store_partial(T* p, vf v, int n) {
   store_as(parts, v);
   for (int i = 0; i < n; ++i) p[i] = parts[i];
 }
+// n numbers as floats, times `factor`; zeros behind them to the end of the last vector.
+template <class T> inline void widen(float* to, const T* from, int64_t n, float factor = 1.0f) {
+  for (int64_t x = 0; x < n; x += VL)
+    store(to + x, (x + VL <= n ? load_f32(from + x) : load_f32_partial(from + x, (int)(n - x))) * factor);
+}
+SX_INLINE int64_t whole_vectors(int64_t n) { return (n + VL - 1) / VL * VL; }
 
 // Row i of `rows` becomes column i: a VL × VL transpose by log2(VL) rounds of interleaving.
 template <class V> SX_INLINE V interleave_low(V a, V b) {

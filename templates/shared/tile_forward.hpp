@@ -28,25 +28,25 @@ template <class T, bool HAS_LEFTOVERS> class TileForward {
   Head head(int64_t copy) const {
     const int64_t b = copy / a_.n_heads, h = a_.heads[copy % a_.n_heads], kv = h / group_;
     auto at = [&](const Tensor& t, int64_t i, size_t size = sizeof(T)) { return (char*)t.data + (b * t.batch + i * t.head) * size; };
-    return {(T*)at(a_.q, h), (T*)at(a_.k, kv), (T*)at(a_.v, kv), at(a_.out, h, a_.out_is_fp32 ? 4 : sizeof(T)), a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr,
+    return {(T*)at(a_.q, h), (T*)at(a_.k, kv), (T*)at(a_.v, kv), at(a_.out, h, a_.out_is_fp32 ? 4 : sizeof(T)),
+            a_.lse ? a_.lse + b * a_.lse_batch + h * a_.lse_head : nullptr,
             Score(a_.tables, (int32_t)(a_.first_batch + b), (int32_t)h)};
   }
   static Scratch& scratch() { thread_local Scratch s; return s; }
-  int64_t q_token(int64_t position) const { return a_.q_order ? a_.q_order[position] : position; }
-  int64_t kv_token(int64_t position) const { return a_.kv_order ? a_.kv_order[position] : position; }
   float* slot(int64_t copy, int64_t index) const {
     return a_.partial + (copy * a_.n_slots + index) * (a_.v_dim + 2) * a_.block_q;
   }
 
   void begin(TileEngine<T>& engine, const Head& h, int64_t unit) const {
-    const int64_t first = unit * a_.block_q, n = a_.q_len - first < a_.block_q ? a_.q_len - first : a_.block_q;
-    engine.begin(n, [&](int64_t i) { return h.q + q_token(first + i) * a_.q.row; }, [&](int64_t i) { return a_.first_query + q_token(first + i); });
+    const int64_t first = unit * a_.block_q, n = a_.queries_of(unit);
+    engine.begin(n, [&](int64_t i) { return h.q + a_.q_token(first + i) * a_.q.row; },
+                 [&](int64_t i) { return a_.first_query + a_.q_token(first + i); });
   }
   void finish(TileEngine<T>& engine, const Head& h, int64_t unit) const {
     const int64_t first = unit * a_.block_q;
-    auto lse = [&](int64_t i) { return h.lse ? h.lse + q_token(first + i) : nullptr; };
-    if (a_.out_is_fp32) engine.finish([&](int64_t i) { return (float*)h.out + q_token(first + i) * a_.out.row; }, lse);
-    else engine.finish([&](int64_t i) { return (T*)h.out + q_token(first + i) * a_.out.row; }, lse);
+    auto lse = [&](int64_t i) { return h.lse ? h.lse + a_.q_token(first + i) : nullptr; };
+    if (a_.out_is_fp32) engine.finish([&](int64_t i) { return (float*)h.out + a_.q_token(first + i) * a_.out.row; }, lse);
+    else engine.finish([&](int64_t i) { return (T*)h.out + a_.q_token(first + i) * a_.out.row; }, lse);
   }
 
   void item(int64_t copy, int64_t index) const {
@@ -56,13 +56,14 @@ template <class T, bool HAS_LEFTOVERS> class TileForward {
     const bool has_columns = HAS_LEFTOVERS && a_.column_start && a_.column_start[index] < a_.column_stop[index];
     const bool has_edges = HAS_LEFTOVERS && a_.edge_start && a_.edge_start[index] < a_.edge_stop[index];
     if constexpr (HAS_LEFTOVERS)
-      if (is_whole && has_edges && !has_columns && a_.tile_start[index] == a_.tile_stop[index]) return walk_rows(h, unit, nullptr);
+      if (is_whole && has_edges && !has_columns && a_.tile_start[index] == a_.tile_stop[index])
+        return walk_rows(h, unit, nullptr);
     TileEngine<T> engine(scratch(), a_.block_q, a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     begin(engine, h, unit);
     for (int64_t t = a_.tile_start[index]; t < a_.tile_stop[index]; ++t) add_tile(engine, h, t);
     if (has_columns)
       for (int64_t c = a_.column_start[index]; c < a_.column_stop[index]; ++c) {
-        const int64_t token = kv_token(a_.gathered_columns[c]);
+        const int64_t token = a_.kv_token(a_.gathered_columns[c]);
         engine.number(a_, c);
         engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, token, a_.gathered_lanes[c]);
       }
@@ -84,7 +85,7 @@ template <class T, bool HAS_LEFTOVERS> class TileForward {
     TileEdges edges(a_, tile);
     if (pattern < 0) {
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t token = kv_token(first + i);
+        const int64_t token = a_.kv_token(first + i);
         engine.number(edges, ~uint64_t(0));
         engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, token);
       }
@@ -93,7 +94,7 @@ template <class T, bool HAS_LEFTOVERS> class TileForward {
     const uint64_t* lanes = a_.patterns + pattern * a_.block_kv;
     for (int64_t i = 0; i < n; ++i) {
       if (!lanes[i]) continue;
-      const int64_t token = kv_token(first + i);
+      const int64_t token = a_.kv_token(first + i);
       engine.number(edges, lanes[i]);
       engine.add(h.k + token * a_.k.row, h.v + token * a_.v.row, token, lanes[i]);
     }
@@ -101,11 +102,11 @@ template <class T, bool HAS_LEFTOVERS> class TileForward {
 
   // Finishes each query of a unit with its single edges, from where `tiles` left it (or from nothing).
   void walk_rows(const Head& h, int64_t unit, const TileEngine<T>* tiles) const {
-    const int64_t first = unit * a_.block_q, n = std::min(a_.q_len - first, a_.block_q);
+    const int64_t first = unit * a_.block_q, n = a_.queries_of(unit);
     const int64_t end = a_.row_indptr[first + n];
     RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t from = a_.row_indptr[first + i], count = a_.row_indptr[first + i + 1] - from, token = q_token(first + i);
+      const int64_t from = a_.row_indptr[first + i], count = a_.row_indptr[first + i + 1] - from, token = a_.q_token(first + i);
       const T* q = h.q + token * a_.q.row;
       float* lse = h.lse ? h.lse + token : nullptr;
       const bool is_fresh = !tiles || tiles->sum(i) == 0;
@@ -122,13 +123,13 @@ template <class T, bool HAS_LEFTOVERS> class TileForward {
 
   // Adds edges [start, stop), all of this unit's queries, to a state that will be merged with others.
   void join_rows(TileEngine<T>& engine, const Head& h, int64_t unit, int64_t start, int64_t stop) const {
-    const int64_t first = unit * a_.block_q, n = std::min(a_.q_len - first, a_.block_q);
+    const int64_t first = unit * a_.block_q, n = a_.queries_of(unit);
     RowEngine<T> row(a_.head_dim, a_.v_dim, (float)a_.scale, h.score);
     engine.flush();
     for (int64_t i = 0; i < n; ++i) {
       const int64_t from = std::max(a_.row_indptr[first + i], start), to = std::min(a_.row_indptr[first + i + 1], stop);
       if (from >= to) continue;
-      row.begin(h.q + q_token(first + i) * a_.q.row, a_.first_query + q_token(first + i));
+      row.begin(h.q + a_.q_token(first + i) * a_.q.row, a_.first_query + a_.q_token(first + i));
       add_edges(row, h, from, to - from, stop);
       engine.join(i, row.maximum_score(), row.sum(), row.accumulator());
     }

@@ -140,11 +140,12 @@ template <class T> class TileGradient {
     else chunks_[n_chunks_++] = {0, keys_, 0, vectors_};
     for (int c = 0; c < n_chunks_; ++c) {
       const Chunk& chunk = chunks_[c];
-      if (masked_ && !HAS_SCORE_MOD) scores<true>(chunk, kp_, qt_, depth(head_dim_), s_);
-      else scores<false>(chunk, kp_, qt_, depth(head_dim_), s_);
-      scores<false>(chunk, vp_, dot_, depth(v_dim_), dp_);
+      if (masked_ && !HAS_SCORE_MOD) score_chunk<true>(chunk, kp_, qt_, block_q_, depth(head_dim_), lanes_, s_, unused_);
+      else score_chunk<false>(chunk, kp_, qt_, block_q_, depth(head_dim_), lanes_, s_, unused_);
+      score_chunk<false>(chunk, vp_, dot_, block_q_, depth(v_dim_), lanes_, dp_, unused_);
       differentiate(chunk);
-      add_dq(chunk);
+      if constexpr (PACK == 2) add_chunk<PACK>(chunk, k_pair_rows_, ds_pairs_, block_q_, head_dim_, dqt_);
+      else add_chunk<PACK>(chunk, kp_, (const Operand*)dp_, block_q_, head_dim_, dqt_);
       if constexpr (PACK == 2) {
         add_rows(chunk, (const Operand*)p_half_, block_q_ / 2, do_pairs_, v_pitch_, v_dim_, 1.0f, dv_);
         add_rows(chunk, (const Operand*)ds_half_, block_q_ / 2, q_pairs_, q_pitch_, head_dim_, scale_, dk_);
@@ -175,12 +176,8 @@ template <class T> class TileGradient {
   static int64_t depth(int64_t dim) { return (dim + PACK - 1) / PACK; }
 
   static void unpack_row(float* to, const T* from, int64_t dim, int64_t pitch) {
-    int64_t x = 0;
-    if (from) {
-      for (; x + VL <= dim; x += VL) store(to + x, load_f32(from + x));
-      if (x < dim) { store(to + x, load_f32_partial(from + x, (int)(dim - x))); x += VL; }
-    }
-    for (; x < pitch; x += VL) store(to + x, vf{});
+    if (from) widen(to, from, dim);
+    for (int64_t x = from ? whole_vectors(dim) : 0; x < pitch; x += VL) store(to + x, vf{});
   }
 
   // Queries in lanes, times `sign`: [dimension / PACK, block_q].
@@ -238,24 +235,9 @@ template <class T> class TileGradient {
       std::memcpy(to, from, dim * sizeof(T));
       std::memset((char*)to + dim * sizeof(T), 0, sizeof(T));
     } else {
-      unpack_row(to, from, dim, (dim + VL - 1) / VL * VL);
+      widen(to, from, dim);
     }
     return (const Operand*)to;
-  }
-
-  // s[key][query] = rows[key] · block[query], for the chunk's keys and live query vectors.
-  template <bool MASKED> void scores(const Chunk& c, const Operand* const* rows, const Operand* block, int64_t dims, float* s) {
-    for (int low = c.low; low < c.high; low += BLOCK_VECTORS)
-      with_vectors(c.high - low, [&](auto vectors) {
-        constexpr int VECTORS = decltype(vectors)::value;
-        int i = c.first;
-        in_groups<group_of(VECTORS)>(c.last - c.first, [&](auto keys) {
-          constexpr int KEYS = decltype(keys)::value;
-          score_block<KEYS, VECTORS, MASKED>(rows + i, block + low * VL, block_q_, dims, lanes_ + i, low * VL,
-                                             s + i * block_q_ + low * VL, unused_ + low * VL);
-          i += KEYS;
-        });
-      });
   }
 
   // P over S, and dS over dP.
@@ -311,23 +293,6 @@ template <class T> class TileGradient {
 #endif
       }
     }
-  }
-
-  void add_dq(const Chunk& c) {
-    const int first = c.first / PACK, keys = (c.last - c.first + PACK - 1) / PACK;
-    const Operand* const* rows = PACK == 2 ? k_pair_rows_ : kp_;
-    const Operand* ds = PACK == 2 ? ds_pairs_ : (const Operand*)dp_;
-    for (int low = c.low; low < c.high; low += BLOCK_VECTORS)
-      with_vectors(c.high - low, [&](auto vectors) {
-        constexpr int VECTORS = decltype(vectors)::value;
-        int64_t column = 0;
-        in_groups<group_of(VECTORS)>(head_dim_, [&](auto columns) {
-          constexpr int COLUMNS = decltype(columns)::value;
-          value_block<COLUMNS, VECTORS>(rows + first, column, ds + first * block_q_ + low * VL, block_q_, keys,
-                                        dqt_ + column * block_q_ + low * VL);
-          column += COLUMNS;
-        });
-      });
   }
 
   // to[key] += factor · Σ weight[key][query] · rows[query] over the chunk's live queries; rows of `to` are padded to whole

@@ -25,7 +25,6 @@ constexpr int MAX_BLOCK_Q = 64;
 constexpr uint32_t ALL_LANES = (1u << (VL - 1)) * 2 - 1;
 constexpr int MAX_KEY_GROUP = 14;
 
-
 // Keys (or value columns) a register block, by the number of query vectors beside them.
 constexpr int group_of(int vectors) {
   return BLOCK_VECTORS == 4 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 14) : (vectors == 2 ? 6 : 10);
@@ -85,7 +84,10 @@ static void score_block(const Operand* const* k, const Operand* qt, int64_t bloc
     vf highest = load(peak + j * VL);
 #pragma GCC unroll 16
     for (int i = 0; i < KEYS; ++i) {
-      if constexpr (MASKED) acc[i][j] = select_bits((uint32_t)(lanes[i] >> (first_lane + j * VL)) & ALL_LANES, acc[i][j], splat(NEG_INF));
+      if constexpr (MASKED) {
+        const uint32_t live = (uint32_t)(lanes[i] >> (first_lane + j * VL)) & ALL_LANES;
+        acc[i][j] = select_bits(live, acc[i][j], splat(NEG_INF));
+      }
       highest = maximum(acc[i][j], highest);
       store(s + i * block_q + j * VL, acc[i][j]);
     }
@@ -161,21 +163,56 @@ template <int GROUP, class Body> SX_INLINE void in_groups(int64_t n, Body&& body
   if (n >= 1) body(std::integral_constant<int, 1>{});
 }
 
+// `score_block` for the keys of a chunk and the queries that are live in it; rows of `s` are [block_q].
+template <bool MASKED, class Operand>
+void score_chunk(const Chunk& c, const Operand* const* k, const Operand* qt, int64_t block_q, int64_t depth, const uint64_t* lanes,
+                 float* s, float* peak) {
+  for (int low = c.low; low < c.high; low += BLOCK_VECTORS)
+    with_vectors(c.high - low, [&](auto vectors) {
+      constexpr int VECTORS = decltype(vectors)::value;
+      int i = c.first;
+      in_groups<group_of(VECTORS)>(c.last - c.first, [&](auto keys) {
+        constexpr int KEYS = decltype(keys)::value;
+        score_block<KEYS, VECTORS, MASKED>(k + i, qt + low * VL, block_q, depth, lanes + i, low * VL, s + i * block_q + low * VL,
+                                           peak + low * VL);
+        i += KEYS;
+      });
+    });
+}
+
+// `value_block` for all columns, the keys of a chunk and the queries that are live in it. PACK keys share an operand.
+template <int PACK, class Operand>
+void add_chunk(const Chunk& c, const Operand* const* v, const Operand* p, int64_t block_q, int64_t n_columns, float* acc) {
+  const int first = c.first / PACK, keys = (c.last - c.first + PACK - 1) / PACK;
+  for (int low = c.low; low < c.high; low += BLOCK_VECTORS)
+    with_vectors(c.high - low, [&](auto vectors) {
+      constexpr int VECTORS = decltype(vectors)::value;
+      int64_t column = 0;
+      in_groups<group_of(VECTORS)>(n_columns, [&](auto columns) {
+        constexpr int COLUMNS = decltype(columns)::value;
+        value_block<COLUMNS, VECTORS>(v + first, column, p + first * block_q + low * VL, block_q, keys,
+                                      acc + column * block_q + low * VL);
+        column += COLUMNS;
+      });
+    });
+}
+
 template <class T> class TileEngine {
   using Operand = typename Dtype<T>::Operand;
   static constexpr int PACK = Dtype<T>::pack;
 
  public:
-  // `block_q` is a multiple of VL up to 64; `heads_dim` and `v_dim` any.
+  // `block_q` is a multiple of VL up to 64; `head_dim` and `v_dim` any.
   TileEngine(Scratch& scratch, int64_t block_q, int64_t head_dim, int64_t v_dim, float scale, const Score& modifier)
-      : modifier_(modifier), raw_scale_(scale), block_q_(block_q), head_dim_(head_dim), v_dim_(v_dim), depth_((head_dim + PACK - 1) / PACK),
+      : modifier_(modifier), raw_scale_(scale), block_q_(block_q), head_dim_(head_dim), v_dim_(v_dim),
+        depth_((head_dim + PACK - 1) / PACK),
         // A negative scale is taken into q; a zero one must not turn -inf into NaN. A modifier takes scaled scores and
         // leaves nothing to scale.
         sign_(scale < 0 && !HAS_SCORE_MOD ? -1.0f : 1.0f), scale_(HAS_SCORE_MOD ? 1.0f : std::fabs(scale)),
         log2_scale_(std::fmax(scale_, 1e-30f) * LOG2_E) {
-    padded_ = (depth_ + VL - 1) / VL * VL;
+    padded_ = whole_vectors(depth_);
     int64_t rows = STRIP + MAX_KEY_GROUP + 2;
-    int64_t v_padded = (v_dim + VL - 1) / VL * VL + VL;
+    int64_t v_padded = whole_vectors(v_dim) + VL;
     int64_t words = padded_ * block_q + v_padded * block_q + 3 * block_q + 2 * rows * block_q + rows * padded_ + rows * v_padded +
                     block_q * padded_ * PACK + block_q * v_padded;
     char* at = scratch.reserve(words * 4 + 16 * 64);
@@ -209,9 +246,8 @@ template <class T> class TileEngine {
       float* to = q_rows_ + i * pitch;
       int64_t x = 0;
       if (i < n) {
-        const T* from = row(i);
-        for (; x + VL <= head_dim_; x += VL) store(to + x, load_f32(from + x) * sign_);
-        if (x < head_dim_) { store(to + x, load_f32_partial(from + x, (int)(head_dim_ - x)) * sign_); x += VL; }
+        widen(to, row(i), head_dim_, sign_);
+        x = whole_vectors(head_dim_);
       }
       for (; x < pitch; x += VL) store(to + x, vf{});
     }
@@ -264,7 +300,7 @@ template <class T> class TileEngine {
     }
     raise_maximum();
     for (int c = 0; c < n_chunks_; ++c) exponentiate(chunks_[c]);
-    for (int c = 0; c < n_chunks_; ++c) add_values(chunks_[c]);
+    for (int c = 0; c < n_chunks_; ++c) add_chunk<PACK>(chunks_[c], vp_, p_, block_q_, v_dim_, acc_);
     keys_ = 0;
     masked_ = false;
     fresh_ = false;
@@ -376,7 +412,7 @@ template <class T> class TileEngine {
         kp_[i] = k_rows_ + i * padded_;
       }
     } else {
-      for (int i = 0; i < keys; ++i) kp_[i] = convert((float*)k_rows_ + i * padded_, k_[i], head_dim_);
+      for (int i = 0; i < keys; ++i) kp_[i] = widened(k_rows_ + i * padded_, k_[i], head_dim_);
     }
     if constexpr (PACK == 2) {
 #if defined(SX_BF16_DOT)
@@ -389,29 +425,17 @@ template <class T> class TileEngine {
     } else if constexpr (Dtype<T>::in_place) {
       for (int i = 0; i < keys; ++i) vp_[i] = (const Operand*)v_[i];
     } else {
-      for (int i = 0; i < keys; ++i) vp_[i] = convert((float*)v_rows_ + i * v_pitch_, v_[i], v_dim_);
+      for (int i = 0; i < keys; ++i) vp_[i] = widened(v_rows_ + i * v_pitch_, v_[i], v_dim_);
     }
     for (int i = keys; i < keys + MAX_KEY_GROUP; ++i) kp_[i] = kp_[0];
   }
-  SX_INLINE const Operand* convert(float* to, const T* from, int64_t n) {
-    int64_t x = 0;
-    for (; x + VL <= n; x += VL) store(to + x, load_f32(from + x));
-    if (x < n) store(to + x, load_f32_partial(from + x, (int)(n - x)));
-    return (const Operand*)to;
+  SX_INLINE static const Operand* widened(Operand* to, const T* from, int64_t n) {
+    widen((float*)to, from, n);
+    return to;
   }
 
   template <bool MASKED> void score(const Chunk& c) {
-    for (int low = c.low; low < c.high; low += BLOCK_VECTORS)
-      with_vectors(c.high - low, [&](auto vectors) {
-        constexpr int VECTORS = decltype(vectors)::value;
-        int i = c.first;
-        in_groups<group_of(VECTORS)>(c.last - c.first, [&](auto keys) {
-          constexpr int KEYS = decltype(keys)::value;
-          score_block<KEYS, VECTORS, MASKED>(kp_ + i, qt_ + low * VL, block_q_, depth_, lanes_ + i, low * VL,
-                                             s_ + i * block_q_ + low * VL, peak_ + low * VL);
-          i += KEYS;
-        });
-      });
+    score_chunk<MASKED>(c, kp_, qt_, block_q_, depth_, lanes_, s_, peak_);
   }
 
   // Applies the score modifier, then the mask, and finds the peaks anew.
@@ -478,21 +502,6 @@ template <class T> class TileEngine {
       }
       store(l_ + v * VL, load(l_ + v * VL) + l);
     }
-  }
-
-  void add_values(const Chunk& c) {
-    const int first = c.first / PACK, keys = (c.last - c.first + PACK - 1) / PACK;
-    for (int low = c.low; low < c.high; low += BLOCK_VECTORS)
-      with_vectors(c.high - low, [&](auto vectors) {
-        constexpr int VECTORS = decltype(vectors)::value;
-        int64_t column = 0;
-        in_groups<group_of(VECTORS)>(v_dim_, [&](auto columns) {
-          constexpr int COLUMNS = decltype(columns)::value;
-          value_block<COLUMNS, VECTORS>(vp_ + first, column, p_ + first * block_q_ + low * VL, block_q_, keys,
-                                        acc_ + column * block_q_ + low * VL);
-          column += COLUMNS;
-        });
-      });
   }
 
   const Score& modifier_;
