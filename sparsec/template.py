@@ -90,6 +90,8 @@ class Template:
         tunables: By back end.
         constraints: Checked by `violation`.
         declared_backends: Back ends that serve it without a kernel of ours.
+        forward_only: Back ends whose kernels have no backward pass.
+        without_edge_numbers: Back ends whose kernels tell a score modifier no numbers of edges.
         folder: Where the sources are.
         source_digest: Of everything its kernels are compiled from, on any back end.
         backend_digests: Of what the kernels of one back end are compiled from, by back end.
@@ -101,6 +103,8 @@ class Template:
     tunables: Mapping[str, tuple[Tunable, ...]]
     constraints: tuple[Constraint, ...]
     declared_backends: tuple[str, ...]
+    forward_only: tuple[str, ...]
+    without_edge_numbers: tuple[str, ...]
     folder: Path
     source_digest: str
     backend_digests: Mapping[str, str]
@@ -109,6 +113,14 @@ class Template:
         """The back ends that can serve this template."""
         own = tuple(name for name, file in KERNEL_FILES.items() if (self.folder / file).is_file())
         return own + self.declared_backends
+
+    def has_backward(self, backend: str) -> bool:
+        """Whether a back end that serves this template computes gradients too."""
+        return backend not in self.forward_only
+
+    def counts_edges(self, backend: str) -> bool:
+        """Whether a back end that serves this template tells a score modifier the numbers of edges."""
+        return backend not in self.without_edge_numbers
 
     def kernel_path(self, backend: str) -> Path:
         return self.folder / KERNEL_FILES[backend]
@@ -202,6 +214,8 @@ def _read(folder: Path, shared: list[Path]) -> Template:
         tunables=tunables,
         constraints=constraints,
         declared_backends=tuple(declared.get("backends", ())),
+        forward_only=tuple(declared.get("forward_only", ())),
+        without_edge_numbers=tuple(declared.get("without_edge_numbers", ())),
         folder=folder,
         source_digest=_digest(sources),
         backend_digests={

@@ -94,6 +94,8 @@ def sanitized(device: Device) -> Tasks:
         if name != "cuda":
             continue
         for direction in checks.DIRECTIONS:
+            if not checks.computes(each, name, "bf16", direction, device):
+                continue
             for tool in ("memcheck", "racecheck", "synccheck"):
                 key = f"verify/{each.name}/{name}/bf16/{direction}/long-rows"
                 yield f"sanitize/{each.name}/{name}/{direction}/{tool}", lambda t=tool, k=key: sanitize(t, k)

@@ -36,6 +36,15 @@ from sparsec.backends.cuda_calls import (
 )
 from sparsec.backends.cuda_gradients import GradientArguments, Side, gradient_program, prepared_blocks, sides
 from sparsec.backends.cuda_printed import score_tables
+from sparsec.backends.cuda_tiles import (
+    TileArguments,
+    TileListsArgument,
+    TileWalk,
+    TileWidths,
+    tile_program,
+    tile_scale,
+    tile_walk,
+)
 from sparsec.backends.table_gradients import add_sums, zero_sums
 from sparsec.device import Device
 from sparsec.errors import CompileError, UnsupportedError
@@ -48,6 +57,8 @@ __all__ = ["CudaBackend", "CudaGradient", "CudaKernel", "backend", "described", 
 
 
 Direction = Literal["forward", "backward"]
+# What a kernel may have of shared memory without asking for it.
+_SHARED_UNASKED: Final = 48 << 10
 
 
 class Machine(Protocol):
@@ -59,6 +70,7 @@ class Machine(Protocol):
         name: str,
         blocks: int,
         threads: int,
+        shared_bytes: int,
         arguments: ctypes.Structure,
         device: torch.device,
     ) -> None:
@@ -79,6 +91,7 @@ class Driver:
         name: str,
         blocks: int,
         threads: int,
+        shared_bytes: int,
         arguments: ctypes.Structure,
         device: torch.device,
     ) -> None:
@@ -86,19 +99,19 @@ class Driver:
 
         # torch has made the device's primary context, and this makes it the current one.
         with torch.cuda.device(device):
-            function = self._function(program, name)
+            function = self._function(program, name, shared_bytes)
             stream = torch.cuda.current_stream(device).cuda_stream
             # The driver copies the arguments before it returns.
             pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
             self._checked(
                 self._driver.cuLaunchKernel(
-                    function, blocks, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0
+                    function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
                 ),
                 f"{program.template} ({name}) could not be started with {blocks} blocks of {threads} threads",
                 program,
             )
 
-    def _function(self, program: Program, name: str) -> Any:
+    def _function(self, program: Program, name: str, shared_bytes: int) -> Any:
         if (program, name) not in self._functions:
             driver, content = self._driver, cuda_compile.cubin(program)
             (library,) = self._checked(
@@ -108,7 +121,12 @@ class Driver:
             )
             # A library is loaded into every context that uses it.
             (kernel,) = self._checked(driver.cuLibraryGetKernel(library, name.encode()), f"no kernel {name}", program)
-            self._functions[program, name] = driver.CUfunction(int(kernel))
+            function = driver.CUfunction(int(kernel))
+            if shared_bytes > _SHARED_UNASKED:
+                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                asked = f"{name} needs {shared_bytes:,} bytes of shared memory a block"
+                self._checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes), asked, program)
+            self._functions[program, name] = function
         return self._functions[program, name]
 
     def _checked(self, answer: tuple[Any, ...], what: str, program: Program) -> tuple[Any, ...]:
@@ -138,7 +156,7 @@ class _Bound:
     def source(self) -> dict[str, str]:
         return _sources(self.launch.template)
 
-    def addresses(self, walk: Walk, device: torch.device, batch: int) -> Mapping[str, int | None]:
+    def addresses(self, walk: Walk | TileWalk, device: torch.device, batch: int) -> Mapping[str, int | None]:
         """Where the arrays of a walk and the batch elements are on a device."""
         import torch
 
@@ -151,7 +169,9 @@ class _Bound:
         found = {name: None if array is None else array.data_ptr() for name, array in arrays.items()}
         return {**found, "batches": self._batches[device, batch].data_ptr()}
 
-    def fill_tables(self, lists: ListsArgument, device: torch.device, live: Sequence[torch.Tensor]) -> None:
+    def fill_tables(
+        self, lists: ListsArgument | TileListsArgument, device: torch.device, live: Sequence[torch.Tensor]
+    ) -> None:
         """Where the score modifier's arrays are; `live` are those of this call."""
         if self.launch.score is None:
             return
@@ -162,7 +182,14 @@ class _Bound:
             lists.tables[number] = (next(given) if kept is None else kept).data_ptr()
 
     def run(
-        self, made: Program, name: str, blocks: int, threads: int, arguments: ctypes.Structure, device: torch.device
+        self,
+        made: Program,
+        name: str,
+        blocks: int,
+        threads: int,
+        arguments: ctypes.Structure,
+        device: torch.device,
+        shared_bytes: int = 0,
     ) -> None:
         if blocks > MAX_BLOCKS:
             raise UnsupportedError(
@@ -170,7 +197,7 @@ class _Bound:
                 f"{MAX_BLOCKS:,}; split the batch, or use another back end"
             )
         if blocks:
-            machine().run(made, name, blocks, threads, arguments, device)
+            machine().run(made, name, blocks, threads, shared_bytes, arguments, device)
 
 
 def _upload(array: Array | None, device: torch.device) -> torch.Tensor | None:
@@ -244,6 +271,58 @@ class CudaKernel(_Bound):
     def _partial_words(self, batch: int) -> int:
         walk = self._walk
         return walk.bins.n_slots * batch * walk.n_copies * walk.shape.pack * (self.launch.problem.v_dim + 2)
+
+
+class CudaTileKernel(_Bound):
+    """The forward pass of one launch of tiles, on matrix units."""
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__(launch)
+        self._walk = tile_walk(launch)
+
+    @property
+    def nbytes(self) -> int:
+        return self._walk.nbytes + self._partial_words(len(self.launch.batch)) * 4
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        tables: Sequence[torch.Tensor] = (),
+    ) -> None:
+        import torch
+
+        launch, walk = self.launch, self._walk
+        n_batch = len(launch.elements(q.shape[0]))
+        partial = torch.empty(self._partial_words(n_batch), dtype=torch.float32, device=q.device)
+        scale, flip = tile_scale(launch)
+        arguments = TileArguments(
+            lists=walk.arguments(self.addresses(walk, q.device, q.shape[0])),
+            q=_argument(q),
+            k=_argument(k),
+            v=_argument(v),
+            out=_argument(out),
+            lse=None if lse is None else lse.data_ptr(),
+            lse_batch=0 if lse is None else lse.stride(0),
+            lse_head=0 if lse is None else lse.stride(1),
+            partial=partial.data_ptr(),
+            scale=scale,
+            flip=flip,
+        )
+        self.fill_tables(arguments.lists, q.device, tables)
+        made = tile_program(launch, walk, _tile_widths(launch, *map(_placed, (q, k, v, out))))
+        copies, shape = n_batch * walk.n_copies, walk.shape
+        items = walk.numbers["n_items"] * copies
+        self.run(made, "forward", items, shape.warps * WARP, arguments, q.device, shape.shared_bytes)
+        self.run(made, "merge", walk.merged_blocks * copies, JOIN_THREADS, arguments, q.device)
+
+    def _partial_words(self, batch: int) -> int:
+        walk = self._walk
+        rows = walk.numbers["n_slots"] * batch * walk.n_copies * walk.shape.rows
+        return rows * (self.launch.problem.v_dim + 2)
 
 
 class CudaGradient(_Bound):
@@ -342,10 +421,26 @@ def _all_placed(*tensors: torch.Tensor) -> tuple[Placed, ...]:
     return tuple(_placed(tensor) for tensor in tensors)
 
 
-def programs_of(launch: Launch, direction: Direction = "forward") -> tuple[tuple[Program, Walk], ...]:
+def _tile_widths(launch: Launch, q: Placed, k: Placed, v: Placed, out: Placed) -> TileWidths:
+    head_dim, v_dim = launch.problem.head_dim, launch.problem.v_dim
+    return TileWidths(
+        q=fetch_bytes(head_dim, q.itemsize, (q,)),
+        k=fetch_bytes(head_dim, k.itemsize, (k,)),
+        v=fetch_bytes(v_dim, v.itemsize, (v,)),
+        out=fetch_bytes(v_dim, out.itemsize, (out,)),
+    )
+
+
+def programs_of(launch: Launch, direction: Direction = "forward") -> tuple[tuple[Program, Walk | TileWalk], ...]:
     """The programs of a launch with their walks, for contiguous tensors."""
     problem, size = launch.problem, launch.problem.itemsize
     own_size = 4 if launch.is_partial else size
+    if launch.template.layout != "rows":
+        k, v, out = (
+            _contiguous(*each) for each in ((problem.head_dim, size), (problem.v_dim, size), (problem.v_dim, own_size))
+        )
+        tiles = tile_walk(launch)
+        return ((tile_program(launch, tiles, _tile_widths(launch, k, k, v, out)), tiles),)
     widths = (
         fetch_bytes(problem.head_dim, size, (_contiguous(problem.head_dim, own_size),)),
         fetch_bytes(problem.v_dim, size, (_contiguous(problem.v_dim, own_size),)),
@@ -375,11 +470,13 @@ def described(launch: Launch) -> dict[str, str]:
     lowered, device = cuda_compile.lowered(made), launch.device
     lines = [told]
     for kernel in lowered.kernels.values():
-        warps = JOIN_THREADS // WARP if kernel.name == "merge" else walk.shape.warps
-        resident = kernel.warps_per_unit(warps, device.registers_per_unit, device.l1_bytes)
+        is_join = kernel.name == "merge"
+        warps = JOIN_THREADS // WARP if is_join else walk.shape.warps
+        shared = kernel.shared_bytes + (0 if is_join or isinstance(walk, Walk) else walk.shape.shared_bytes)
+        resident = kernel.warps_per_unit(warps, device.registers_per_unit, device.l1_bytes, shared)
         lines.append(
             f"{kernel.name} on {kernel.arch}: {kernel.registers} registers a thread, {kernel.spilled_bytes} bytes "
-            f"spilled, {kernel.shared_bytes} bytes of shared memory a block, {resident} warps a multiprocessor"
+            f"spilled, {shared} bytes of shared memory a block, {resident} warps a multiprocessor"
         )
     machine_code = {"machine code": lowered.sass} if lowered.sass else {}
     return {"compiled by": "\n".join(lines), **sources, **machine_code}
@@ -403,6 +500,8 @@ class CudaBackend:
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
         if device.kind == "nvidia" and int(device.arch.removeprefix("sm_")) < _OLDEST:
             return f"its kernels need sm_{_OLDEST} or newer, and {device.name} is {device.arch}"
+        if template.layout != "rows" and problem.dtype == "fp32":
+            return "its tiles go to matrix units, which round fp32 to ten bits: that would not be exact"
         return None
 
     def config_refusal(self, template: Template, config: Config, problem: Problem, device: Device) -> str | None:
@@ -421,10 +520,19 @@ class CudaBackend:
     def toolchain(self) -> str:
         return cuda_compile.toolchain()
 
-    def lower(self, launch: Launch) -> CudaKernel:
-        return CudaKernel(launch)
+    def lower(self, launch: Launch) -> CudaKernel | CudaTileKernel:
+        reason = self.refusal(launch.template, launch.problem, launch.device)
+        if launch.score is not None and launch.score.needs_edges and not launch.template.counts_edges(self.name):
+            reason = "score_mod asks for the numbers of edges, which its kernels do not count"
+        if reason is not None:
+            raise UnsupportedError(f"{launch.template.name} on cuda: {reason}")
+        return CudaKernel(launch) if launch.template.layout == "rows" else CudaTileKernel(launch)
 
     def lower_backward(self, launch: Launch) -> CudaGradient:
+        if not launch.template.has_backward(self.name):
+            raise UnsupportedError(
+                f"{launch.template.name} on cuda has a forward pass only; ask another back end for its gradients"
+            )
         return CudaGradient(launch)
 
 

@@ -182,7 +182,7 @@ def team_shape(launch: Launch, n_rows: int, *, pack: int) -> TeamShape:
 def packed_heads(launch: Launch) -> int:
     """Heads that go together: at most what the configuration says, and whole runs of heads of one group."""
     group = launch.problem.q_heads // launch.problem.kv_heads
-    pack = launch.config["pack_gqa"]
+    pack = launch.config.get("pack_gqa", 1)
     while pack > 1:
         first = launch.heads[::pack]
         runs = tuple(head + i for head in first for i in range(pack))
@@ -259,8 +259,7 @@ def program(
     """
     problem = launch.problem
     values: dict[str, object] = {
-        "SX_T": _TYPES[problem.dtype],
-        "SX_OUT": _TYPES["fp32" if launch.is_partial else problem.dtype],
+        **element_types(launch),
         "SX_HEAD_DIM": problem.head_dim,
         "SX_V_DIM": problem.v_dim,
         "SX_K_BYTES": widths[0],
@@ -272,6 +271,17 @@ def program(
         "SX_FORM": _FORMS[form],
         **more,
     }
+    return with_score(launch, values, with_scatter=with_scatter)
+
+
+def element_types(launch: Launch) -> dict[str, str]:
+    """Of the inputs and the output."""
+    dtype = launch.problem.dtype
+    return {"SX_T": _TYPES[dtype], "SX_OUT": _TYPES["fp32" if launch.is_partial else dtype]}
+
+
+def with_score(launch: Launch, values: Mapping[str, object], *, with_scatter: bool = False) -> Program:
+    """The program of a launch with such definitions, and with the header of its score modifier where it has one."""
     defines = tuple((name, str(value)) for name, value in values.items())
     if launch.score is None:
         return Program(launch.template.name, launch.device.arch, defines)

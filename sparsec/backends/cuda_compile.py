@@ -33,7 +33,10 @@ _INSTALL: Final = "pip install 'sparsec[gpu]'"
 SCORE_HEADER: Final = "score_generated.cuh"
 # ptxas states registers and spills in the log.
 _OPTIONS: Final = ("--std=c++17", "--ptxas-options=-v")
-_SASS_KINDS: Final = r"\b(LDG\.E\.128|LDG\.E\.64|LDG\.E\.U16|LDG\.E|LDGSTS\.E\.\w+\.128|HMMA|MUFU\.EX2|SHFL|LDL|STL)\b"
+_SASS_KINDS: Final = (
+    r"\b(LDG\.E\.128|LDG\.E\.64|LDG\.E\.U16|LDG\.E|STG\.E\.128|LDGSTS\.E\.\w+\.128|LDSM\.16\.\w+\.4|HMMA|MUFU\.EX2|"
+    r"SHFL|LDL|STL)\b"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,18 @@ class LoweredKernel:
     spilled_bytes: int
     shared_bytes: int
 
-    def warps_per_unit(self, warps_per_block: int, registers_per_unit: int, shared_bytes_per_unit: int) -> int:
-        """Warps that fit a multiprocessor: registers come in units of 256 a warp, and 64 warps is the most."""
+    def warps_per_unit(
+        self, warps_per_block: int, registers_per_unit: int, shared_bytes_per_unit: int, shared_bytes: int
+    ) -> int:
+        """Warps that fit a multiprocessor: registers come in units of 256 a warp, and 64 warps is the most.
+
+        `shared_bytes` is what a block has with what it is launched with.
+        """
         per_warp = -(-self.registers * 32 // 256) * 256
         blocks = registers_per_unit // (per_warp * warps_per_block)
-        if self.shared_bytes:
+        if shared_bytes:
             # The system keeps 1 KiB of each block.
-            blocks = min(blocks, shared_bytes_per_unit // (self.shared_bytes + 1024))
+            blocks = min(blocks, shared_bytes_per_unit // (shared_bytes + 1024))
         return min(64, 32 * warps_per_block, blocks * warps_per_block)
 
 

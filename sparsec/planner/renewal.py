@@ -100,16 +100,18 @@ def _renewed_group(plan: Plan, group: Group, bound: BoundMask, heads: tuple[int,
     def taken_over(launch: Launch, part: BoundMask) -> Launch:
         return replace(launch, work=_renewed_work(plan, launch, part, len(heads), edges), heads=heads, batch=batch)
 
-    steps = []
-    for step, part in zip(group.steps, _parts(group, bound), strict=True):
+    steps, parts = [], list(_parts(group, bound))
+    for step, part in zip(group.steps, parts, strict=True):
         launch = taken_over(step.launch, part)
         is_dense = launch.template.layout == "none"
         cost = step.estimate if is_dense else estimate(launch.work, plan.problem, plan.device, len(heads))
         steps.append(replace(step, launch=launch, estimate=cost))
     backward = group.backward
     if backward is not None:
-        # Records name one launch for the whole mask, or none.
-        backward = tuple(taken_over(launch, _in_order(bound, launch.work.ordering)) for launch in backward)
+        # One launch for the whole mask, or one for each step.
+        if len(backward) == 1:
+            parts = [_in_order(bound, backward[0].work.ordering)]
+        backward = tuple(taken_over(launch, part) for launch, part in zip(backward, parts, strict=True))
     return replace(
         group,
         bound=bound,

@@ -43,7 +43,7 @@ from sparsec.planner.plans import COST_MODEL, Asked, Candidate, Group, Plan, Pla
 from sparsec.planner.renewal import shared_group
 from sparsec.planner.sampling import Sample, is_long_to_build
 from sparsec.planner.shortlist import shortlist
-from sparsec.planner.works import IDENTITY, build_work, heads_sharing, span_of
+from sparsec.planner.works import IDENTITY, LAYOUT_TUNABLES, build_work, heads_sharing, span_of
 from sparsec.records import NEAR_TIE, Direction, RecordBase, Served, database
 from sparsec.score import ScoreMod
 from sparsec.template import Config, Template, template, templates
@@ -255,6 +255,7 @@ class _Search:
         self._passed_over: list[Candidate] = []
         self._arms: list[Arm] = []
         self._rows: tuple[BoundMask, RowLists] | None = None
+        self._works: dict[tuple[object, ...], tuple[BoundMask, Work]] = {}
 
     def group(self) -> Group:
         servers = list(self._servers())
@@ -295,24 +296,32 @@ class _Search:
             alternatives=tuple(sorted(others, key=lambda candidate: candidate.us)),
             refusals=tuple(self._refusals),
             expected_us=winner.us(scale) if winner.is_measured else None,
-            backward=None if backward is None else (self._launch(backward, is_partial=False),),
-            backward_source="" if backward is None else backward.config_source,
+            backward=None
+            if backward is None
+            else tuple(self._launch(part, is_partial=winner.is_joined) for part in backward),
+            backward_source="" if backward is None else "; ".join(dict.fromkeys(p.config_source for p in backward)),
         )
 
-    def _backward(self, winner: Draft) -> Part | None:
-        """What records would run the backward pass with, or None: it then runs as the forward pass does.
+    def _backward(self, winner: Draft) -> tuple[Part, ...] | None:
+        """What runs the backward pass, or None: it then runs as the forward pass does."""
+        by_records = self._recorded_backward(winner.parts[0]) if len(winner.parts) == 1 else None
+        if by_records is not None:
+            return (by_records,)
+        parts = tuple(map(self._with_backward, winner.parts))
+        return None if all(part is own for part, own in zip(parts, winner.parts, strict=True)) else parts
+
+    def _recorded_backward(self, own: Part) -> Part | None:
+        """What records would run the backward pass with.
 
         Another kernel than the forward pass's is taken only where both were measured.
         """
-        if len(winner.parts) > 1:
-            return None
         told = {
             arm.kernel: (arm, *self._served(arm.template, arm.backend, arm.profile, arm.ordering, "backward"))
             for arm in self._arms
-            if self._layout_refusal(arm.template, arm.profile) is None
+            if arm.template.has_backward(arm.backend) and self._layout_refusal(arm.template, arm.profile) is None
         }
-        own = winner.parts[0]
-        arm, served, us = told[own.kernel]
+        name, ordering = self._backward_server(own.template, own.backend), own.work.ordering.name
+        arm, served, us = told[own.template.name, name or own.backend, ordering]
         for other, other_served, other_us in told.values():
             if us is not None and other_us is not None and other_us * NEAR_TIE < us:
                 arm, served, us = other, other_served, other_us
@@ -323,6 +332,40 @@ class _Search:
         work = self._work(arm.template, served.config, arm.bound, arm.profile, arm.ordering)
         cost = self._estimate(arm.template, work)
         return Part(arm.template, arm.backend, served.config, arm.profile, work, "all", cost, served)
+
+    def _with_backward(self, part: Part) -> Part:
+        """The launch itself, or where its back end has a forward pass only, one of another back end."""
+        each, name = part.template, self._backward_server(part.template, part.backend)
+        assert name is not None, "a forward pass without a backward pass is refused"
+        if name == part.backend:
+            return part
+        config = shortlist(each, name, self._problem, self._device)[0][0]
+        work = self._work(each, config, part.work.bound, part.profile, part.work.ordering)
+        return Part(each, name, config, part.profile, work, part.edges, self._estimate(each, work))
+
+    def _backward_server(self, each: Template, name: str) -> str | None:
+        """The back end that runs the backward pass where `name` runs a template's forward pass; None: there is none."""
+        if each.has_backward(name):
+            return name
+        if self._wanted.backend is not None:
+            return None
+        for other in BACKENDS:
+            is_fit = other in each.backends() and each.has_backward(other) and backend(other).serves(self._device)
+            if is_fit and self._refusal(each, other) is None and shortlist(each, other, self._problem, self._device)[0]:
+                return other
+        return None
+
+    def _refusal(self, each: Template, name: str) -> str | None:
+        if self._edges is not None and not each.counts_edges(name):
+            return "score_mod asks for the numbers of edges, which it does not count"
+        return backend(name).refusal(each, self._problem, self._device)
+
+    def _backward_refusal(self, each: Template, name: str) -> str | None:
+        if not self._problem.needs_grad or self._backward_server(each, name) is not None:
+            return None
+        if self._wanted.backend is not None:
+            return "it has a forward pass only: leave the back end open, and another runs the backward pass"
+        return "it has a forward pass only, and no other back end runs its backward pass"
 
     def _servers(self) -> Iterator[tuple[Template, str]]:
         """Templates and back ends that can serve the problem; the others become refusals."""
@@ -345,7 +388,7 @@ class _Search:
                         wrong_kind = f"it does not serve {self._device.kind} devices such as {self._device.name}"
                         self._refusals.append(Refusal(f"{each.name} on {name}", wrong_kind))
                     continue
-                reason = server.refusal(each, self._problem, self._device)
+                reason = self._refusal(each, name) or self._backward_refusal(each, name)
                 if each.layout == "none":
                     reason = reason or self._dense_refusal()
                 if reason is not None:
@@ -471,23 +514,29 @@ class _Search:
         return Draft((part,), False, cost)
 
     def _work(self, each: Template, config: Config, bound: BoundMask, profile: MaskProfile, ordering: Ordering) -> Work:
-        # Two back ends walk the same rows.
-        known = self._rows[1] if each.layout == "rows" and self._rows is not None and self._rows[0] is bound else None
-        work = build_work(
-            each,
-            config,
-            bound,
-            self._problem,
-            self._device,
-            heads=len(self._heads),
-            ordering=ordering,
-            span_keys=span_of(profile),
-            rows=known,
-            edges=self._edges,
-        )
-        if each.layout == "rows" and work.rows is not None:
-            self._rows = bound, work.rows
-        return work
+        # Two back ends with the same tiles walk the same arrays, and rows are the same whatever the configuration.
+        key = (each.name, id(bound), ordering.name, *(config.get(name, 0) for name in LAYOUT_TUNABLES))
+        if key not in self._works:
+            known = (
+                self._rows[1] if each.layout == "rows" and self._rows is not None and self._rows[0] is bound else None
+            )
+            work = build_work(
+                each,
+                config,
+                bound,
+                self._problem,
+                self._device,
+                heads=len(self._heads),
+                ordering=ordering,
+                span_keys=span_of(profile),
+                rows=known,
+                edges=self._edges,
+            )
+            if each.layout == "rows" and work.rows is not None:
+                self._rows = bound, work.rows
+            # With the mask, so that its id stays its own.
+            self._works[key] = bound, work
+        return self._works[key][1]
 
     def _served(
         self,

@@ -20,6 +20,9 @@ from sparsec.template import Config, Template
 
 IDENTITY = Ordering("tokens' own order", None, None)
 
+# What index arrays depend on, of a configuration.
+LAYOUT_TUNABLES = ("block_q", "block_kv", "tile_percent", "column_queries")
+
 # The CUDA kernels bin rows by degree themselves; for the estimate, their work comes in blocks of so many.
 _COSTED_ROWS = 8
 

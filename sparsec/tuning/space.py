@@ -305,6 +305,8 @@ class Space:
                 best[arm] = min(each.us, best.get(arm, math.inf))
         limit = _FAR_BEHIND * min(best.values())
         near = [arm for arm, us in best.items() if us <= limit or arm == self.default.arm]
+        if self.task.direction == "backward":
+            near = [arm for arm in near if arm.is_mixture or template(arm.template).has_backward(arm.backend)]
         return tuple(near)
 
     def _arm_identity(self, arm: Arm) -> str:

@@ -71,6 +71,18 @@ template <int BYTES> SX_INLINE void clear(Vector<BYTES>& to) {
   for (int i = 0; i < BYTES / 4; ++i) to.word[i] = 0;
 }
 
+// Moves BYTES bytes, aligned to as many.
+template <int BYTES> SX_INLINE void move(void* to, const void* from) {
+  if constexpr (BYTES == 16)
+    *(uint4*)to = *(const uint4*)from;
+  else if constexpr (BYTES == 8)
+    *(uint2*)to = *(const uint2*)from;
+  else if constexpr (BYTES == 4)
+    *(unsigned*)to = *(const unsigned*)from;
+  else
+    *(unsigned short*)to = *(const unsigned short*)from;
+}
+
 // The elements of a vector in fp32.
 template <class T> struct Elements;
 template <> struct Elements<float> {

@@ -45,7 +45,7 @@ SX_INLINE void load_transposed(unsigned (&to)[4], const void* row) {
 }
 
 // Copies BYTES bytes to shared memory, zeros where not `is_live`; they are there after `wait_copies` and a barrier.
-template <int BYTES> SX_INLINE void copy(void* to, const void* from, bool is_live) {
+template <int BYTES> SX_INLINE void copy_async(void* to, const void* from, bool is_live) {
   const unsigned address = shared_address(to);
   if constexpr (BYTES == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(is_live ? 16 : 0) : "memory");

@@ -45,13 +45,17 @@ struct Fiber {
 struct Block {
   Fiber fibers[kMostThreads];
   Barrier warps[kMostThreads / 32], all;
-  uint64_t mail[kMostThreads][2];
+  char mail[kMostThreads][2][64];
   int n_threads = 0, current = 0;
   long progress = 0;
   jmp_buf scheduler;
   std::function<void()> body;
 };
 inline Block block;
+// Of the block that runs: as much as the launch asked for, full of NaNs when the block starts.
+alignas(128) inline unsigned char shared_memory[256 << 10];
+inline int shared_bytes = 0;
+inline long blocks_run = 0;
 inline Index thread_index, block_index, block_size, grid_size;
 
 inline void yield() {
@@ -72,33 +76,45 @@ inline void enter() {
   ++block.progress;
   _longjmp(block.scheduler, 1);
 }
+// Runs one thread until it waits.
+inline void run_thread(int thread) {
+  Fiber& fiber = block.fibers[thread];
+  if (fiber.is_done) return;
+  block.current = thread;
+  thread_index = {(unsigned)thread, 0, 0};
+  if (_setjmp(block.scheduler)) return;
+  if (fiber.has_started) _longjmp(fiber.resume, 1);
+  fiber.has_started = true;
+  setcontext(&fiber.start);
+}
 inline void run_block() {
-  // Volatile: these live across longjmp.
-  static volatile int remaining;
-  static volatile long before;
-  for (remaining = 1; remaining;) {
-    remaining = 0, before = block.progress;
-    for (block.current = 0; block.current < block.n_threads; ++block.current) {
-      Fiber& fiber = block.fibers[block.current];
-      if (fiber.is_done) continue;
-      remaining = remaining + 1;
-      thread_index = {(unsigned)block.current, 0, 0};
-      if (_setjmp(block.scheduler)) continue;
-      if (fiber.has_started) _longjmp(fiber.resume, 1);
-      fiber.has_started = true;
-      setcontext(&fiber.start);
+  const int n_warps = block.n_threads / 32;
+  for (bool is_done = false; !is_done;) {
+    const long before = block.progress;
+    for (int nth = 0; nth < n_warps; ++nth) {
+      // One warp runs as far ahead of the others as barriers let it: the first, or in every other block the last.
+      const int warp = block_index.x % 2 ? n_warps - 1 - nth : nth;
+      for (long progress = block.progress - 1; progress != block.progress;) {
+        progress = block.progress;
+        for (int lane = 0; lane < 32; ++lane) run_thread(warp * 32 + lane);
+      }
     }
-    if (remaining && block.progress == before) {
-      fprintf(stderr, "block %u: %d threads wait for others that never come\n", block_index.x, (int)remaining);
+    int remaining = 0;
+    for (int thread = 0; thread < block.n_threads; ++thread) remaining += !block.fibers[thread].is_done;
+    is_done = remaining == 0;
+    if (!is_done && block.progress == before) {
+      fprintf(stderr, "block %u: %d threads wait for others that never come\n", block_index.x, remaining);
       abort();
     }
   }
 }
-inline void launch(unsigned n_blocks, unsigned n_threads, const std::function<void()>& body) {
-  block.n_threads = (int)n_threads, block.body = body;
+inline void launch(unsigned n_blocks, unsigned n_threads, unsigned n_bytes, const std::function<void()>& body) {
+  block.n_threads = (int)n_threads, block.body = body, shared_bytes = (int)n_bytes;
   block_size = {n_threads, 1, 1}, grid_size = {n_blocks, 1, 1};
   for (unsigned index = 0; index < n_blocks; ++index) {
     block_index = {index, 0, 0};
+    memset(shared_memory, 0xff, sizeof(shared_memory));
+    ++blocks_run;
     for (unsigned i = 0; i < n_threads; ++i) {
       Fiber& fiber = block.fibers[i];
       fiber.stack.resize(kStackBytes);
@@ -112,14 +128,21 @@ inline void launch(unsigned n_blocks, unsigned n_threads, const std::function<vo
   }
 }
 
+// Every lane of the warp gives a value; those of the 32 that `wanted` asks for are copied to `all`.
+template <class T> void gather(const T& value, T* all, unsigned wanted = 0xffffffffu) {
+  static_assert(sizeof(T) <= sizeof(block.mail[0][0]), "there is no room for more");
+  const int thread = block.current, warp = thread / 32;
+  const int side = (int)(block.warps[warp].generation & 1);
+  memcpy(block.mail[thread][side], &value, sizeof(T));
+  wait(block.warps[warp], 32);
+  for (int lane = 0; lane < 32; ++lane)
+    if (wanted >> lane & 1) memcpy((void*)all++, block.mail[warp * 32 + lane][side], sizeof(T));
+}
+
 // What lane `from` of the warp has given; every lane of the warp gives one.
 template <class T> T exchange(T value, unsigned from) {
   static_assert(sizeof(T) <= 8, "a shuffle moves one register, or two");
-  const int thread = block.current, warp = thread / 32;
-  const int side = (int)(block.warps[warp].generation & 1);
-  memcpy(&block.mail[thread][side], &value, sizeof(T));
-  wait(block.warps[warp], 32);
-  memcpy(&value, &block.mail[warp * 32 + (int)from][side], sizeof(T));
+  gather(value, &value, 1u << from);
   return value;
 }
 
@@ -140,6 +163,13 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 template <class T> T __shfl_sync(unsigned mask, T value, int lane) {
   check_mask(mask);
   return emulated::exchange(value, (unsigned)lane % 32);
+}
+inline int __any_sync(unsigned mask, int holds) {
+  check_mask(mask);
+  int all[32], any = 0;
+  emulated::gather(holds, all);
+  for (int each : all) any |= each != 0;
+  return any;
 }
 inline void __syncwarp() { emulated::exchange(0, 0); }
 inline void __syncthreads() { emulated::wait(emulated::block.all, emulated::block.n_threads); }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _HEADER = Path(__file__).with_name("cuda_emulation.hpp")
+_MATRIX_HEADER = Path(__file__).with_name("cuda_matrix_emulation.hpp")
 _KERNELS = {"forward": ("forward", "merge"), "backward": ("prepare", "backward", "add_up")}
 
 
@@ -32,6 +33,7 @@ class Emulation:
         name: str,
         blocks: int,
         threads: int,
+        shared_bytes: int,
         arguments: ctypes.Structure,
         device: torch.device,
     ) -> None:
@@ -40,20 +42,21 @@ class Emulation:
         assert threads % 32 == 0
         self.started.append((name, blocks, threads))
         function = getattr(_library(program), f"launch_{name}")
-        function(ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.byref(arguments))
+        function(ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.c_uint(shared_bytes), ctypes.byref(arguments))
 
 
 @cache
 def _library(program: Program) -> ctypes.CDLL:
-    sources = (*source_files(program.template), _HEADER)
+    sources = (*source_files(program.template), _HEADER, _MATRIX_HEADER)
     is_backward = any(name == "SX_BACKWARD" for name, _ in program.defines)
     text = f'#include "{sources[0]}"\n'
     for name in _KERNELS["backward" if is_backward else "forward"]:
         text += (
-            f'extern "C" void launch_{name}(unsigned blocks, unsigned threads, const void* a) {{\n'
-            f"  emulated::launch(blocks, threads, [=] {{ {name}(*(const sx::Arguments*)a); }});\n}}\n"
+            f'extern "C" void launch_{name}(unsigned blocks, unsigned threads, unsigned bytes, const void* a) {{\n'
+            f"  emulated::launch(blocks, threads, bytes, [=] {{ {name}(*(const sx::Arguments*)a); }});\n}}\n"
         )
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f'-DSX_HOST="{_HEADER}"', f"-I{data.templates_dir()}"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f'-DSX_HOST="{_HEADER}"']
+    flags += [f'-DSX_HOST_MATRIX="{_MATRIX_HEADER}"', f"-I{data.templates_dir()}"]
     flags += [f"-D{name}={value}" for name, value in program.defines]
     generated = data.cache_dir() / f"emulated-{hashlib.sha256(program.score.encode()).hexdigest()[:24]}"
     if program.score:

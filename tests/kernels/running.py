@@ -13,6 +13,7 @@ from cases import Case
 from sparsec.backends import reference
 from sparsec.backends.base import BACKENDS, Launch, backend
 from sparsec.device import Device, detect_cpu, detect_gpu
+from sparsec.device import device as named_device
 from sparsec.layout import EdgeOrder, Ordering
 from sparsec.masks import BoundMask
 from sparsec.planner.works import IDENTITY, build_work
@@ -41,7 +42,12 @@ def device_of(backend_name: str) -> Device:
 
 
 def serves(template: Template, backend_name: str, case: Case) -> bool:
-    """Whether a template computes such a mask at all: a dense one only what is full or causal."""
+    """Whether a template computes this at all: a dense one only what is full or causal, some back ends no fp32."""
+    if (
+        backend_name == "cuda"
+        and backend("cuda").refusal(template, case.problem, named_device("nvidia-h100")) is not None
+    ):
+        return False
     if template.layout != "none":
         return True
     p, bound = case.problem, case.bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -13,10 +14,11 @@ from sparsec import masks as m
 from sparsec import score
 from sparsec.backends import cuda, cuda_compile
 from sparsec.backends.cuda_calls import Program
+from sparsec.backends.cuda_tiles import tile_walk
 from sparsec.device import device
 from sparsec.errors import CompileError
 from sparsec.layout import EdgeOrder
-from sparsec.template import Config, template
+from sparsec.template import Config, template, templates
 
 pytestmark = pytest.mark.skipif(cuda_compile.missing() is not None, reason=str(cuda_compile.missing()))
 
@@ -40,10 +42,13 @@ SPREAD = (
 )
 
 
-def lowered(arch: str, dtype: str, tried, values=(), direction="forward") -> list[cuda_compile.Lowered]:
-    config = Config.of(**{**ROWS.default("cuda").to_dict(), **dict(values)})
-    assert ROWS.violation("cuda", config) is None
-    made = running.launch(ROWS, "cuda", tried.with_dtype(dtype), config=config, device=device(GPUS[arch]))
+TILED = [name for name, made in templates().items() if "cuda" in made.backends() and made.layout != "rows"]
+
+
+def lowered(arch, dtype, tried, values=(), direction="forward", chosen=ROWS) -> list[cuda_compile.Lowered]:
+    config = Config.of(**{**chosen.default("cuda").to_dict(), **dict(values)})
+    assert chosen.violation("cuda", config) is None
+    made = running.launch(chosen, "cuda", tried.with_dtype(dtype), config=config, device=device(GPUS[arch]))
     programs = cuda.programs_of(made, direction)
     return [cuda_compile.lowered(replace(program, arch=arch)) for program, _ in programs]
 
@@ -65,6 +70,59 @@ def test_the_default_does_not_spill_and_loads_sixteen_bytes(direction, arch, dty
             counted = made.instructions[direction]
             assert counted["LDG.E.128"] == parts * (own_rows + 2 * 4)
             assert not counted.get("LDL"), "no array lives in local memory"
+
+
+def _on_matrix_units():
+    quick = {("sm_80", "bf16", 64), ("sm_90", "fp16", 128)}
+    for name, arch, dtype, head_dim in itertools.product(TILED, GPUS, ("bf16", "fp16"), (64, 128, 256)):
+        marks = () if (arch, dtype, head_dim) in quick else (pytest.mark.spread,)
+        yield pytest.param(name, arch, dtype, head_dim, id=f"{name}-{arch}-{dtype}-forward-d{head_dim}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "arch", "dtype", "head_dim"), [*_on_matrix_units()])
+def test_the_default_does_not_spill_on_matrix_units(name, arch, dtype, head_dim):
+    tried = case("lowered", scattered(150, 300, 0.05), 150, 300, head_dim, heads=(4, 2))
+    (made,) = lowered(arch, dtype, tried, chosen=template(name))
+    for kernel in made.kernels.values():
+        assert kernel.spilled_bytes == 0, kernel
+    if not made.sass:
+        return
+    launch = running.launch(template(name), "cuda", tried.with_dtype(dtype), device=device(GPUS[arch]))
+    step = tile_walk(launch).shape.step_kv
+    counted = made.instructions["forward"]
+    # Of 16 rows and a step's keys, each product takes one instruction for 8 columns and 16 of what is summed over.
+    assert counted["HMMA"] == 2 * (step // 8) * (head_dim // 16)
+    assert counted["LDSM.16.M88.4"] >= step // 16 * head_dim // 16
+    assert counted["LDSM.16.MT88.4"] == step // 16 * head_dim // 16
+    # Rows of Q, K and V come 16 bytes at a time, beside the registers; those of the output leave so.
+    assert counted["LDGSTS.E.BYPASS.128"] > 0
+    assert not {kind for kind in counted if kind.startswith("LDGSTS")} - {"LDGSTS.E.BYPASS.128"}
+    assert counted["STG.E.128"] > 0
+    assert not counted.get("LDL"), "no array lives in local memory"
+
+
+def _tuned():
+    for name, head_dim in itertools.product(TILED, (64, 128, 192)):
+        for values in ({"warp_rows": 32}, {"num_stages": 4}, {"block_q": 16}, {"step_kv": 16}, {"pack_gqa": 2}):
+            marks = () if (head_dim, *values) == (128, "warp_rows") else (pytest.mark.spread,)
+            yield pytest.param(name, head_dim, values, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "head_dim", "values"), [*_tuned()])
+def test_configurations_on_matrix_units_do_not_spill(name, head_dim, values):
+    tried = case("lowered", scattered(150, 300, 0.05), 150, 300, head_dim, heads=(4, 2))
+    (made,) = lowered("sm_89", "bf16", tried, values.items(), chosen=template(name))
+    assert all(kernel.spilled_bytes == 0 for kernel in made.kernels.values())
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_a_score_modifier_is_compiled_in_on_matrix_units(name):
+    tried = case("lowered", scattered(90, 90, 0.05), 90, 90, 64, heads=(4, 2)).with_dtype("bf16")
+    made = replace(
+        running.launch(template(name), "cuda", tried, device=device("nvidia-h100")), score=score.soft_cap(30.0)
+    )
+    ((program, _),) = cuda.programs_of(made)
+    assert all(kernel.spilled_bytes == 0 for kernel in cuda_compile.lowered(program).kernels.values())
 
 
 def test_machine_code_is_read():

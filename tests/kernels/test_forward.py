@@ -31,7 +31,7 @@ def test_forward(template, backend_name, case: Case):
 def _configs():
     for template, name in running.kernels():
         for config, dtype in itertools.product(_chosen_configs(template, name), ("fp32", "bf16")):
-            if running.serves(template, name, HARD):
+            if running.serves(template, name, HARD.with_dtype(dtype)):
                 values = "-".join(f"{key}{value}" for key, value in config.items)
                 yield pytest.param(
                     template,

@@ -74,6 +74,13 @@ def own_kernels(device: Device) -> list[tuple[Template, str]]:
     ]
 
 
+def computes(each: Template, name: str, dtype: Dtype, direction: str, device: Device, **asked: Any) -> bool:
+    """Whether a back end computes this at all: some have no fp32, or no backward pass."""
+    if direction == "backward" and not each.has_backward(name):
+        return False
+    return backend(name).refusal(each, Problem(64, 64, dtype=dtype, **asked), device) is None
+
+
 def launch_of(
     each: Template, name: str, case: Case, dtype: str, device: Device, config: Config | None = None
 ) -> Launch:
@@ -92,6 +99,8 @@ def verifications(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
         for direction in DIRECTIONS:
             for each, name in own_kernels(device):
                 for dtype in reversed(DTYPES):
+                    if not computes(each, name, dtype, direction, device):
+                        continue
                     key = f"verify/{each.name}/{name}/{dtype}/{direction}/{case.name}"
                     yield (
                         key,
@@ -271,12 +280,13 @@ def modified(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
                 if error is not None:
                     raise AssertionError(error)
 
-            if backend(name).refusal(each, Problem(64, 64, has_score_mod=True), device) is None:
+            is_told = each.counts_edges(name) or not score.needs_edges
+            if is_told and computes(each, name, dtype, direction, device, has_score_mod=True):
                 yield f"modified/{each.name}/{name}/{dtype}/{direction}/{title}", check
 
 
 def other_configurations(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What the default leaves off: partial tiles by predicate, programs that stay, the copy engine."""
+    """What the default leaves off: partial tiles by predicate, programs that stay, the copy engine, other shapes."""
     masks = {"window": m.window(100, 3), "documents": m.documents([300, 77, 400]), "dilated": m.dilated(200, 7)}
     for each, name in own_kernels(device):
         known = {tunable.name for tunable in each.tunables_of(name)}
@@ -285,9 +295,11 @@ def other_configurations(device: Device) -> Iterator[tuple[str, Callable[[], Non
         tried += [
             ("persistent", "dilated", {"persistent": 1, "block_q": 16}),
             ("descriptors", "window", {"descriptors": 1}),
+            ("warp_rows", "window", {"warp_rows": 32}),
+            ("step_kv", "documents", {"step_kv": 16, "num_stages": 4, "pack_gqa": 2}),
         ]
         for (tunable, title, values), direction in itertools.product(tried, DIRECTIONS):
-            if tunable not in known:
+            if tunable not in known or not computes(each, name, "bf16", direction, device):
                 continue
 
             def check(

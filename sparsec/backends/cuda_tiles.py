@@ -1,0 +1,254 @@
+"""What a launch of tiles asks of the CUDA kernels: geometry, shared memory, arguments, what they are specialised on.
+
+This file decides how many keys go at a time and how many stages of them are held, so that they fit the device, and how
+the arguments of `templates/shared/tiles.cuh` are laid out in memory. It must not know how kernels are compiled or run,
+and imports neither torch nor cuda.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from sparsec.backends.base import Launch
+from sparsec.backends.cuda_calls import (
+    JOIN_THREADS,
+    LOG2_E,
+    WARP,
+    Array,
+    Program,
+    TensorArgument,
+    element_types,
+    packed_heads,
+    with_score,
+)
+from sparsec.backends.cuda_printed import MAX_TABLES
+from sparsec.backends.tile_lists import tile_arrays
+
+_MATRIX: Final = 16
+# Of a step: the words of a pattern hold so many keys.
+_MOST_KEYS: Final = 64
+# Registers of a thread for sums and scores; fragments, addresses and peaks take the rest of 255.
+_REGISTERS: Final = 150
+# Rows that a block of `merge` joins: kMergeWarps.
+_MERGED_ROWS: Final = JOIN_THREADS // WARP
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """How a launch's rows and keys are cut; follows from launch and device alone.
+
+    Attributes:
+        pack: Query heads packed into the rows of a block.
+        rows: Of a block: queries times heads.
+        warps: Of a block.
+        step_kv: Keys that go to the matrix units at a time.
+        stages: Steps whose keys are in shared memory: the one at hand, and those on their way.
+        shared_bytes: Of a block.
+    """
+
+    pack: int
+    rows: int
+    warps: int
+    step_kv: int
+    stages: int
+    shared_bytes: int
+
+
+def tile_shape(launch: Launch) -> TileShape:
+    """The shape of a launch's kernel: what the configuration says, cut until it fits registers and shared memory."""
+    config, problem = launch.config, launch.problem
+    pack = packed_heads(launch)
+    rows = config["block_q"] * pack
+    v_width = padded(problem.v_dim)
+    # A thread holds half a row's sums for each 16 rows of its warp, and as much of its scores.
+    warp_rows = config["warp_rows"] if config["warp_rows"] <= rows and v_width <= 128 else _MATRIX
+    step, stages = min(config["block_kv"], config["step_kv"], _MOST_KEYS), config["num_stages"]
+    while warp_rows // _MATRIX * (v_width + step) // 2 > _REGISTERS and step > _MATRIX:
+        step //= 2
+    shape = TileShape(pack, rows, rows // warp_rows, step, stages, 0)
+    while shared_bytes(launch, shape) > launch.device.shared_bytes_per_block and (
+        shape.stages > 2 or shape.step_kv > _MATRIX
+    ):
+        if shape.stages > 2:
+            shape = replace(shape, stages=shape.stages - 1)
+        else:
+            shape = replace(shape, step_kv=shape.step_kv // 2)
+    return replace(shape, shared_bytes=shared_bytes(launch, shape))
+
+
+def shared_bytes(launch: Launch, shape: TileShape) -> int:
+    """Shared memory of a block: its queries and the stages, or in the end its output."""
+    problem = launch.problem
+    k_row, v_row = staged_row_bytes(problem.head_dim), staged_row_bytes(problem.v_dim)
+    a_key = k_row + v_row + (8 if launch.template.layout == "hybrid" else 0) + (0 if launch.score is None else 4)
+    # Partial output, which is fp32, goes straight from the registers.
+    out_row = 0 if launch.is_partial else padded(problem.v_dim) * problem.itemsize + 16
+    return max(shape.rows * k_row + shape.stages * shape.step_kv * a_key, shape.rows * out_row)
+
+
+def padded(dim: int) -> int:
+    """A dimension as matrix units take it."""
+    return -(-dim // _MATRIX) * _MATRIX
+
+
+def staged_row_bytes(dim: int) -> int:
+    """`Staged::kRowBytes`: chunks of 16 bytes, as many as fill whole turns of the banks, or one more."""
+    chunks = padded(dim) // 8
+    return (chunks if chunks % 8 == 0 else chunks + 1) * 16
+
+
+_POINTERS: Final = (
+    *("item_unit", "item_slot", "item_tile", "item_full", "item_partial", "tile_column", "tile_pattern", "patterns"),
+    *("item_column", "item_column_stop", "gathered_columns", "gathered_lanes"),
+    *("item_edge", "item_edge_stop", "row_indptr", "row_first"),
+    *("q_order", "kv_order", "batches", "heads", "merge_unit", "merge_indptr"),
+)
+_NUMBERS: Final = ("n_items", "n_slots", "n_merges", "n_heads", "abreast", "q_len", "kv_len", "group", "first_query")
+
+
+class TileListsArgument(ctypes.Structure):
+    """`TileLists` of shared/tiles.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int32) for name in _NUMBERS),
+        ("tables", ctypes.c_void_p * MAX_TABLES),
+    )
+
+
+class TileArguments(ctypes.Structure):
+    """`Arguments` of shared/tiles.cuh."""
+
+    _fields_ = (
+        ("lists", TileListsArgument),
+        ("q", TensorArgument),
+        ("k", TensorArgument),
+        ("v", TensorArgument),
+        ("out", TensorArgument),
+        ("lse", ctypes.c_void_p),
+        ("lse_batch", ctypes.c_int64),
+        ("lse_head", ctypes.c_int64),
+        ("partial", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("flip", ctypes.c_uint32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TileWalk:
+    """The items of a launch and who takes them: one kernel's `TileLists`, but for the batch.
+
+    Attributes:
+        shape: Of the kernel.
+        arrays: Index arrays by their name in `TileLists`; None where there is none.
+        numbers: Its integers.
+        n_copies: Entries of `heads`.
+    """
+
+    shape: TileShape
+    arrays: Mapping[str, Array | None]
+    numbers: Mapping[str, int]
+    n_copies: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its index arrays."""
+        return sum(array.nbytes for array in self.arrays.values() if array is not None)
+
+    @property
+    def merged_blocks(self) -> int:
+        """Blocks of `merge` for one copy."""
+        return self.numbers["n_merges"] * (self.shape.rows // _MERGED_ROWS)
+
+    def arguments(self, addresses: Mapping[str, int | None]) -> TileListsArgument:
+        """The structure, given where the arrays and the batch elements are."""
+        made = TileListsArgument()
+        for name in _POINTERS:
+            setattr(made, name, addresses[name])
+        for name in _NUMBERS:
+            setattr(made, name, self.numbers[name])
+        return made
+
+
+def tile_walk(launch: Launch) -> TileWalk:
+    """How a launch walks its tiles."""
+    work, problem = launch.work, launch.problem
+    assert work.tiles is not None, "matrix units walk tiles"
+    schedule, shape = work.schedule, tile_shape(launch)
+    firsts = launch.heads[:: shape.pack]
+    items = work.items
+    start, stop = (schedule.start, schedule.stop) if items is None else (items.tile_start, items.tile_stop)
+    arrays: dict[str, Array | None] = {
+        **dict.fromkeys(_POINTERS),
+        **tile_arrays(work.tiles, start, stop),
+        "item_unit": schedule.unit,
+        "item_slot": schedule.slot,
+        "q_order": work.ordering.q_order,
+        "kv_order": work.ordering.kv_order,
+        "heads": np.array(firsts, np.int32),
+        "merge_unit": schedule.merge_unit,
+        "merge_indptr": schedule.merge_indptr,
+    }
+    # The batch elements are known when it is called.
+    del arrays["batches"]
+    numbers = {
+        "n_items": schedule.n_items,
+        "n_slots": schedule.n_slots,
+        "n_merges": len(schedule.merge_unit),
+        "n_heads": len(firsts),
+        # Packs of one group share their keys: they take the same items side by side.
+        "abreast": max(1, math.gcd(len(firsts), problem.group // shape.pack)),
+        "q_len": work.bound.q_len,
+        "kv_len": work.bound.kv_len,
+        "group": problem.group,
+        "first_query": launch.first_query,
+    }
+    return TileWalk(shape, arrays, numbers, len(firsts))
+
+
+def tile_scale(launch: Launch) -> tuple[float, int]:
+    """`(scale, flip)`: a scale below 0 turns the sign bits of the queries round, which is exact."""
+    if launch.score is not None:
+        return launch.scale, 0
+    # A scale of 0 must not turn -inf into a NaN.
+    return max(abs(launch.scale), 1e-30) * LOG2_E, 0x80008000 if launch.scale < 0 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class TileWidths:
+    """Bytes of a row that one lane moves at once."""
+
+    q: int
+    k: int
+    v: int
+    out: int
+
+
+def tile_program(launch: Launch, walk: TileWalk, widths: TileWidths) -> Program:
+    """The program of a launch, for rows moved in such widths."""
+    problem, work, shape = launch.problem, launch.work, walk.shape
+    assert work.tiles is not None, "matrix units walk tiles"
+    values: dict[str, object] = {
+        **element_types(launch),
+        "SX_HEAD_DIM": problem.head_dim,
+        "SX_V_DIM": problem.v_dim,
+        "SX_Q_BYTES": widths.q,
+        "SX_K_BYTES": widths.k,
+        "SX_V_BYTES": widths.v,
+        "SX_OUT_BYTES": widths.out,
+        "SX_BLOCK_Q": work.block_q,
+        "SX_PACK": shape.pack,
+        "SX_BLOCK_KV": work.tiles.tile_map.block_kv,
+        "SX_STEP": shape.step_kv,
+        "SX_STAGES": shape.stages,
+        "SX_WARPS": shape.warps,
+        "SX_SHARED_BYTES": shape.shared_bytes,
+        "SX_ARGUMENT_BYTES": ctypes.sizeof(TileArguments),
+    }
+    return with_score(launch, values)

@@ -1,0 +1,246 @@
+"""The CUDA kernels of tiles run by an emulation of matrix units and asynchronous copies, against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import running
+import torch
+from cases import HARD, Case, by_degree, case, scattered
+from cuda_emulation import Emulation
+
+from sparsec import gate, score
+from sparsec import masks as m
+from sparsec.backends import cuda
+from sparsec.backends.base import Launch
+from sparsec.backends.cuda_tiles import tile_walk
+from sparsec.device import device
+from sparsec.errors import UnsupportedError
+from sparsec.layout import Ordering, reordered, schedule
+from sparsec.layout.hybrid import HybridLayout
+from sparsec.template import Config, template, templates
+
+GPU, SMALL_GPU = device("nvidia-h100"), device("nvidia-l40s")
+TEMPLATES = [name for name, made in templates().items() if "cuda" in made.backends() and made.layout != "rows"]
+EVERY = pytest.mark.parametrize("name", TEMPLATES)
+
+
+@pytest.fixture
+def emulation(monkeypatch) -> Emulation:
+    made = Emulation()
+    monkeypatch.setattr(cuda, "machine", lambda: made)
+    return made
+
+
+def launched(name: str, tried: Case, values=(), on=GPU, **given) -> Launch:
+    chosen = template(name)
+    wanted = {key: value for key, value in dict(values).items() if key in chosen.default("cuda").to_dict()}
+    config = Config.of(**{**chosen.default("cuda").to_dict(), **wanted})
+    assert chosen.violation("cuda", config) is None
+    return running.launch(chosen, "cuda", tried, config=config, device=on, **given)
+
+
+def split(made: Launch) -> Launch:
+    """The same launch, its blocks of queries cut into pieces of an entry or two."""
+    work = made.work
+    if work.items is None:
+        planned = schedule(work.tiles.tile_map.indptr, 1.0, workers=16, copies=1)
+        return replace(made, work=replace(work, schedule=planned))
+    layout = HybridLayout(work.tiles, work.gathered, work.rows)
+    planned = schedule(layout.entry_indptr(), 1.0, workers=16, copies=1)
+    return replace(made, work=replace(work, schedule=planned, items=layout.items(planned)))
+
+
+def run(made: Launch, tried: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = running.poisoned(tried, is_partial=made.is_partial)
+    cuda.backend().lower(made)(*running.inputs(tried), out, lse)
+    return out, lse
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_hard_case(emulation, name, dtype):
+    tried = HARD.with_dtype(dtype)
+    running.check(tried, *run(launched(name, tried), tried))
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("tried", "dtype", "values"),
+    [
+        # Heads of a group in one query tile, two parts a warp, tiles of more keys than a step.
+        (
+            case("packed", scattered(70, 150, 0.1), 70, 150, 64, heads=(4, 1), batch=2),
+            "bf16",
+            {"block_q": 32, "pack_gqa": 4, "warp_rows": 32, "block_kv": 128, "step_kv": 32, "num_stages": 4},
+        ),
+        # Dimensions that fill no matrix and no copy, one warp, the smallest tiles.
+        (case("odd", scattered(65, 67, 0.3), 65, 67, 31, v_dim=255), "bf16", {"block_q": 16, "block_kv": 16}),
+        (case("one-dim", scattered(65, 67, 0.3), 65, 67, 1, v_dim=6), "fp16", {"block_q": 128, "block_kv": 32}),
+        # No room for the queries in registers.
+        (case("wide", scattered(65, 67, 0.3), 65, 67, 256, scale=-0.125), "bf16", {}),
+        (case("no-scale", scattered(65, 67, 0.3), 65, 67, 80, scale=0.0), "fp16", {}),
+        # Full tiles that the end of the keys cuts off, empty blocks, tiles beyond the last key.
+        (case("full", m.full(), 67, 200, shift=1e4), "bf16", {}),
+        (case("window", m.window(90, 3), 200, 200, 64, heads=(3, 3)), "bf16", {"num_stages": 3}),
+        (case("empty", ~m.full(), 65, 70, 16), "fp16", {}),
+        (
+            case("short-rows", by_degree([i % 10 for i in range(41)], 40), 41, 40, heads=(6, 2)),
+            "fp16",
+            {"block_q": 16, "pack_gqa": 4},
+        ),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else None,
+)
+def test_shapes_and_configurations(emulation, name, tried, dtype, values):
+    tried = tried.with_dtype(dtype)
+    running.check(tried, *run(launched(name, tried, values), tried))
+
+
+@EVERY
+def test_a_device_with_little_shared_memory(emulation, name):
+    tried = case("wide", scattered(65, 67, 0.3), 65, 67, 256).with_dtype("bf16")
+    made = launched(name, tried, {"num_stages": 4, "block_q": 64}, SMALL_GPU)
+    shape = tile_walk(made).shape
+    assert shape.stages == 2
+    assert shape.shared_bytes <= SMALL_GPU.shared_bytes_per_block
+    running.check(tried, *run(made, tried))
+
+
+@EVERY
+@pytest.mark.parametrize("values", [{}, {"pack_gqa": 2, "block_q": 32}], ids=["plain", "packed"])
+def test_split_blocks_are_joined(emulation, name, values):
+    tried = replace(HARD, problem=replace(HARD.problem, kv_len=500), mask=scattered(150, 500, 0.1)).with_dtype("bf16")
+    made = split(launched(name, tried, {**values, "block_kv": 32}))
+    assert len(made.work.schedule.merge_unit)
+    results = run(made, tried)
+    running.check(tried, *results)
+    assert [started for started, *_ in emulation.started] == ["forward", "merge"]
+    assert all(torch.equal(one, other) for one, other in zip(results, run(made, tried), strict=True))
+
+
+@EVERY
+def test_another_order_of_tokens(emulation, name):
+    tried = HARD.with_dtype("bf16")
+    p, rng = tried.problem, np.random.default_rng(5)
+    ordering = Ordering("shuffled", *(rng.permutation(n).astype(np.int32) for n in (p.q_len, p.kv_len)))
+    made = launched(name, tried, ordering=ordering, bound=reordered(tried.bound, ordering))
+    running.check(tried, *run(made, tried))
+
+
+@EVERY
+def test_a_partial_result_is_fp32(emulation, name):
+    tried = HARD.with_dtype("bf16")
+    out, lse = run(launched(name, tried, is_partial=True), tried)
+    assert out.dtype == torch.float32
+    running.check(tried, out, lse)
+
+
+@EVERY
+def test_some_heads_of_some_batch_elements(emulation, name):
+    tried = case("some", m.window(9, 9), 60, 60, 64, heads=(8, 2), batch=3).with_dtype("fp16")
+    made = replace(launched(name, tried, {"pack_gqa": 2}), heads=(1, 2, 3, 6), batch=(2,))
+    out, lse = run(made, tried)
+    served = torch.zeros(3, 8, dtype=torch.bool)
+    served[2, [1, 2, 3, 6]] = True
+    assert torch.isnan(lse[~served]).all()
+    assert torch.isnan(out[~served]).all()
+    for b, h in (~served).nonzero().tolist():
+        out[b, h], lse[b, h] = (torch.from_numpy(each) for each in running.expected_of(tried, b, h)[:2])
+    running.check(tried, out, lse)
+
+
+@EVERY
+@pytest.mark.parametrize("apart", [3, 2, 4], ids=["by-2-bytes", "by-4-bytes", "by-8-bytes"])
+def test_inputs_in_any_layout(emulation, name, apart):
+    """Rows that lie apart, at addresses that no wide copy may use."""
+    tried = HARD.with_dtype("bf16")
+    spread = []
+    for tensor in running.inputs(tried):
+        wider = torch.full((*tensor.shape[:2], tensor.shape[2], tensor.shape[3] + apart), float("nan")).to(tensor.dtype)
+        wider[..., : tensor.shape[3]] = tensor
+        spread.append(wider[..., : tensor.shape[3]])
+    out, _ = running.poisoned(tried)
+    cuda.backend().lower(launched(name, tried))(*spread, out, None)
+    running.check(tried, out)
+
+
+@EVERY
+def test_offsets_are_64_bit(emulation, name):
+    tried = case("far", m.full(), 3, 3, 8).with_dtype("fp16")
+    apart = 2**30 + 8
+    far = torch.empty(2 * apart + 8, dtype=torch.float16).as_strided((1, 1, 3, 8), (0, 0, apart, 1))
+    q, k, v = running.inputs(tried)
+    far.copy_(k)
+    out, lse = running.poisoned(tried)
+    cuda.backend().lower(launched(name, tried))(q, far, v, out, lse)
+    running.check(tried, out, lse)
+
+
+@EVERY
+def test_a_nan_in_a_key_stays_with_the_rows_that_attend_it(emulation, name):
+    tried = HARD.with_dtype("bf16")
+    q, k, v = (tensor.clone() for tensor in running.inputs(tried))
+    k[0, 0, 60] = float("nan")
+    out, _ = running.poisoned(tried)
+    cuda.backend().lower(launched(name, tried))(q, k, v, out, None)
+    attends = torch.from_numpy(tried.bound.to_dense()[:, 60])
+    assert torch.isnan(out[0, :, attends]).all()
+    assert not torch.isnan(out[0, :, ~attends]).any()
+
+
+def _bent(value, b, h, q_idx, kv_idx):
+    near = torch.where((q_idx - kv_idx) % 3 == 0, value * 2, value - 1.5 + _TABLE[(q_idx // 7) % 8])
+    return torch.tanh(near) * 3 + b * 0.125 - h
+
+
+_TABLE = np.random.default_rng(3).standard_normal(8).astype(np.float32)
+
+
+@EVERY
+def test_a_score_modifier(emulation, name):
+    # The gate's own hard case, with its tensors where the emulation can read them.
+    here = replace(GPU, kind="cpu")
+    assert gate.check(template(name), "cuda", "bf16", here, "forward", score.as_score_mod(_bent)) is None
+
+
+@EVERY
+def test_a_score_modifier_in_another_order_of_tokens(emulation, name):
+    tried = HARD.with_dtype("fp16")
+    p, rng = tried.problem, np.random.default_rng(5)
+    ordering = Ordering("shuffled", *(rng.permutation(n).astype(np.int32) for n in (p.q_len, p.kv_len)))
+    distant = score.as_score_mod(lambda value, b, h, q_idx, kv_idx: value - 0.01 * (q_idx - kv_idx) * (h + 1))
+    plain = replace(launched(name, tried), score=distant)
+    moved = launched(name, tried, ordering=ordering, bound=reordered(tried.bound, ordering))
+    for one, other in zip(run(plain, tried), run(replace(moved, score=distant), tried), strict=True):
+        torch.testing.assert_close(one, other, rtol=4e-3, atol=4e-3)
+
+
+@EVERY
+def test_a_captured_tensor_is_read_anew(emulation, name):
+    tried = HARD.with_dtype("bf16")
+    bias = torch.zeros(tried.problem.q_heads)
+    made = replace(
+        launched(name, tried), score=score.as_score_mod(lambda value, b, h, q, kv: value + bias[h]).in_kernel
+    )
+    kernel, shifts = cuda.backend().lower(made), (torch.tensor([0.5, -1.0]), torch.tensor([3.0, 0.0]))
+    for shift in shifts:
+        out, lse = running.poisoned(tried)
+        kernel(*running.inputs(tried), out, lse, [shift])
+        # What is added to every score of a head changes nothing but the log-sum-exp.
+        running.check(tried, out, lse - shift[None, :, None])
+
+
+@EVERY
+def test_what_it_does_not_compute_is_refused(name):
+    made = launched(name, HARD.with_dtype("fp32"))
+    with pytest.raises(UnsupportedError, match="ten bits"):
+        cuda.backend().lower(made)
+    bias = torch.zeros(1, HARD.problem.q_heads, HARD.bound.nnz)
+    numbered = replace(launched(name, HARD.with_dtype("bf16")), score=score.edge_bias(bias))
+    with pytest.raises(UnsupportedError, match="numbers of edges"):
+        cuda.backend().lower(numbered)
+    with pytest.raises(UnsupportedError, match="forward pass only"):
+        cuda.backend().lower_backward(launched(name, HARD.with_dtype("bf16")))
