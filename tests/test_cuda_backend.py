@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import sparsec
 from sparsec import masks as m
+from sparsec import score
 from sparsec.backends import cuda
 from sparsec.backends.base import Launch, Problem
 from sparsec.backends.cuda_calls import Placed, TeamShape, bin_rows, fetch_bytes, forward_walk
@@ -153,3 +154,13 @@ def test_both_gpu_back_ends_are_weighed():
 def test_a_back_end_can_be_asked_for():
     plan = sparsec.plan(m.random_edges(16, 0), Problem(4096, 4096), "nvidia-h200", backend="cuda")
     assert [step.launch.backend for step in plan.steps] == ["cuda"]
+
+
+def test_the_source_has_the_modifier_and_the_planner_takes_every_one():
+    torch = pytest.importorskip("torch")
+    bound = m.window(9, 0).bind(100)
+    problem = Problem(100, 100, 2, 2, dtype="bf16", needs_grad=True)
+    modifier = score.chain(score.soft_cap(5.0), score.edge_bias(torch.zeros(bound.nnz, requires_grad=True)))
+    made = sparsec.plan(bound, problem, "nvidia-h100", backend="cuda", score=modifier)
+    source = cuda.backend().lower(made.steps[0].launch).source()
+    assert "tanh" in source["score_generated.cuh"]

@@ -35,7 +35,7 @@ from sparsec.backends.cuda_calls import (
     forward_walk,
 )
 from sparsec.backends.cuda_gradients import GradientArguments, Side, gradient_program, prepared_blocks, sides
-from sparsec.backends.cuda_printed import score_tables
+from sparsec.backends.cuda_printed import Extents, score_header, score_tables
 from sparsec.backends.cuda_tiles import (
     TileArguments,
     TileListsArgument,
@@ -154,7 +154,9 @@ class _Bound:
         self._tables: dict[torch.device, tuple[torch.Tensor | None, ...]] = {}
 
     def source(self) -> dict[str, str]:
-        return _sources(self.launch.template)
+        score = self.launch.score
+        generated = {} if score is None else {cuda_compile.SCORE_HEADER: score_header(score, Extents.of(self.launch))}
+        return _sources(self.launch.template) | generated
 
     def addresses(self, walk: Walk | TileWalk, device: torch.device, batch: int) -> Mapping[str, int | None]:
         """Where the arrays of a walk and the batch elements are on a device."""

@@ -30,7 +30,8 @@ ALIGNMENT_BYTES: Final = 16
 MERGE_ROWS: Final = 16
 # Of the accumulator, so many fp32 a thread at most: the scores, weights and addresses need most of 255 registers.
 ACCUMULATOR_PER_THREAD: Final = 64
-# The row kernel: without a limit, the assembler spills a few registers to reach the next occupancy.
+# Row kernels, and those that look up for each score: without a limit, the assembler spills a few registers to reach the
+# next occupancy.
 ROW_REGISTERS: Final = 255
 # Values a thread can hold at all before most of them live in memory: 255 registers, or 512 on AMD, less the rest's.
 _NVIDIA_VALUES: Final = 256
@@ -250,6 +251,7 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
     common_numbers = {"n_slots": schedule.n_slots, "n_heads": len(heads), "q_len": work.bound.q_len}
     arrays, constants = _LISTS[launch.template.layout](launch, shape)
     printed = functions_of(launch, work)
+    is_crowded = launch.template.layout == "rows" or (launch.score is not None and bool(launch.score.tables))
     numbers: dict[str, int | float] = {
         "n_items": schedule.n_items,
         "abreast": abreast,
@@ -283,7 +285,7 @@ def calls_of(launch: Launch) -> tuple[Call, ...]:
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         most_programs=most_programs(launch),
-        max_registers=ROW_REGISTERS if launch.template.layout == "rows" and launch.device.kind == "nvidia" else None,
+        max_registers=ROW_REGISTERS if is_crowded and launch.device.kind == "nvidia" else None,
         functions=printed.functions,
         tables=printed.tables,
     )

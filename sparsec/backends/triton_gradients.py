@@ -229,7 +229,9 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
             warps *= 2
     is_without_matrix_units = device.kind == "nvidia" and itemsize == 4
     is_crowded = not side.is_dq and (side.work.gathered is not None or "tcgen05" in device.features)
-    if tiles is not None and (is_without_matrix_units or is_crowded):
+    has_sums = side.is_dq and launch.score is not None and bool(launch.score.live_tables)
+    holds_operands = device.kind == "nvidia" and not {"wgmma", "tcgen05"} & set(device.features)
+    if tiles is not None and (is_without_matrix_units or is_crowded or (has_sums and holds_operands)):
         # Operands held by threads; or two accumulators beside three kinds of lists, or beside tensor memory's copies.
         warps = 8
     row_bytes = max(dims[1], dims[3]) * itemsize
@@ -250,7 +252,8 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
         shared_limit(config, device) - 4096
     ):
         step //= 2
-    if launch.score is not None and (launch.score.needs_edges or (side.is_dq and launch.score.live_tables)):
+    looks_up = launch.score is not None and bool(launch.score.tables) and "tcgen05" in device.features
+    if has_sums or looks_up or (launch.score is not None and launch.score.needs_edges):
         # Edges are counted, and what is added to a table is made, of each score beside its gradient.
         step = 16
     return constants | {"STEP": step}, warps, stages

@@ -1,4 +1,5 @@
-// The backward pass of row_traversal on NVIDIA GPUs: no atomics, and every sum in a fixed order.
+// The backward pass of row_traversal on NVIDIA GPUs: every sum in a fixed order, without atomics; those for a score
+// modifier's tables in integers, which may come in any (tables.cuh).
 //
 // With P the weights and dS = P (dP - delta), dP = dO . v, delta = dO . O - dLSE: a query owns its row of dQ and walks
 // its keys (SX_DQ 1); a key owns its rows of dK and dV and walks the queries that attend it, over the transposed lists

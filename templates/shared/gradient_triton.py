@@ -8,8 +8,8 @@ A score modifier's derivative is a factor of dS; its derivative by an entry of a
 
 One kernel makes either side. Its programs own a block of *rows* and run through the other side, the *stream*: queries
 own rows for dQ and stream keys; keys own rows for dK and dV and stream queries, over the transposed lists. So each
-result row has one owner, there are no atomics, and the order of sums is fixed. This file must not know how the lists
-were made.
+result row has one owner, and the order of sums is fixed, without atomics; those for a modifier's tables are of
+integers, which may come in any order. This file must not know how the lists were made.
 
 Source: Dao et al., "FlashAttention", NeurIPS 2022, algorithm 4 and appendix B.
 """

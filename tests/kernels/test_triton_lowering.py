@@ -14,16 +14,19 @@ import pytest
 pytest.importorskip("triton")
 
 import running
+import torch
 from cases import Case, by_degree, case, scattered
 from test_triton_numerics import split
 
 from sparsec import masks as m
 from sparsec.backends import triton as triton_backend
 from sparsec.backends.base import DTYPES, Problem
+from sparsec.backends.table_gradients import sum_types
 from sparsec.backends.triton import LoweredSource
 from sparsec.device import device
+from sparsec.layout import EdgeOrder
 from sparsec.planner import plan
-from sparsec.score import as_score_mod
+from sparsec.score import alibi, as_score_mod, edge_bias, relative_bias, soft_cap
 from sparsec.template import Config, template
 
 # sm_80, sm_90, sm_100, gfx90a, gfx942.
@@ -238,3 +241,41 @@ def test_modifiers_and_predicates_compile(name, direction):
             assert each.spilled_bytes <= max(known, SPILLED_BY_OLDER), each
             assert "score_tables" in each.texts["ttgir"]
             assert ("mask_tables" in each.texts["ttgir"]) == bool(by_predicate)
+
+
+# Each captures a tensor that receives a gradient, but for the soft cap.
+VARIANTS = {
+    "soft-cap": lambda nnz: soft_cap(30.0),
+    "alibi": lambda nnz: alibi(torch.zeros(4, requires_grad=True)),
+    "relative-bias": lambda nnz: relative_bias(torch.zeros(4, 65, requires_grad=True)),
+    "edge-bias": lambda nnz: edge_bias(torch.zeros(4, nnz, requires_grad=True)),
+}
+
+
+def _variants():
+    """Every template, direction and kind of modifier, each on one architecture of those of matrix units."""
+    gpus = itertools.cycle(DEVICES)
+    for (variant, name, direction), gpu in zip(
+        itertools.product(VARIANTS, TEMPLATES, ("forward", "backward")), gpus, strict=False
+    ):
+        is_quick = (variant, name, direction) == ("relative-bias", "block_sparse", "backward")
+        marks = () if is_quick else (pytest.mark.spread,)
+        yield pytest.param(variant, name, direction, "nvidia-h100" if is_quick else gpu, marks=marks)
+
+
+@pytest.mark.parametrize(("variant", "name", "direction", "gpu"), [*_variants()])
+def test_common_modifiers_do_not_spill(variant, name, direction, gpu):
+    tried = tried_at(128).with_dtype("bf16")
+    score = VARIANTS[variant](tried.bound.nnz)
+    edges = EdgeOrder(tried.bound) if score.needs_edges else None
+    made = running.launch(template(name), "triton", tried, device=device(gpu), edges=edges)
+    lowered = triton_backend.lower_source(replace(made, score=score), direction)
+    for each in lowered:
+        if each.name in ("forward", "backward"):
+            assert each.spilled_bytes <= SPILLED_BY_OLDER, each
+    if direction == "backward" and score.live_tables:
+        by_queries, by_keys = (each for each in lowered if each.name == "backward")
+        is_by_edge = sum_types(score) == ("float32",)
+        assert ("tt.atomic_rmw" in by_queries.texts["ttgir"]) == (not is_by_edge), "an edge has one writer"
+        assert "tt.atomic_rmw" not in by_keys.texts["ttgir"]
+        assert "fadd" not in re.findall(r"tt.atomic_rmw (\w+)", by_queries.texts["ttgir"]), "sums of integers alone"
