@@ -168,6 +168,32 @@ def test_packed_heads():
     assert packed((0, 2), 2) == 1
 
 
+def test_a_decoding_step_packs_the_heads_of_a_group_and_splits_the_keys():
+    """One query of 64 heads over 8: tiles of 8 × 8 rows, and enough pieces of the keys for all multiprocessors."""
+    gpu, problem = device("nvidia-h200"), Problem(1, 131_072, 64, 8, 128, 128, "bf16")
+    made = sparsec.plan(m.full(), problem, gpu, template="block_sparse", backend="triton").steps[0].launch
+    assert (made.config["block_q"], made.config["pack_gqa"]) == (8, 8)
+    assert triton.shape_of(made).pack == 8
+    forward, merge = triton.calls_of(made)
+    assert (forward.name, merge.name) == ("forward", "merge")
+    assert gpu.units <= forward.grid(1) <= 8 * gpu.units
+    alone = sparsec.plan(m.full(), replace(problem, kv_heads=64), gpu, template="block_sparse", backend="triton")
+    assert alone.steps[0].launch.config["pack_gqa"] == 1
+    several = sparsec.plan(m.full(), replace(problem, q_len=4000), gpu, template="block_sparse", backend="triton")
+    assert several.steps[0].launch.config["pack_gqa"] == 1
+
+
+def test_low_tiles_are_for_forward_passes():
+    config = Config.of(**{**template("block_sparse").default("triton").to_dict(), "block_q": 8, "pack_gqa": 8})
+    problem, h100 = Problem(64, 64, 8, 1), device("nvidia-h100")
+    refusal = triton.backend().config_refusal
+    assert refusal(template("block_sparse"), config, problem, h100) is None
+    assert "16 rows" in refusal(template("block_sparse"), config, replace(problem, needs_grad=True), h100)
+    assert "16 rows" in template("block_sparse").violation("triton", Config.of(**{**config.to_dict(), "pack_gqa": 1}))
+    with pytest.raises(sparsec.errors.CompileError, match="forward pass alone"):
+        triton.backend().lower_backward(launch("block_sparse", "nvidia-h100", problem, block_q=8, pack_gqa=8))
+
+
 def test_tiles_are_walked_full_ones_first_and_ragged_ones_by_pattern():
     problem = Problem(100, 150)
     made = launch("block_sparse", "nvidia-h100", problem, m.full() & ~m.window(-60, 70), block_q=16, block_kv=16)

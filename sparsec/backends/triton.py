@@ -23,7 +23,16 @@ import numpy as np
 
 from sparsec.backends.base import Launch, Problem
 from sparsec.backends.table_gradients import add_sums, zero_sums
-from sparsec.backends.triton_calls import ALIGNMENT_BYTES, Array, Call, calls_of, options_of, shape_of, too_large
+from sparsec.backends.triton_calls import (
+    ALIGNMENT_BYTES,
+    LEAST_ROWS,
+    Array,
+    Call,
+    calls_of,
+    options_of,
+    shape_of,
+    too_large,
+)
 from sparsec.backends.triton_gradients import gradient_calls_of
 from sparsec.backends.triton_lowering import LoweredSource, lower_call
 from sparsec.device import Device
@@ -329,6 +338,9 @@ class TritonBackend:
 
     def lower_backward(self, launch: Launch) -> TritonGradient:
         self._check(launch)
+        if launch.work.tiles is not None and launch.work.block_q < LEAST_ROWS:
+            reason = f"{launch.config} is for a forward pass alone; plan with needs_grad=True"
+            raise CompileError(reason, launch.template.kernel_path("triton"))
         return TritonGradient(launch)
 
     def _check(self, launch: Launch) -> None:

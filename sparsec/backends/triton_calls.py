@@ -26,6 +26,8 @@ Array = npt.NDArray[Any]
 LOG2_E: Final = 1.4426950408889634
 # Of tensors that the copy engine reads: of their address and of every stride but the last.
 ALIGNMENT_BYTES: Final = 16
+# Of a tile on matrix units; fewer are filled up with rows that nobody reads.
+LEAST_ROWS: Final = 16
 # Rows a merge program joins: few, so that 256 columns of fp32 stay in registers.
 MERGE_ROWS: Final = 16
 # Of the accumulator, so many fp32 a thread at most: the scores, weights and addresses need most of 255 registers.
@@ -72,7 +74,7 @@ def shape_of(launch: Launch) -> Shape:
     config, problem = launch.config, launch.problem
     pack = _packed_heads(launch)
     dims = (problem.head_dim, width(problem.head_dim), problem.v_dim, width(problem.v_dim))
-    rows = config["block_q"] * pack
+    rows = max(config["block_q"] * pack, LEAST_ROWS)
     warp = 64 if launch.device.kind == "amd" else 32
     warps = config["num_warps"]
     if launch.template.layout != "rows":
@@ -145,7 +147,9 @@ def too_large(template: Template, config: Config, problem: Problem, device: Devi
         values = config["block_q"] * (dims[1] + dims[3]) * (3 if problem.needs_grad else 2)
         held, what = values // (warp * config["num_warps"]), "queries and keys"
     else:
-        rows = config["block_q"] * _packed_at_most(config, problem)
+        if problem.needs_grad and config["block_q"] < LEAST_ROWS:
+            return f"{config}: gradients of queries are made {LEAST_ROWS} rows at a time at least"
+        rows = max(config["block_q"] * _packed_at_most(config, problem), LEAST_ROWS)
         staying = config.get("persistent", 0)
         least, limit = shared_bytes(device, rows, 16, dims, 1, problem.itemsize), shared_limit(config, device)
         if least > limit:

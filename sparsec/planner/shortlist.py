@@ -12,6 +12,9 @@ from sparsec.device import Device
 from sparsec.planner.plans import Refusal
 from sparsec.template import Config, Template
 
+# Of a decoding step, or of a few tokens that are checked together.
+_FEW_QUERIES = 16
+
 
 def shortlist(
     each: Template, backend_name: str, problem: Problem, device: Device
@@ -24,7 +27,7 @@ def shortlist(
     server, title = backend(backend_name), f"{each.name} on {backend_name}"
     told = {
         config: server.config_refusal(each, config, problem, device)
-        for config in _default_and_heights(each, backend_name)
+        for config in _default_and_heights(each, backend_name, problem)
     }
     refusals = [Refusal(f"{title} ({config})", reason) for config, reason in told.items() if reason is not None]
     kept = [config for config, reason in told.items() if reason is None]
@@ -39,7 +42,7 @@ def shortlist(
     return tuple(kept), tuple(refusals)
 
 
-def _default_and_heights(each: Template, backend_name: str) -> list[Config]:
+def _default_and_heights(each: Template, backend_name: str, problem: Problem) -> list[Config]:
     """The default, and for tiles the other heights: what changes the work most."""
     default = each.default(backend_name)
     if each.layout != "tiles" or backend_name == "reference":
@@ -49,8 +52,20 @@ def _default_and_heights(each: Template, backend_name: str) -> list[Config]:
         Config(tuple((key, height if key == "block_q" else value) for key, value in default.items))
         for height in heights
     ]
+    others += _packed(each, backend_name, problem, heights)
     legal = [config for config in others if config != default and each.violation(backend_name, config) is None]
     return [default, *legal]
+
+
+def _packed(each: Template, backend_name: str, problem: Problem, heights: tuple[int, ...]) -> list[Config]:
+    """For a few queries of grouped heads, the smallest tiles that the heads of a group fill together."""
+    packs = next((t.values for t in each.tunables[backend_name] if t.name == "pack_gqa"), (1,))
+    pack = max((n for n in packs if problem.group % n == 0), default=1)
+    if pack == 1 or problem.q_len > _FEW_QUERIES:
+        return []
+    default = each.default(backend_name).to_dict()
+    configs = [Config.of(**{**default, "block_q": h, "pack_gqa": pack}) for h in sorted(heights) if h >= problem.q_len]
+    return [config for config in configs if each.violation(backend_name, config) is None][:1]
 
 
 def _distance(config: Config, default: Config) -> tuple[int, float]:

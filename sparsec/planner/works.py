@@ -6,6 +6,7 @@ configuration or order is best.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,9 @@ LAYOUT_TUNABLES = ("block_q", "block_kv", "tile_percent", "column_queries")
 
 # The CUDA kernels bin rows by degree themselves; for the estimate, their work comes in blocks of so many.
 _COSTED_ROWS = 8
+
+# Of a tile on matrix units: lower ones take as long.
+_LEAST_ROWS = 16
 
 # An order is scattered when more than this share of its steps differ from the first.
 _IRREGULAR_SHARE = 0.1
@@ -74,7 +78,8 @@ def build_work(
         return replace(work, numbers=edges.of_rows(work.rows, ordering))
     assert edges is None or ordering is IDENTITY, "only rows are numbered in another order of tokens"
     if template.layout == "tiles":
-        work = _tile_work(bound, config, model, (copies, workers), ordering)
+        pack = math.gcd(config.get("pack_gqa", 1), problem.group, heads)
+        work = _tile_work(bound, config, model, (copies // pack, workers, pack), ordering)
         return work if edges is None or work.tiles is None else replace(work, numbers=edges.of_tiles(work.tiles))
     if template.layout == "hybrid":
         work = _hybrid_work(bound, config, model, (copies, workers), ordering, span)
@@ -136,15 +141,18 @@ def _row_work(
     return Work(bound, ordering, block_q, planned, rows=rows)
 
 
-def _tile_work(bound: BoundMask, config: Config, model: CostModel, shared: tuple[int, int], ordering: Ordering) -> Work:
-    """`shared`: how often the list is run, and the workers who share it."""
-    copies, workers = shared
+def _tile_work(
+    bound: BoundMask, config: Config, model: CostModel, shared: tuple[int, int, int], ordering: Ordering
+) -> Work:
+    """`shared`: how often the list is run, the workers who share it, and the heads that are packed into each tile."""
+    copies, workers, pack = shared
     block_q = config["block_q"]
     tiles = block_tiles(bound, block_q, config["block_kv"])
     unit = model.unit(block_q, is_rows=False, is_scattered=is_scattered(ordering))
+    rows = max(block_q * pack, _LEAST_ROWS)
     planned = schedule(
         tiles.tile_map.indptr,
-        model.tiles(tiles),
+        model.tiles(tiles) * np.float32(rows / block_q) if rows > block_q else model.tiles(tiles),
         workers=workers,
         copies=copies,
         item_cost=unit,

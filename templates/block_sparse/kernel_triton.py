@@ -50,14 +50,20 @@ def forward(
     None: the score modifier, whose `scale` is the scores' own, and the mask's predicate. DESCRIBED lets the copy engine
     fetch K and V; their rows must be aligned to 16 bytes, and `kv_order` None.
     """
-    ROWS: tl.constexpr = BLOCK_Q * PACK
+    PACKED: tl.constexpr = BLOCK_Q * PACK
+    # Matrix units take 16 rows: what is missing is filled up with rows that nobody reads.
+    ROWS: tl.constexpr = PACKED if PACKED > 16 else 16
     for turn in tl.range(turns(n_items * n_batches * n_heads, PERSISTENT), disable_licm=True):
         item, copy, batch, first_head = locate(program_at(turn, PERSISTENT), n_items, n_heads, abreast, batches, heads)
         kv_head = first_head // GROUP
         row = tl.arange(0, ROWS)
         lane = row // PACK
+        if PACKED < ROWS:
+            lane = tl.minimum(lane, BLOCK_Q - 1)
         position = tl.load(item_unit + item) * BLOCK_Q + lane
         inside = position < q_len
+        if PACKED < ROWS:
+            inside = inside & (row < PACKED)
         token = tokens_at(q_order, position, inside)
         head = first_head + row % PACK
         q_offsets = batch * q_batch + head * q_head + token * q_row
@@ -96,4 +102,4 @@ def forward(
             lse_offsets = batch * lse_batch + head * lse_head + token
             finish(out, lse, out_offsets, lse_offsets, inside, peak, total, acc, DIMS[2], DIMS[3])
         else:
-            save(partial, (copy * n_slots + slot) * ROWS + row, inside, peak, total, acc, DIMS[2], DIMS[3])
+            save(partial, (copy * n_slots + slot) * PACKED + row, inside, peak, total, acc, DIMS[2], DIMS[3])

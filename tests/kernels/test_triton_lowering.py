@@ -119,6 +119,8 @@ def test_the_default_does_not_spill(name, gpu, dtype, direction, head_dim):
     [
         ("block_sparse", "nvidia-h100", (("block_q", 128), ("block_kv", 128))),
         ("block_sparse", "nvidia-h100", (("block_q", 16), ("pack_gqa", 2), ("num_stages", 4))),
+        ("block_sparse", "nvidia-h100", (("block_q", 8), ("pack_gqa", 8))),
+        ("block_sparse", "amd-mi300x", (("block_q", 8), ("pack_gqa", 2))),
         ("block_sparse", "nvidia-rtx4090", (("block_q", 128), ("block_kv", 64))),
         ("hybrid", "nvidia-rtx4090", (("block_q", 64), ("num_warps", 8))),
         ("row_traversal", "nvidia-h100", (("block_q", 1), ("num_warps", 1))),

@@ -106,10 +106,10 @@ def _run(name: str, tried: Case, values: dict[str, int]) -> None:
     _checked(_launch(name, tried, values), tried)
 
 
-def _run_split(name: str, tried: Case) -> None:
-    made = _launch(name, tried)
+def _run_split(name: str, tried: Case, values: dict[str, int] | None = None) -> None:
+    made = _launch(name, tried, values)
     pieces = split(made.work)
-    assert pieces.schedule.n_slots > 4
+    assert pieces.schedule.n_slots > (4 if values is None else 1)
     _checked(replace(made, work=pieces), tried)
 
 
@@ -528,6 +528,7 @@ def test_masks(interpreter, tried, name, dtype):
         {"block_q": 32, "block_kv": 128, "num_warps": 8},
         {"block_q": 16, "block_kv": 32, "pack_gqa": 2},
         {"block_q": 16, "block_kv": 64, "pack_gqa": 8},
+        {"block_q": 8, "block_kv": 16, "pack_gqa": 4},
     ],
     ids=str,
 )
@@ -539,6 +540,13 @@ def test_tile_sizes_and_packed_heads(interpreter, values, dtype):
 @pytest.mark.parametrize("name", ["block_sparse", "hybrid"])
 def test_programs_that_stay(interpreter, name, direction):
     interpreter(_run_persistent, name, GROUPED.with_dtype("fp32"), direction)
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (3, 3)], ids=["packed", "filled-up"])
+def test_a_decoding_step(interpreter, heads):
+    """Queries of all heads of a group in one tile, their keys in pieces."""
+    tried = case("decode", m.window(150, 0)[100:103, 0:103], 3, 103, 16, heads=heads, batch=2)
+    interpreter(_run_split, "block_sparse", tried.with_dtype("fp32"), {"block_q": 8, "pack_gqa": 8})
 
 
 @pytest.mark.parametrize("values", [{"block_q": 1}, {"block_q": 16, "fetch": 16}, {"num_warps": 1}], ids=str)
