@@ -411,6 +411,8 @@ class Attention:
         with self._lock:
             # Made before anything is replaced: where the new mask cannot be served, the old one stays.
             made = {key: old.renewed(renewed(old.plan, bound)) for key, old in self._specialised.items()}
+            for key, old in self._specialised.items():
+                made[key].take_over(old)
             self._bound, self._specialised = bound, made
             self._stepper = Stepper(bound, self._planned)
             self._latest = next(reversed(made.values()), None)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from sparsec import buffers, gate
-from sparsec.backends.base import GradientKernel, Kernel, Launch, Rebindable, backend
+from sparsec.backends.base import GradientKernel, Kernel, Launch, Rebindable, Replayable, backend
 from sparsec.errors import BackendMissingError
 from sparsec.planner import Group, Plan
 
@@ -44,6 +45,13 @@ class Specialisation:
         if self._gradients is not None:
             again._gradients = again._lowered_gradients()
         return again
+
+    def take_over(self, old: Specialisation) -> None:
+        """Lets graphs that were captured with the specialisation before go on with this one's mask."""
+        for mine, before in ((self._kernels, old._kernels), (self._gradients or [], old._gradients or [])):
+            for kernel, replaced in zip(chain(*mine), chain(*before), strict=False):
+                if isinstance(kernel, Replayable) and type(kernel) is type(replaced):
+                    kernel.take_over(replaced)
 
     def kernels(self) -> list[tuple[Launch, Kernel]]:
         return [

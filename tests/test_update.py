@@ -219,3 +219,19 @@ def test_csr_is_checked_in_three_passes():
             m.from_csr(indptr, indices, 5)
     # A row may begin below where the one before it ends, and rows may be empty anywhere.
     assert m.from_csr([0, 0, 2, 2, 3, 3], [3, 4, 0], 5).bind().degrees("q").tolist() == [0, 2, 0, 1, 0]
+
+
+def test_kernels_take_over_from_those_they_replace(monkeypatch):
+    """Where a kernel can: those of a GPU, which a captured graph may hold."""
+    from sparsec.backends.cpu_kernels import CpuKernel
+
+    seen = []
+    monkeypatch.setattr(CpuKernel, "take_over", lambda new, old: seen.append((new, old)), raising=False)
+    made = sparsec.compile(m.window(9, 0), 64, tune="off")
+    q = torch.randn(1, 1, 64, 16)
+    made(q, q, q)
+    before = [kernel for _, kernel in made._latest.kernels()]
+    made.update(m.window(5, 0))
+    after = [kernel for _, kernel in made._latest.kernels()]
+    assert seen == list(zip(after, before, strict=True))
+    assert seen

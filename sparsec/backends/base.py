@@ -192,6 +192,15 @@ class Rebindable(Protocol):
         ...
 
 
+@runtime_checkable
+class Replayable(Protocol):
+    """A kernel, or gradient kernel, that a captured graph may run again and again from the same device buffers."""
+
+    def take_over(self, old: Self) -> None:
+        """Puts its index arrays where the kernel it replaces has them, if a graph was captured with that one."""
+        ...
+
+
 class GradientKernel(Protocol):
     """The backward pass of a launch, ready to run."""
 

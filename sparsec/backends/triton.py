@@ -11,13 +11,14 @@ import contextlib
 import contextvars
 import importlib
 import importlib.util
+import logging
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
 import numpy as np
 
@@ -54,6 +55,8 @@ __all__ = [
     "shape_of",
 ]
 
+logger = logging.getLogger(__name__)
+
 Direction = Literal["forward", "backward"]
 # What stands behind a pointer, or behind a tuple of them.
 Uploaded: TypeAlias = "torch.Tensor | tuple[torch.Tensor | None, ...] | None"
@@ -74,6 +77,9 @@ class _Calls:
         ]
         self._uploaded: dict[torch.device, list[dict[str, Uploaded]]] = {}
         self._batches: dict[tuple[torch.device, int], torch.Tensor] = {}
+        # Whether a graph reads what is uploaded; and what one still reads of kernels that this one has replaced.
+        self._is_captured = False
+        self._held: tuple[object, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +108,7 @@ class _Calls:
             sums: What is added to for their gradients; empty where none is wanted.
         """
         batches = self._batch_elements(device, batch)
+        self._is_captured = self._is_captured or _is_capturing(device)
         if any(call.constants.get("DESCRIBED") for call in self._calls):
             # The kernels keep their descriptors in memory that Triton asks for; the caller's own answer stays.
             context = contextvars.copy_context()
@@ -134,6 +141,47 @@ class _Calls:
                     **{**functions, **_summed(call, kernel, sums)},
                     **options_of(call),
                 )
+
+    def take_over(self, old: Self) -> None:
+        """Moves its index arrays into the buffers of a kernel that a graph was captured with; the graph then runs this.
+
+        Where they differ in what the graph has fixed (grids, lengths of lists, functions) or are larger, they get
+        buffers of their own, and the graph goes on as it was.
+        """
+        import torch
+
+        if not old._is_captured:
+            return
+        if not self._fits(old):
+            logger.warning(
+                "a CUDA graph was captured with %s, and the index arrays of the new mask do not fit its buffers: "
+                "capture it again, or it goes on with the mask before",
+                old.launch.template.name,
+            )
+            self._held = (*old._held, old._uploaded, old._batches)
+            return
+        arrays = [array for call in self._calls for array in _all_arrays(call)]
+        for kept in old._uploaded.values():
+            for buffer, array in zip(_all_buffers(self._calls, kept), arrays, strict=True):
+                values = torch.from_numpy(np.ascontiguousarray(array).reshape(-1))
+                buffer.view(-1)[: len(values)].copy_(values)
+        self._uploaded, self._batches, self._held = old._uploaded, old._batches, old._held
+        self._is_captured = True
+
+    def _fits(self, old: Self) -> bool:
+        """Whether kernels that were launched for another mask do this one's work once their arrays are refilled."""
+        if old.launch.batch != self.launch.batch or len(old._calls) != len(self._calls):
+            return False
+        pairs = [*zip(self._calls, old._calls, strict=True)]
+        if any(_fixed_by_capture(mine) != _fixed_by_capture(other) for mine, other in pairs):
+            return False
+        # As many as there are: which arrays are None is fixed too.
+        sizes = [array.size for call in self._calls for array in _all_arrays(call)]
+        return all(
+            size <= buffer.numel()
+            for kept in old._uploaded.values()
+            for size, buffer in zip(sizes, _all_buffers(old._calls, kept), strict=True)
+        )
 
     def _batch_elements(self, device: torch.device, batch: int) -> torch.Tensor:
         import torch
@@ -247,6 +295,37 @@ class TritonGradient(_Calls):
                 dims = problem.head_dim + (0 if call.constants["IS_DQ"] else problem.v_dim)
                 words = max(words, int(call.numbers["n_slots"]) * int(call.numbers["n_heads"]) * block * dims)
         return words * batch
+
+
+def _fixed_by_capture(call: Call) -> tuple[object, ...]:
+    """What a captured launch keeps whatever its buffers hold."""
+    functions = {name: None if given is None else (given[0].source, given[1]) for name, given in call.functions.items()}
+    types = [array.dtype for array in _all_arrays(call)]
+    present = [name for name, given in [*call.arrays.items(), *call.tables.items()] if given is not None]
+    numbers = (call.programs, call.most_programs, dict(call.numbers), dict(call.constants), options_of(call))
+    return call.name, numbers, functions, present, types
+
+
+def _all_arrays(call: Call) -> list[Array]:
+    """Its index arrays, then its tables."""
+    tables = [table for given in call.tables.values() for table in given or ()]
+    return [*(array for array in call.arrays.values() if array is not None), *tables]
+
+
+def _all_buffers(calls: Sequence[Call], kept: list[dict[str, Uploaded]]) -> list[torch.Tensor]:
+    """What was uploaded of the arrays of some calls, in the order of `_all_arrays`."""
+    found: list[torch.Tensor] = []
+    for call, buffers in zip(calls, kept, strict=True):
+        for name in [*call.arrays, *call.tables]:
+            given = buffers[name]
+            found += [each for each in (given if isinstance(given, tuple) else (given,)) if each is not None]
+    return found
+
+
+def _is_capturing(device: torch.device) -> bool:
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _strides(given: dict[str, torch.Tensor | None], parameters: list[str]) -> dict[str, int]:

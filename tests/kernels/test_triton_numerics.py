@@ -147,6 +147,32 @@ def calls_of(made: Launch, direction: str) -> tuple[Call, ...]:
     return triton_backend.calls_of(made) if direction == "forward" else triton_backend.gradient_calls_of(made)
 
 
+def _run_replayed(name: str, reaches: tuple[int, ...], is_in_place: bool) -> None:
+    """What a captured graph does once its mask has been updated: it runs the old calls on the buffers they had."""
+    tried = [case("replayed", m.window(n, 2), 41, 41, 16, heads=(2, 1)).with_dtype("fp32") for n in reaches]
+    captured, *others = (triton_backend.backend().lower(_launch(name, each)) for each in tried)
+
+    def check(kernel, each: Case) -> None:
+        out, lse = running.poisoned(each)
+        kernel(*running.inputs(each), out, lse)
+        running.check(each, out, lse)
+
+    def places(kernel) -> list[int]:
+        buffers = [each for held in kernel._arrays_on(torch.device("cpu")) for each in held.values()]
+        return [each.data_ptr() for each in buffers if each is not None]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "_is_capturing", lambda device: True)
+        check(captured, tried[0])
+    old = captured
+    for new, each in zip(others, tried[1:], strict=True):
+        new.take_over(old)
+        assert (places(new) == places(captured)) == is_in_place
+        check(new, each)
+        check(captured, each if is_in_place else tried[0])
+        old = new
+
+
 def _run_partial(name: str, tried: Case) -> None:
     _checked(_launch(name, tried, is_partial=True), tried)
 
@@ -540,6 +566,19 @@ def test_tile_sizes_and_packed_heads(interpreter, values, dtype):
 @pytest.mark.parametrize("name", ["block_sparse", "hybrid"])
 def test_programs_that_stay(interpreter, name, direction):
     interpreter(_run_persistent, name, GROUPED.with_dtype("fp32"), direction)
+
+
+@pytest.mark.parametrize(
+    ("name", "reaches", "is_in_place"),
+    [
+        ("block_sparse", (20, 9, 19), True),
+        ("block_sparse", (2, 30), False),
+        ("hybrid", (20, 9), False),
+        ("row_traversal", (9, 20), True),
+    ],
+)
+def test_a_captured_kernel_takes_over_another_mask(interpreter, name, reaches, is_in_place):
+    interpreter(_run_replayed, name, reaches, is_in_place)
 
 
 @pytest.mark.parametrize("heads", [(8, 1), (3, 3)], ids=["packed", "filled-up"])
