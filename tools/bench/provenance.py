@@ -48,11 +48,11 @@ def provenance() -> Provenance:
         memory_bytes=device.memory_bytes,
         system=f"{platform.system()} {platform.release()}",
         versions=versions,
-        # The cache's place says nothing about speed, and is nobody's business.
+        # Where a cache lies says nothing about speed, and is nobody's business.
         environment={
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(_VARIABLES) and name != data.CACHE_DIR_VARIABLE
+            if name.startswith(_VARIABLES) and not name.endswith("_CACHE_DIR")
         },
     )
 
