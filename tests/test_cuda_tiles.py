@@ -28,8 +28,11 @@ WINDOW = m.window(90, 3)
 
 def launch(name: str, problem: Problem, mask, gpu=GPU, **values: int) -> Launch:
     chosen = template(name)
-    wanted = {key: value for key, value in values.items() if key in chosen.default("cuda").to_dict()}
-    config = Config.of(**{**chosen.default("cuda").to_dict(), **wanted})
+    wanted = {**chosen.default("cuda").to_dict(), **values}
+    if name == "hybrid":
+        wanted["block_q"] = min(wanted["block_q"], 64 // wanted["pack_gqa"])
+    config = Config.of(**wanted)
+    assert chosen.violation("cuda", config) is None
     heads = tuple(range(problem.q_heads))
     work = build_work(chosen, config, mask.bind(problem.q_len, problem.kv_len), problem, gpu, heads=len(heads))
     return Launch(
@@ -113,7 +116,7 @@ def test_heads_of_a_group_go_together(name, group, heads, wanted):
     made = replace(launch(name, problem, WINDOW, block_q=32, pack_gqa=4), heads=heads)
     walk = tile_walk(made)
     assert walk.shape.pack == wanted
-    assert walk.shape.rows == 32 * wanted
+    assert walk.shape.rows == made.work.block_q * wanted
     assert walk.arrays["heads"].tolist() == list(heads[::wanted])
     assert walk.numbers["abreast"] == max(1, np.gcd(len(heads) // wanted, group // wanted))
 

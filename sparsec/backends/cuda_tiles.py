@@ -35,6 +35,8 @@ _MATRIX: Final = 16
 _MOST_KEYS: Final = 64
 # Registers of a thread for sums and scores; fragments, addresses and peaks take the rest of 255.
 _REGISTERS: Final = 150
+# Single edges that a team has in flight.
+_SINGLES: Final = 4
 # Rows that a block of `merge` joins: kMergeWarps.
 _MERGED_ROWS: Final = JOIN_THREADS // WARP
 
@@ -89,7 +91,9 @@ def shared_bytes(launch: Launch, shape: TileShape) -> int:
     a_key = k_row + v_row + (8 if launch.template.layout == "hybrid" else 0) + (0 if launch.score is None else 4)
     # Partial output, which is fp32, goes straight from the registers.
     out_row = 0 if launch.is_partial else padded(problem.v_dim) * problem.itemsize + 16
-    return max(shape.rows * k_row + shape.stages * shape.step_kv * a_key, shape.rows * out_row)
+    # The states of single edges pass through it first.
+    state_row = (problem.v_dim + 2) * 4 if launch.template.layout == "hybrid" else 0
+    return max(shape.rows * k_row + shape.stages * shape.step_kv * a_key, shape.rows * max(out_row, state_row))
 
 
 def padded(dim: int) -> int:
@@ -195,6 +199,20 @@ def tile_walk(launch: Launch) -> TileWalk:
         "merge_unit": schedule.merge_unit,
         "merge_indptr": schedule.merge_indptr,
     }
+    if items is not None:
+        gathered, rows = work.gathered, work.rows
+        assert gathered is not None, "a hybrid has gathered columns"
+        assert rows is not None, "a hybrid has single edges"
+        arrays |= {
+            "item_column": items.column_start,
+            "item_column_stop": items.column_stop,
+            "gathered_columns": gathered.columns,
+            "gathered_lanes": gathered.lanes.view(np.int64),
+            "item_edge": items.edge_start,
+            "item_edge_stop": items.edge_stop,
+            "row_indptr": rows.indptr,
+            "row_first": rows.columns,
+        }
     # The batch elements are known when it is called.
     del arrays["batches"]
     numbers = {
@@ -251,4 +269,11 @@ def tile_program(launch: Launch, walk: TileWalk, widths: TileWidths) -> Program:
         "SX_SHARED_BYTES": shape.shared_bytes,
         "SX_ARGUMENT_BYTES": ctypes.sizeof(TileArguments),
     }
+    if launch.template.layout == "hybrid":
+        row_bytes = max(problem.head_dim, problem.v_dim) * problem.itemsize
+        lanes = min(WARP, 1 << (-(-row_bytes // 16) - 1).bit_length())
+        keys = min(_SINGLES, 2 * _SINGLES // shape.pack)
+        # A single edge's row of K is fetched as its query's row of Q is.
+        both = min(widths.q, widths.k)
+        values |= {"SX_Q_BYTES": both, "SX_K_BYTES": both, "SX_GATHERS": 1, "SX_LANES": lanes, "SX_KEYS": keys}
     return with_score(launch, values)

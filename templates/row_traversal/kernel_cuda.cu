@@ -28,70 +28,7 @@ struct Arguments {
   float scale;     // of the scores; times log2(e), unless they are modified
 };
 
-// The state of a team's keys so far, for each head of the pack: the highest score in units of log 2, the sum of the
-// weights 2^(score - peak), and the weighted sum of values, of which a lane holds its slice.
-struct State {
-  float peak[kPack], total[kPack], sum[kPack][V::kSize];
-
-  SX_INLINE void clear() {
-#pragma unroll
-    for (int p = 0; p < kPack; ++p) {
-      peak[p] = negative_infinity(), total[p] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < V::kSize; ++i) sum[p][i] = 0.0f;
-    }
-  }
-  SX_INLINE void shrink(int p, float top) {
-    // No key so far: -inf less -inf is not a number, and less 0 a weight of 0.
-    const float by = power_of_two(peak[p] - (top == negative_infinity() ? 0.0f : top));
-    peak[p] = top, total[p] *= by;
-#pragma unroll
-    for (int i = 0; i < V::kSize; ++i) sum[p][i] *= by;
-  }
-};
-
-// Adds kKeys keys: `scores` are q . k.
-SX_INLINE void attend(State& state, const float (&scores)[kPack][kKeys], const bool (&is_live)[kKeys], const typename V::Raw (&v)[kKeys], float scale) {
-  float weights[kPack][kKeys];
-#pragma unroll
-  for (int p = 0; p < kPack; ++p) {
-    float top = state.peak[p];
-#pragma unroll
-    for (int u = 0; u < kKeys; ++u) top = fmaxf(top, is_live[u] ? scores[p][u] * scale : negative_infinity());
-    // Rare after the first keys: skipped unless some query of the warp meets a higher score.
-    if (top > state.peak[p]) state.shrink(p, top);
-    const float base = top == negative_infinity() ? 0.0f : top;
-#pragma unroll
-    for (int u = 0; u < kKeys; ++u) {
-      weights[p][u] = is_live[u] ? power_of_two(fmaf(scores[p][u], scale, -base)) : 0.0f;
-      state.total[p] += weights[p][u];
-    }
-  }
-#pragma unroll
-  for (int u = 0; u < kKeys; ++u) {
-    float values[V::kSize];
-    V::read(v[u], values);
-#pragma unroll
-    for (int p = 0; p < kPack; ++p) V::add(state.sum[p], weights[p][u], values);
-  }
-}
-
-// The state of all teams of the warp together, in every team.
-SX_INLINE void join_teams(State& state) {
-#pragma unroll
-  for (int p = 0; p < kPack; ++p) {
-    float top = state.peak[p];
-#pragma unroll
-    for (int lane = kLanes; lane < 32; lane *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lane));
-    state.shrink(p, top);
-#pragma unroll
-    for (int lane = kLanes; lane < 32; lane *= 2) {
-      state.total[p] += __shfl_xor_sync(kAllLanes, state.total[p], lane);
-#pragma unroll
-      for (int i = 0; i < V::kSize; ++i) state.sum[p][i] += __shfl_xor_sync(kAllLanes, state.sum[p][i], lane);
-    }
-  }
-}
+using State = TeamState<V, kPack, kKeys>;
 
 SX_INLINE void write_row(const Arguments& a, const Copy& copy, i64 token, const State& state, int lane) {
 #pragma unroll
@@ -197,16 +134,16 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __g
           if (is_live[u])
             scores[p][u] = Score::value(a.lists.tables, scores[p][u] * a.scale, (int)copy.batch, (int)copy.head + p, a.lists.first_query + (int)token, tokens[u], edges[u]);
       }
-      attend(state, scores, is_live, v, kLog2E);
+      state.attend(scores, is_live, v, kLog2E);
 #else
-      attend(state, scores, is_live, v, a.scale);
+      state.attend(scores, is_live, v, a.scale);
 #endif
     }
 
     if (job.bin == Job::kTeam) {
       if (is_row) write_row(a, copy, token, state, lane);
     } else {
-      join_teams(state);
+      state.join_teams();
       if (job.bin == Job::kWarp) {
         if (is_row && team == 0) write_row(a, copy, token, state, lane);
       } else if (team == 0) {

@@ -8,6 +8,7 @@
 #pragma once
 #include "shared/device.cuh"
 #include "shared/launch.cuh"
+#include "shared/teams.cuh"
 // A score modifier is a header that the host generates: Score::value and Score::slope; with SX_SCATTER, what scores add to
 // the gradients of its tables. SX_EDGES says that it asks for the numbers of edges.
 #if defined(SX_SCORE)
@@ -19,8 +20,6 @@ namespace sx {
 
 enum Form { kOffsets = 0, kRanges = 1, kEdges = 2 };
 
-constexpr int kLanes = SX_LANES;
-constexpr int kTeams = 32 / SX_LANES;
 constexpr int kKeys = SX_KEYS;
 constexpr int kWarps = SX_WARPS;
 
@@ -182,66 +181,5 @@ SX_INLINE int most_of_teams(int n) {
   for (int lane = kLanes; lane < 32; lane *= 2) n = max(n, __shfl_xor_sync(kAllLanes, n, lane));
   return n;
 }
-
-// Sums over the lanes of a team; every lane has the result.
-SX_INLINE float team_sum(float x) {
-#pragma unroll
-  for (int lane = 1; lane < kLanes; lane *= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
-  return x;
-}
-
-// The part of a row that one lane holds: vectors lane, lane + kLanes, ... of BYTES bytes each.
-template <class T, int DIM, int BYTES> struct Slice {
-  static constexpr int kWidth = BYTES / (int)sizeof(T);  // elements a vector
-  static constexpr int kVectors = DIM / kWidth;          // of a row
-  static constexpr int kParts = (kVectors + kLanes - 1) / kLanes;
-  static constexpr int kSize = kParts * kWidth;          // elements a lane
-  static_assert(DIM % kWidth == 0, "a row is whole vectors");
-  using Raw = Vector<BYTES>[kParts];
-
-  static SX_INLINE bool has(int part, int lane) { return kVectors % kLanes == 0 || part * kLanes + lane < kVectors; }
-  static SX_INLINE int element(int part, int lane) { return (part * kLanes + lane) * kWidth; }
-
-  static SX_INLINE void fetch_row(Raw& to, const T* row, int lane, bool is_live) {
-#pragma unroll
-    for (int c = 0; c < kParts; ++c) {
-      clear(to[c]);
-      if (is_live && has(c, lane)) fetch(to[c], row + element(c, lane));
-    }
-  }
-  static SX_INLINE void read(const Raw& from, float (&to)[kSize]) {
-#pragma unroll
-    for (int c = 0; c < kParts; ++c) Elements<T>::read(from[c], to + c * kWidth);
-  }
-  static SX_INLINE void load(float (&to)[kSize], const T* row, int lane, bool is_live) {
-    Raw raw;
-    fetch_row(raw, row, lane, is_live);
-    read(raw, to);
-  }
-  template <class O> static SX_INLINE void store(O* row, const float (&from)[kSize], int lane) {
-#pragma unroll
-    for (int c = 0; c < kParts; ++c)
-      if (has(c, lane)) Writer<O, kWidth>::write(row + element(c, lane), from + c * kWidth);
-  }
-  // Calls `use(column, index)` for each element of the row that this lane holds.
-  template <class Use> static SX_INLINE void each(int lane, const Use& use) {
-#pragma unroll
-    for (int c = 0; c < kParts; ++c) {
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e)
-        if (has(c, lane)) use(element(c, lane) + e, c * kWidth + e);
-    }
-  }
-  static SX_INLINE float dot(const float (&a)[kSize], const float (&b)[kSize]) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) sum = fmaf(a[i], b[i], sum);
-    return sum;
-  }
-  static SX_INLINE void add(float (&to)[kSize], float weight, const float (&from)[kSize]) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) to[i] = fmaf(weight, from[i], to[i]);
-  }
-};
 
 }  // namespace sx

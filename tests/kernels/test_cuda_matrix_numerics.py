@@ -36,8 +36,11 @@ def emulation(monkeypatch) -> Emulation:
 
 def launched(name: str, tried: Case, values=(), on=GPU, **given) -> Launch:
     chosen = template(name)
-    wanted = {key: value for key, value in dict(values).items() if key in chosen.default("cuda").to_dict()}
-    config = Config.of(**{**chosen.default("cuda").to_dict(), **wanted})
+    largest = {tunable.name: max(tunable.values) for tunable in chosen.tunables_of("cuda")}
+    wanted = chosen.default("cuda").to_dict() | {key: min(value, largest[key]) for key, value in dict(values).items()}
+    if name == "hybrid":
+        wanted["block_q"] = min(wanted["block_q"], 64 // wanted["pack_gqa"])
+    config = Config.of(**wanted)
     assert chosen.violation("cuda", config) is None
     return running.launch(chosen, "cuda", tried, config=config, device=on, **given)
 
