@@ -13,9 +13,10 @@ import pytest
 import sparsec
 from sparsec import masks as m
 from sparsec.backends import triton
-from sparsec.backends.base import Launch, Problem
+from sparsec.backends.base import DTYPES, Launch, Problem
 from sparsec.device import device
 from sparsec.layout import Ordering
+from sparsec.planner.shortlist import shortlist
 from sparsec.planner.works import build_work
 from sparsec.score import as_score_mod
 from sparsec.template import Config, template, templates
@@ -61,6 +62,17 @@ def test_the_default_fits_every_device(name, gpu, head_dim, dtype):
     assert shape.shared_bytes <= made.device.shared_bytes_per_block
     assert shape.num_warps <= 8
     assert shape.num_stages >= 1
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_device_has_a_configuration_for_the_widest_heads(name, gpu):
+    """In every dtype, with gradients: by the model of shared memory and registers."""
+    for dtype in DTYPES:
+        problem = Problem(200, 200, 8, 1, 256, 256, dtype, needs_grad=True)
+        kept, _ = shortlist(template(name), "triton", problem, device(gpu))
+        made = launch(name, gpu, problem, **kept[0].to_dict())
+        assert triton.shape_of(made).shared_bytes <= made.device.shared_bytes_per_block
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
