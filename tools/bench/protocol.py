@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import resource
 import statistics
 import time
@@ -23,7 +24,7 @@ Announce = Callable[[str, str], None]
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], effort: Effort, announce: Announce) -> dict[str, Timing]:
-    """Every round calls each once; each round begins with the next one, so that none always follows the same other.
+    """Every round calls each once, in a shuffled order of its own: what is called before leaves its data in the caches.
 
     Args:
         calls: What to time, by name.
@@ -35,14 +36,12 @@ def interleaved(calls: Mapping[str, Callable[[], object]], effort: Effort, annou
         for _ in range(_WARM_UPS):
             call()
     samples: dict[str, list[int]] = {name: [] for name in calls}
-    names = list(calls)
-    budget_ns = effort.seconds * len(names) * 1e9
+    budget_ns = effort.seconds * len(calls) * 1e9
     spent_ns = 0
     for round_number in range(effort.max_repeats):
         if round_number >= effort.min_repeats and spent_ns >= budget_ns:
             break
-        for index in range(len(names)):
-            name = names[(round_number + index) % len(names)]
+        for name in random.Random(round_number).sample(list(calls), len(calls)):
             announce(name, "call")
             took = timed_ns(calls[name])
             samples[name].append(took)

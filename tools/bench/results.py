@@ -199,7 +199,7 @@ class Protocol:
 
     clock: str = "time.perf_counter_ns (monotonic)"
     warm_up: str = "each peer prepares, makes one checked call, then two more that are not counted"
-    order: str = "interleaved: every round calls each peer once, each round begins with the next one"
+    order: str = "interleaved: every round calls each peer once, in a shuffled order of its own"
     statistic: str = "median, quartiles and least of the calls"
     exactness: str = (
         "rows (the fullest, the emptiest, the ends, random ones) of the first and last head are compared with dense "
