@@ -26,26 +26,27 @@ class _FreeBlocks:
     """Blocks whose tensors are gone, the latest last."""
 
     def __init__(self) -> None:
-        self._blocks: list[torch.Tensor] = []
-        # A block may come back in the middle of `take`, when the garbage collector frees a tensor there.
+        self._blocks: dict[int, torch.Tensor] = {}
+        # A block may come back, and push others out, in the middle of `take`: when the garbage collector frees a tensor
+        # there. So nothing is taken by its place.
         self._lock = threading.RLock()
 
     def take(self, nbytes: int) -> torch.Tensor | None:
         with self._lock:
-            for i in reversed(range(len(self._blocks))):
-                if self._blocks[i].numel() == nbytes:
-                    return self._blocks.pop(i)
+            for block in reversed(list(self._blocks.values())):
+                if block.numel() == nbytes and self._blocks.pop(id(block), None) is not None:
+                    return block
         return None
 
     def give(self, block: torch.Tensor) -> None:
         with self._lock:
-            self._blocks.append(block)
+            self._blocks[id(block)] = block
             while self.nbytes > _KEPT_BYTES:
-                del self._blocks[0]
+                del self._blocks[next(iter(self._blocks))]
 
     @property
     def nbytes(self) -> int:
-        return sum(block.numel() for block in self._blocks)
+        return sum(block.numel() for block in list(self._blocks.values()))
 
     def clear(self) -> None:
         with self._lock:
@@ -68,7 +69,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
         return torch.empty(*shape, dtype=dtype, device=device)
     block = _free.take(nbytes)
     if block is None:
-        block = torch.empty(nbytes, dtype=torch.uint8)
+        block = torch.empty(nbytes, dtype=torch.uint8, device=device)
     # torch's storage keeps this array alive, and nothing else does: it dies with the last tensor.
     array = block.numpy()
     weakref.finalize(array, _free.give, block).atexit = False

@@ -62,6 +62,49 @@ def test_what_is_kept_is_bounded(monkeypatch):
     assert buffers.free_bytes() == 0
 
 
+def test_blocks_that_come_back_while_one_is_taken(monkeypatch):
+    """As when the garbage collector runs just then, and what comes back pushes others out."""
+
+    class Block:
+        def __init__(self, n, then=None):
+            self.n, self.then = n, then
+
+        def numel(self):
+            then, self.then = self.then, None
+            if then is not None:
+                then()
+            return self.n
+
+    for size in (4, 6, 8):
+        monkeypatch.setattr(buffers, "_KEPT_BYTES", 100)
+        free = buffers._FreeBlocks()
+        blocks = {n: Block(n) for n in (4, 6, 8)}
+        for block in blocks.values():
+            free.give(block)
+
+        def come_back(free=free):
+            monkeypatch.setattr(buffers, "_KEPT_BYTES", 18)
+            free.give(Block(10))
+
+        blocks[size].then = come_back
+        found = free.take(size)
+        assert (found.n if found is not None else None) == (None if size < 8 else 8), size
+        assert free.nbytes <= 18
+
+
+def test_the_default_device_is_not_that_of_the_blocks():
+    attn = sparsec.compile(masks.window(3, 3), 9000, tune="off")
+    q, k, v = torch.randn(3, 1, 4, 9000, 64)
+    wanted = attn(q, k, v)
+    buffers.release()
+    torch.set_default_device("meta")
+    try:
+        found = attn(q, k, v)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, wanted)
+
+
 def test_threads_never_share_a_block():
     wrong = []
 

@@ -333,7 +333,7 @@ class CpuGradient(_Prepared):
                 (a.n_kv_groups, {"h": a.q_heads}),
             )
             copies = [1 if _keeps_apart(look_ups, names) else n for n, names in shares]
-            found.append(torch.zeros(*copies, *d_table.shape, dtype=torch.float32))
+            found.append(torch.zeros(*copies, *d_table.shape, dtype=torch.float32, device=d_table.device))
         return found
 
     def _n_parts(self, shares: int, threads: int) -> int:
