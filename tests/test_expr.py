@@ -251,6 +251,25 @@ def test_bounds_hold_everywhere_in_the_box(expr: Expr, box: tuple[tuple[int, int
             assert (value <= high).all(), (str(node), low, high, value.max())
 
 
+@pytest.mark.parametrize(
+    "expr",
+    [
+        (q * 1.0) % kv >= 0,
+        apply("mod", apply("exp", q * 30.0), 3.0) >= 0,
+        apply("sin", apply("exp", q * 30.0)) <= 1,
+        apply("cos", apply("exp", q * 30.0)) <= 1,
+    ],
+    ids=str,
+)
+def test_bounds_know_what_is_no_number(expr):
+    at = {"q_idx": np.arange(8)[:, None], "kv_idx": np.arange(6)}
+    held = np.broadcast_to(expr.evaluate(**at), (8, 6))
+    certain, possible = expr.bounds(q_idx=(0, 7), kv_idx=(0, 5))
+    assert held.any()
+    assert not held.all()
+    assert (bool(certain), bool(possible)) == (False, True)
+
+
 def test_bounds_are_tight_where_masks_need_it():
     box = {"q_idx": (np.array([0, 0, 4]), np.array([1, 3, 7])), "kv_idx": (np.array([2, 0, 0]), np.array([3, 3, 3]))}
     certain, possible = (q >= kv).bounds(**box)

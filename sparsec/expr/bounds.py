@@ -195,7 +195,9 @@ def _mod(a: Interval, b: Interval) -> Interval:
     low = np.where(b[0] < 0, b[0] + one, 0)
     high = np.where(b[1] > 0, b[1] - one, 0)
     if not is_int:
-        return low, high
+        # No number is left of infinity, nor over from a division by zero.
+        unknown = (b[0] <= 0) & (b[1] >= 0) | np.isinf(a[0]) | np.isinf(a[1])
+        return np.where(unknown, -np.inf, low), np.where(unknown, np.inf, high)
     # A dividend between 0 and the least divisor is left alone; more than that, it is at least not increased.
     positive = b[0] > 0
     high = np.where(positive & (a[0] >= 0), np.minimum(high, a[1]), high)
@@ -219,7 +221,10 @@ def _abs(a: Interval) -> Interval:
 def _wave(op: str) -> Callable[[Interval], Interval]:
     def rule(a: Interval) -> Interval:
         value, is_point = OPS[op].numpy(a[0]), a[0] == a[1]
-        return np.where(is_point, value, -1.0), np.where(is_point, value, 1.0)
+        # Of infinity it is no number.
+        unknown = np.isinf(a[0]) | np.isinf(a[1])
+        low, high = np.where(is_point, value, -1.0), np.where(is_point, value, 1.0)
+        return np.where(unknown, -np.inf, low), np.where(unknown, np.inf, high)
 
     return rule
 
