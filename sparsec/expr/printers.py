@@ -293,7 +293,13 @@ class Cpp(_CLike):
         return f"sx_{node.op}({printing.operand(node.args[0])})"
 
     def floor_division(self, node: Apply, printing: _Printing) -> str:
-        return f"sx_{node.op}({', '.join(printing.operand(arg) for arg in node.args)})"
+        left, right = (printing.operand(arg) for arg in node.args)
+        low, high = printing.bounds[node.args[1]]
+        if node.kind == "float" or bool(((low > 0) | (high < 0)).all()):
+            return f"sx_{node.op}({left}, {right})"
+        # A processor traps where an integer is divided by zero; here, as in numpy, it is 0.
+        is_zero = f"{printing.operand(node.args[1], OPS['eq'].precedence)} == 0"
+        return f"sx_where({is_zero}, 0, sx_{node.op}({left}, sx_where({is_zero}, 1, {right})))"
 
     def load(self, name: str, index: str, node: Table) -> str:
         return f"sx_load({name}, {index})"
