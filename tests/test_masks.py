@@ -108,6 +108,17 @@ def test_sparse_arrays_mean_their_dense_form():
     assert np.array_equal(m.from_sparse(coo).bind().to_dense(), coo.toarray() != 0)
 
 
+def test_a_csr_is_the_callers_own():
+    """SciPy drops zeros in place: the mask must not notice."""
+    dense = np.random.default_rng(1).random((12, 20)) < 0.3
+    mask = m.from_dense(dense)
+    csr = mask.bind().to_csr()
+    csr.data[::2] = False
+    csr.eliminate_zeros()
+    assert np.array_equal(mask.bind().to_dense(), dense)
+    assert mask == m.from_dense(dense)
+
+
 def test_torch_sparse_tensors():
     torch = pytest.importorskip("torch")
     dense = torch.rand(8, 12, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -118,6 +129,8 @@ def test_torch_sparse_tensors():
     assert np.array_equal(m.from_sparse(sparse).bind().to_dense(), dense.numpy())
     assert np.array_equal(m.from_sparse(dense.to(torch.bfloat16).to_sparse_coo()).bind().to_dense(), dense.numpy())
     assert m.from_dense(dense) == m.from_dense(dense.numpy())
+    tiny = torch.tensor([[1e-300, 0.0], [0.0, 5e-324]], dtype=torch.float64).to_sparse_coo()
+    assert m.from_sparse(tiny) == m.from_dense(np.eye(2, dtype=bool))
     with pytest.raises(MaskError, match="NaN"):
         m.from_sparse(torch.tensor([[float("nan"), 0.0]]).to_sparse_coo())
 

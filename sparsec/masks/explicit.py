@@ -58,10 +58,10 @@ class Edges(Mask):
     def _to_csr(self, shape: Shape) -> scipy.sparse.csr_array:
         import scipy.sparse
 
-        # The edges as they lie: nothing is looked at again.
+        # The edges as they lie: nothing is looked at again. A copy, as SciPy changes its arrays in place.
         csr = scipy.sparse.csr_array(shape, dtype=np.bool_)
-        csr.data, csr.indices = np.ones(len(self.indices), np.bool_), self.indices
-        csr.indptr = self.indptr.astype(self.indices.dtype) if len(self.indices) < 2**31 else self.indptr
+        csr.data, csr.indices = np.ones(len(self.indices), np.bool_), self.indices.copy()
+        csr.indptr = self.indptr.astype(self.indices.dtype if len(self.indices) < 2**31 else np.int64)
         csr.has_sorted_indices = csr.has_canonical_format = True
         return csr
 
@@ -215,7 +215,9 @@ def _torch_entries(tensor: Any) -> tuple[IntArray, IntArray, npt.NDArray[Any]]:
         coo = coo.to_sparse_coo()
     indices = coo._indices().numpy().astype(np.int64)
     values = coo._values()
-    return indices[0], indices[1], values.float().numpy() if values.is_floating_point() else values.numpy()
+    # numpy has no bfloat16, and a smaller dtype would lose the smallest values.
+    is_half = values.is_floating_point() and values.element_size() < 4
+    return indices[0], indices[1], (values.float() if is_half else values).numpy()
 
 
 def from_graph(graph: Any, num_nodes: int | None = None) -> Mask:
