@@ -393,12 +393,15 @@ def test_backward_over_forward_can_be_aimed_at():
     assert not reached.is_met
 
 
-def test_calls_are_interleaved_and_take_turns_to_begin():
+def test_calls_are_interleaved_in_shuffled_orders():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = interleaved(calls, Effort(seconds=1e-9, min_repeats=3, max_repeats=5), _silent)
-    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
-    assert times["a"].repeats == 3
+    times = interleaved(calls, Effort(seconds=1e-9, min_repeats=20, max_repeats=50), _silent)
+    warm_up, rounds = "".join(order[:6]), ["".join(order[at : at + 3]) for at in range(6, len(order), 3)]
+    assert warm_up == "aabbcc"
+    assert {"".join(sorted(each)) for each in rounds} == {"abc"}
+    assert len(set(rounds)) > 3
+    assert times["a"].repeats == len(rounds) == 20
 
 
 def test_timing_is_median_and_quartiles_of_the_samples():

@@ -24,13 +24,13 @@ import click
 from bench import counting, sheet, tables, verdict
 from bench.grid import Case, Grid, find_grid, load_grid
 from bench.provenance import provenance
-from bench.results import SCHEMA, Protocol, Run, read_run, resumed
+from bench.results import DEVICE_PROTOCOL, SCHEMA, Protocol, Run, read_run, resumed
 from bench.supervisor import Limits, measure_ceilings, run_grid
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sparsec import data
-from sparsec.device import detect_cpu
+from sparsec.device import Device, detect_cpu, detect_gpu
 from sparsec.errors import SparsecError
 from sparsec.planner.words import duration
 
@@ -63,6 +63,7 @@ def main() -> None:
 @click.option("--fresh", is_flag=True, help="Replace the result file; otherwise its finished cases are kept.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds without a sign of life before a peer ends.")
 @click.option("--memory-gib", type=float, help="Memory of a case's process; nine tenths of the machine's by default.")
+@click.option("--device", "kind", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="Where.")
 @click.option("--list", "is_listing", is_flag=True, help="Print the ids of the cases and run nothing.")
 def run(
     grid_name: str,
@@ -73,6 +74,7 @@ def run(
     fresh: bool,
     timeout: float,
     memory_gib: float | None,
+    kind: str,
     is_listing: bool,
 ) -> None:
     """Measures a grid. Ended half-way, the same command goes on where it stopped."""
@@ -84,14 +86,22 @@ def run(
         for case in cases:
             click.echo(case.id)
         return
-    device = detect_cpu()
-    threads = threads or device.units
-    if too_many := [case for case in cases if case.threads > device.units]:
-        click.echo(f"{len(too_many)} cases want more threads than the {device.units} here, and are left out", err=True)
+    processor = detect_cpu()
+    device = processor if kind == "cpu" else detect_gpu()
+    threads = threads or processor.units
+    if too_many := [case for case in cases if case.threads > processor.units]:
+        click.echo(
+            f"{len(too_many)} cases want more threads than the {processor.units} here, and are left out", err=True
+        )
         cases = [case for case in cases if case not in too_many]
-    memory = int(memory_gib * 2**30) if memory_gib else int(0.9 * device.memory_bytes)
+    if others := [case for case in cases if kind == "gpu" and case.measure != "attention"]:
+        click.echo(f"{len(others)} cases measure nothing on a GPU, and are left out", err=True)
+        cases = [case for case in cases if case not in others]
+    # A GPU's driver reserves far more than it uses: there, only a limit that was asked for is set.
+    memory = int(memory_gib * 2**30) if memory_gib else int(0.9 * device.memory_bytes) if kind == "cpu" else 0
     out = out or _BENCHMARKS / "results" / f"{grid.name}-{device.key}.json"
-    finished = _measured(grid, cases, threads, Limits(timeout, memory), out, fresh)
+    limits = Limits(timeout, memory, "cpu" if kind == "cpu" else "cuda")
+    finished = _measured(grid, cases, threads, limits, out, fresh, device)
     click.echo(tables.markdown(finished))
     click.echo(f"results: {out}", err=True)
 
@@ -102,9 +112,16 @@ def _is_wanted(case: Case, only: tuple[str, ...], dtypes: tuple[str, ...]) -> bo
     return not only or any(pattern in case.id or fnmatchcase(case.id, pattern) for pattern in only)
 
 
-def _measured(grid: Grid, cases: list[Case], threads: int, limits: Limits, out: Path, fresh: bool) -> Run:
+def _measured(
+    grid: Grid, cases: list[Case], threads: int, limits: Limits, out: Path, fresh: bool, device: Device
+) -> Run:
     effort = grid.effort
-    protocol = Protocol(seconds=effort.seconds, min_repeats=effort.min_repeats, max_repeats=effort.max_repeats)
+    protocol = replace(
+        Protocol() if device.kind == "cpu" else DEVICE_PROTOCOL,
+        seconds=effort.seconds,
+        min_repeats=effort.min_repeats,
+        max_repeats=effort.max_repeats,
+    )
     if effort.settled_memory:
         memory = "what a second preparation and call add, in a process whose imports, kernels and measurements are made"
         protocol = replace(protocol, memory=memory)
@@ -117,7 +134,7 @@ def _measured(grid: Grid, cases: list[Case], threads: int, limits: Limits, out: 
         plot=grid.plot,
         x=grid.x,
         protocol=protocol,
-        provenance=provenance(),
+        provenance=provenance(device),
         threads=threads,
         ceilings=(),
         goals=grid.goals,

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from bench.protocol import device_answers
 from gate import checks, timing
 from gate.ahead import Ahead, compile_for
 from gate.record import ROOT, Record, Result
@@ -236,7 +237,7 @@ def work(run_id: str, until: float, parts: tuple[str, ...], results: Path) -> No
                 result = outcome(task)
                 record.write(key, {**result, "seconds": round(time.time() - started, 2), "run": run_id})
                 click.echo(f"{result['status']:8} {key} {result.get('error', '')}", err=True)
-                if result["status"] == "failed" and not answers():
+                if result["status"] == "failed" and not device_answers():
                     raise SystemExit(_RUINED)
 
 
@@ -257,17 +258,6 @@ def outcome(task: Callable[[], Any]) -> Result:
     except Exception as error:  # a kernel may fail in any way; whatever it is, it is recorded
         return {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
     return {"status": "passed", **(found or {})}
-
-
-def answers() -> bool:
-    """Whether the device still does what it is told: after a bad access this process can use it no more."""
-    import torch
-
-    try:
-        torch.cuda.synchronize()
-        return bool(torch.ones(1, device="cuda").item() == 1.0)
-    except RuntimeError:
-        return False
 
 
 @main.command()

@@ -4,7 +4,10 @@ grid        what is measured: a YAML file becomes a list of cases
 workload    a case becomes a bound mask and tensors
 flex        the same masks as FlexAttention's users write them
 sparse      attention of torch.sparse's products, with gradients
-peers       who is measured: one small class each
+prepared    what a peer hands over
+peers       who is measured: ours and what torch offers, one small class each
+packages    likewise, packages for GPUs where they are installed
+shapes      masks as those packages name them
 exactness   whether a result may be used
 gradients   likewise for gradients
 protocol    how time and memory are measured

@@ -132,5 +132,5 @@ def _compared(small: _Small, out: reference.FloatArray, work: Workload) -> Verdi
 
 # Any: an index array of numpy, which torch takes as it is.
 def float64(tensor: Any) -> reference.FloatArray:
-    array: reference.FloatArray = tensor.detach().double().numpy()
+    array: reference.FloatArray = tensor.detach().double().cpu().numpy()
     return array

@@ -28,37 +28,37 @@ class NoPredicateError(ValueError):
     """A mask for which a user of FlexAttention has no way."""
 
 
-def mask_mod(source: MaskSource, bound: BoundMask) -> MaskMod | None:
-    """The predicate of a mask; None where every pair attends.
+def mask_mod(source: MaskSource, bound: BoundMask, device: torch.device | str = "cpu") -> MaskMod | None:
+    """The predicate of a mask, with its tables on a device; None where every pair attends.
 
     Raises:
         NoPredicateError: The mask is irregular, and too large for a look-up.
     """
     if source.kind == "documents":
-        return _documents(document_lengths(source))
+        return _documents(document_lengths(source), device)
     if source.kind == "packed":
-        return _blocks(bound, int(source.options["block"]))
+        return _blocks(bound, int(source.options["block"]), device)
     if source.kind != "text":
-        return _lookup(bound)
+        return _lookup(bound, device)
     expression = ast.parse(source.text.strip(), mode="eval").body
     if isinstance(expression, ast.Call) and _name(expression) == "full":
         return None
     try:
-        return _written(expression, bound)
+        return _written(expression, bound, device)
     except _NotWrittenError:
-        return _lookup(bound)
+        return _lookup(bound, device)
 
 
 class _NotWrittenError(Exception):
     """No natural predicate is known for a constructor with these arguments."""
 
 
-def _written(node: ast.expr, bound: BoundMask) -> MaskMod:
+def _written(node: ast.expr, bound: BoundMask, device: torch.device | str) -> MaskMod:
     match node:
         case ast.BinOp(op=op, left=left, right=right):
-            return _combined(type(op), _written(left, bound), _written(right, bound))
+            return _combined(type(op), _written(left, bound, device), _written(right, bound, device))
         case ast.UnaryOp(op=ast.Invert(), operand=operand):
-            inner = _written(operand, bound)
+            inner = _written(operand, bound, device)
             return lambda b, h, q, kv: ~inner(b, h, q, kv)
         case ast.Call():
             arguments = [ast.literal_eval(each) for each in node.args]
@@ -66,7 +66,9 @@ def _written(node: ast.expr, bound: BoundMask) -> MaskMod:
             name = _name(node)
             # Where these stand alone, their blocks are all there is to know.
             if name in ("bigbird", "random_blocks") and isinstance(arguments[-1], int):
-                return _blocks(bound, arguments[0 if name == "bigbird" else 1])
+                return _blocks(bound, arguments[0 if name == "bigbird" else 1], device)
+            if name == "documents":
+                return _documents(*arguments, device)
             writer = _WRITERS.get(name)
             if writer is None:
                 raise _NotWrittenError
@@ -130,10 +132,10 @@ def _longformer(window: int, global_tokens: int) -> MaskMod:
     return _combined(ast.BitOr, _window(side, side), _global_tokens(global_tokens))
 
 
-def _documents(lengths: list[int]) -> MaskMod:
+def _documents(lengths: list[int], device: torch.device | str) -> MaskMod:
     import torch
 
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     return lambda b, h, q, kv: document[q] == document[kv]
 
 
@@ -155,7 +157,7 @@ def _neighborhood(shape: int | tuple[int, ...], kernel: int | tuple[int, ...]) -
     return attends
 
 
-def _blocks(bound: BoundMask, block: int) -> MaskMod:
+def _blocks(bound: BoundMask, block: int, device: torch.device | str) -> MaskMod:
     import torch
 
     tiles = bound.tiles(block, block)
@@ -164,10 +166,11 @@ def _blocks(bound: BoundMask, block: int) -> MaskMod:
     indptr = torch.from_numpy(tiles.indptr.astype("int64"))
     rows = torch.repeat_interleave(torch.arange(n_rows), indptr.diff())
     table[rows, torch.from_numpy(tiles.indices.astype("int64"))] = True
+    table = table.to(device)
     return lambda b, h, q, kv: table[q // block, kv // block]
 
 
-def _lookup(bound: BoundMask) -> MaskMod:
+def _lookup(bound: BoundMask, device: torch.device | str) -> MaskMod:
     import torch
 
     n_bytes = bound.q_len * bound.kv_len
@@ -178,7 +181,7 @@ def _lookup(bound: BoundMask) -> MaskMod:
             f"as a look-up, an irregular mask of {bound.q_len:,} × {bound.kv_len:,} tokens "
             f"takes {n_bytes / 2**30:.1f} GiB"
         )
-    table = torch.from_numpy(bound.to_csr().toarray())
+    table = torch.from_numpy(bound.to_csr().toarray()).to(device)
     return lambda b, h, q, kv: table[q, kv]
 
 
@@ -192,6 +195,5 @@ _WRITERS: dict[str, Callable[..., MaskMod]] = {
     "prefix": _prefix,
     "global_tokens": _global_tokens,
     "longformer": _longformer,
-    "documents": _documents,
     "neighborhood": _neighborhood,
 }

@@ -14,15 +14,16 @@ from functools import partial
 from typing import Any
 
 from bench import figures
-from bench.ceiling import peak_call
+from bench.ceiling import device_peak_call, peak_call
 from bench.exactness import Verdict, check, worse
 from bench.gradients import GradientCheck
 from bench.grid import Case, Effort
 from bench.peers import Peer, Prepared, RefusedError, peer
-from bench.protocol import Announce, PeakMemory, interleaved
+from bench.protocol import CPU_CLOCKS, WARM, Announce, DeviceClock, device_answers, interleaved, peak_memory
 from bench.results import CaseRow, PeerRow, Timing
 from bench.workload import Workload, make_workload
 from sparsec import analyse, buffers
+from sparsec.device import detect_gpu
 from sparsec.errors import BackendMissingError, CompileError
 
 PEAK = "peak"
@@ -37,6 +38,10 @@ class _CallFailedError(Exception):
         self.name, self.cause = name, cause
 
 
+class DeviceLostError(Exception):
+    """After what a peer did, the GPU no longer answers this process; the other peers need another one."""
+
+
 def measure_case(
     case: Case,
     effort: Effort,
@@ -44,6 +49,7 @@ def measure_case(
     announce: Announce,
     lost: Sequence[PeerRow] = (),
     make_peer: Callable[[str], Peer] = peer,
+    device: str = "cpu",
 ) -> CaseRow:
     """Everything a grid can ask of one case.
 
@@ -54,6 +60,10 @@ def measure_case(
         announce: Told the peer and the stage before each thing that may hang or crash.
         lost: Rows of peers that hung or crashed before and are left out.
         make_peer: From a name to a peer.
+        device: `cpu`, or `cuda` for any GPU.
+
+    Raises:
+        DeviceLostError: The peer that was announced last has ruined the device for this process.
     """
     if case.measure != "attention":
         return figures.measure_figure(case, effort, threads, announce)
@@ -61,7 +71,7 @@ def measure_case(
 
     torch.set_num_threads(threads)
     announce("", "making the work")
-    work = make_workload(case)
+    work = make_workload(case, device)
     rows = {row.peer: row for row in lost}
     ready: dict[str, _Ready] = {}
     checked = _Checked(work)
@@ -115,12 +125,13 @@ class _Checked:
 
 def _prepared(name: str, checked: _Checked, make_peer: Callable[[str], Peer]) -> tuple[PeerRow, _Ready | None]:
     """A row with set-up, memory and exactness; and the peer, where it may be timed."""
-    memory = PeakMemory()
+    memory = peak_memory(checked.work.device)
     started = time.perf_counter_ns()
     try:
         prepared = make_peer(name).prepare(checked.work)
         ready = _Ready(prepared, checked.work)
         returned = ready()
+        _finish(checked.work)
         setup_us = (time.perf_counter_ns() - started) / 1e3
         peak_bytes = memory.bytes()
         verdict = checked.verdict(ready, returned)
@@ -129,7 +140,7 @@ def _prepared(name: str, checked: _Checked, make_peer: Callable[[str], Peer]) ->
         return PeerRow(name, "skipped", str(error)), None
     # Whatever a peer raises is its own row, and must not cost the others theirs.
     except Exception as error:
-        return _failed(name, error), None
+        return _failed(name, error, checked.work), None
     row = PeerRow(
         name,
         "ok" if verdict.is_exact else "wrong",
@@ -148,7 +159,7 @@ def _settled_bytes(name: str, work: Workload, make_peer: Callable[[str], Peer]) 
     """What another preparation and call add to a process that has gone through one."""
     # Ours would write over the block of the result that has gone.
     buffers.release()
-    memory = PeakMemory()
+    memory = peak_memory(work.device)
     _Ready(make_peer(name).prepare(work), work)()
     return memory.bytes()
 
@@ -171,20 +182,33 @@ def _time(
     peak_flops = 0
     # Without a compiler there is no peak to compare with.
     with suppress(BackendMissingError, CompileError):
-        calls[PEAK], peak_flops = peak_call(work.case.dtype, threads)
+        calls[PEAK], peak_flops = _peak(work, threads)
+    clocks = CPU_CLOCKS if work.device == "cpu" else DeviceClock(detect_gpu()).clocks
     while calls.keys() - {PEAK}:
         try:
-            times = interleaved(calls, effort, lambda name, stage: announce(name.removesuffix(_FORWARD), stage))
+            times = interleaved(calls, effort, lambda name, stage: announce(name.removesuffix(_FORWARD), stage), clocks)
         except _CallFailedError as error:
-            rows[error.name] = _failed(error.name, error.cause)
+            rows[error.name] = _failed(error.name, error.cause, work)
             calls = {name: call for name, call in calls.items() if name.removesuffix(_FORWARD) != error.name}
             continue
         for name in calls.keys() & ready.keys():
             announce(name, "check")
-            row = replace(rows[name], forward=times.get(name + _FORWARD))
+            row = replace(rows[name], forward=times.get(name + _FORWARD), warm=times.get(name + WARM))
             rows[name] = _timed(row, times[name], checked, ready[name])
         return peak_flops / times[PEAK].median_us * 1e6 if peak_flops else None
     return None
+
+
+def _peak(work: Workload, threads: int) -> tuple[Callable[[], object], int]:
+    return peak_call(work.case.dtype, threads) if work.device == "cpu" else device_peak_call(work.case.dtype)
+
+
+def _finish(work: Workload) -> None:
+    """What a call has begun on a GPU is done on return, or has failed."""
+    if work.device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 def _guarded(name: str, call: Callable[[], object]) -> object:
@@ -210,10 +234,19 @@ def _wrong(verdict: Verdict) -> str:
     return f"{what}off by {verdict.error:.3g} where {verdict.allowed:.3g} is allowed"
 
 
-def _failed(name: str, error: Exception) -> PeerRow:
+def _failed(name: str, error: Exception, work: Workload) -> PeerRow:
+    """A row that says why.
+
+    Raises:
+        DeviceLostError: Nothing else can be measured in this process.
+    """
     text = str(error).strip().splitlines()
-    is_memory = isinstance(error, MemoryError) or any("allocate memory" in line for line in text)
+    is_memory = isinstance(error, MemoryError) or any(
+        words in line for line in text for words in ("allocate memory", "out of memory")
+    )
     said = f"{type(error).__name__}: {text[0][:300] if text else ''}"
+    if work.device != "cpu" and not device_answers():
+        raise DeviceLostError(said) from error
     return PeerRow(name, "failed", f"out of memory ({said})" if is_memory else said)
 
 

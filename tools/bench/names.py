@@ -15,11 +15,24 @@ FAMILIES: Final = {
     "sdpa_unmasked": "SDPA, every edge",
     "torch_sparse": "torch.sparse",
     "gather_scatter": "gather/scatter",
+    "flash_attn": "FlashAttention",
+    "flashinfer": "FlashInfer",
+    "natten": "NATTEN",
+    "xformers": "xFormers",
+    "magi": "MagiAttention",
     "cold": "empty cache",
     "warm": "warm cache",
 }
 # Variants of a peer, written `family:variant`.
-VARIANTS: Final = {"ours": TEMPLATES, "flex": ("64", "max-autotune")}
+VARIANTS: Final = {
+    "ours": TEMPLATES,
+    "flex": ("64", "max-autotune"),
+    "sdpa": ("flash", "efficient", "cudnn", "math"),
+    # Its flash kernels take no mask.
+    "sdpa_masked": ("efficient", "cudnn", "math"),
+    "flash_attn": ("3",),
+    "flashinfer": ("blocks",),
+}
 
 
 def family(peer: str) -> str:

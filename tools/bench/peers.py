@@ -1,4 +1,4 @@
-"""The peers: ours and everybody else's, one small class each.
+"""The peers: ours and what torch offers, one small class each; `packages` has those that must be installed.
 
 This file decides how each peer is best asked for the same work: compiled, in the layout it likes, with whatever it can
 prepare made beforehand. It must not know how calls are timed or checked.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench import packages
 from bench.names import family
+from bench.prepared import Peer, Prepared, RefusedError, check_memory, dense_mask, plain
 from sparsec import masks
 from sparsec.errors import UnsupportedError
 
@@ -24,49 +27,7 @@ if TYPE_CHECKING:
     from bench.workload import Workload
     from sparsec.masks import BoundMask
 
-Call = Callable[[], Any]  # whatever the peer returns
-
-
-class RefusedError(Exception):
-    """Why a peer does not take part in a case, in one sentence."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A peer, ready to be called.
-
-    Attributes:
-        call: The forward pass.
-        to_out: From what `call` returns to `[batch, heads, q_len, head_dim]`, and back; not timed.
-        computes: The mask whose attention it computes.
-        plan: After the first call, what ours says of itself.
-        note: What a reader of the time must know.
-        inputs: What gradients are taken of, in the layout of `call`; the work's q, k and v by default.
-    """
-
-    call: Call
-    computes: BoundMask
-    to_out: Callable[[Any], torch.Tensor] = lambda out: out
-    plan: Callable[[], PlanFacts] | None = None
-    note: str = ""
-    inputs: tuple[torch.Tensor, ...] | None = None
-
-
-class Peer(Protocol):
-    """One way to compute attention."""
-
-    @property
-    def name(self) -> str: ...
-
-    def prepare(self, work: Workload) -> Prepared:
-        """The peer made ready for the work, everything done that is done once.
-
-        Where the work needs gradients, what the call returns can be differentiated.
-
-        Raises:
-            RefusedError: It cannot do this work.
-        """
-        ...
+__all__ = ["Peer", "Prepared", "RefusedError", "peer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +67,16 @@ def plan_facts(plan: Any) -> PlanFacts:
 
 @dataclass(frozen=True, slots=True)
 class Sdpa:
-    """torch's dense attention, for the masks it knows: full and causal."""
+    """torch's dense attention, for the masks it knows: full and causal; by one of its back ends, or as it chooses."""
 
     name: str = "sdpa"
+    backend: str = ""
 
     def prepare(self, work: Workload) -> Prepared:
         is_causal = _same(work.bound, masks.causal())
         if not is_causal and not _same(work.bound, masks.full()):
             raise RefusedError("without a mask it computes full or causal attention, and this is neither")
-        return Prepared(lambda: _sdpa(work, is_causal=is_causal), work.bound)
+        return _sdpa(work, self.backend, is_causal=is_causal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,33 +86,57 @@ class SdpaUnmasked:
     name: str = "sdpa_unmasked"
 
     def prepare(self, work: Workload) -> Prepared:
-        return Prepared(
-            lambda: _sdpa(work), masks.full().bind(*work.bound.shape), note="computes every pair, not this mask"
-        )
+        every = masks.full().bind(*work.bound.shape)
+        return replace(_sdpa(work), computes=every, note="computes every pair, not this mask")
 
 
 @dataclass(frozen=True, slots=True)
 class SdpaMasked:
-    """torch's dense attention with a boolean mask."""
+    """torch's dense attention with a boolean mask; by one of its back ends, or as it chooses."""
 
     name: str = "sdpa_masked"
+    backend: str = ""
 
     def prepare(self, work: Workload) -> Prepared:
-        import torch
-
-        bound = _plain(work.bound)
+        bound = plain(work.bound)
         # torch turns the boolean mask into an additive one of the tensors' dtype.
-        _check_memory(bound.q_len * bound.kv_len * (1 + work.problem.itemsize), "its mask")
-        mask = torch.from_numpy(bound.to_csr().toarray())
-        return Prepared(lambda: _sdpa(work, attn_mask=mask), work.bound)
+        check_memory(bound.q_len * bound.kv_len * (1 + work.problem.itemsize), "its mask", work)
+        return _sdpa(work, self.backend, attn_mask=dense_mask(bound, work))
 
 
-def _sdpa(work: Workload, **options: Any) -> torch.Tensor:
+_SDPA_BACKENDS = {
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
+    "math": "MATH",
+}
+
+
+# As torch says it of a GPU, and of a CPU.
+_NO_KERNEL = ("No available kernel", "No viable backend")
+
+
+def _sdpa(work: Workload, backend: str = "", **options: Any) -> Prepared:
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    return torch.nn.functional.scaled_dot_product_attention(
-        work.q, work.k, work.v, scale=work.scale, enable_gqa=work.is_grouped, **options
-    )
+    chosen = getattr(SDPBackend, _SDPA_BACKENDS[backend]) if backend else None
+    # This back end knows no groups.
+    is_expanded = work.is_grouped and backend == "efficient"
+    q, k, v = inputs = (work.q, *(work.expanded if is_expanded else (work.k, work.v)))
+
+    def call() -> torch.Tensor:
+        with nullcontext() if chosen is None else sdpa_kernel(chosen):
+            try:
+                return torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, scale=work.scale, enable_gqa=work.is_grouped and not is_expanded, **options
+                )
+            except RuntimeError as error:
+                if chosen is not None and any(words in str(error) for words in _NO_KERNEL):
+                    raise RefusedError(f"torch has no kernel of its {backend} back end for this") from error
+                raise
+
+    return Prepared(call, work.bound, inputs=inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,20 +153,20 @@ class Flex:
 
         from bench.flex import NoPredicateError, mask_mod
 
-        if work.needs_grad:
+        if work.needs_grad and work.device == "cpu":
             raise RefusedError("FlexAttention has no backward pass on a CPU")
-        bound = _plain(work.bound)
+        bound = plain(work.bound)
         try:
-            predicate = mask_mod(work.case.mask, bound)
+            predicate = mask_mod(work.case.mask, bound, work.q.device)
         except NoPredicateError as error:
             raise RefusedError(str(error)) from error
         # `create_block_mask` evaluates the predicate on all pairs, in 64-bit integers.
-        _check_memory(bound.q_len * bound.kv_len * 10, "making its block mask")
+        check_memory(bound.q_len * bound.kv_len * 10, "making its block mask", work)
         block_mask = None
         if predicate is not None:
-            _check_predicate(predicate, bound)
+            _check_predicate(predicate, bound, work.q.device)
             block_mask = flex.create_block_mask(
-                predicate, None, None, bound.q_len, bound.kv_len, device="cpu", BLOCK_SIZE=self.block
+                predicate, None, None, bound.q_len, bound.kv_len, device=work.q.device, BLOCK_SIZE=self.block
             )
         mode = "max-autotune-no-cudagraphs" if self.is_max_autotune else None
         compiled = torch.compile(flex.flex_attention, dynamic=False, mode=mode)
@@ -192,7 +178,7 @@ class Flex:
         )
 
 
-def _check_predicate(predicate: Callable[..., Any], bound: BoundMask) -> None:
+def _check_predicate(predicate: Callable[..., Any], bound: BoundMask, device: torch.device) -> None:
     """Raises unless the predicate is the mask, on sampled rows."""
     import torch
 
@@ -202,9 +188,9 @@ def _check_predicate(predicate: Callable[..., Any], bound: BoundMask) -> None:
     attended, keys = dense_rows(bound, rows)
     expected = np.zeros((len(rows), bound.kv_len), bool)
     expected[:, keys] = attended
-    zero = torch.tensor(0)
-    found = predicate(zero, zero, torch.from_numpy(rows)[:, None], torch.arange(bound.kv_len)[None])
-    differ = np.flatnonzero((found.expand(expected.shape).numpy() != expected).any(1))
+    zero, every = torch.tensor(0, device=device), torch.arange(bound.kv_len, device=device)
+    found = predicate(zero, zero, torch.from_numpy(rows).to(device)[:, None], every[None])
+    differ = np.flatnonzero((found.expand(expected.shape).cpu().numpy() != expected).any(1))
     if len(differ):
         raise AssertionError(f"the predicate given to FlexAttention is another mask in row {rows[differ[0]]}")
 
@@ -217,16 +203,16 @@ class TorchSparse:
 
     def prepare(self, work: Workload) -> Prepared:
         if work.problem.dtype != "fp32":
-            raise RefusedError("torch's sparse products on a CPU take fp32")
+            raise RefusedError("torch's sparse products take fp32")
         from bench.sparse import Pattern, SparseAttention
 
-        bound = _plain(work.bound)
+        bound = plain(work.bound)
         copies = work.problem.q_heads * work.problem.batch
         # Row, column, zero and weight of each edge; for gradients, it by key too, and the gradients of its weight.
-        _check_memory(bound.nnz * copies * (28 if not work.needs_grad else 64), "its edges")
+        check_memory(bound.nnz * copies * (28 if not work.needs_grad else 64), "its edges", work)
         # torch warns once that CSR is in beta.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        pattern = Pattern.of(bound.to_csr(), copies, work.needs_grad)
+        pattern = Pattern.of(bound.to_csr(), copies, work.needs_grad, work.q.device)
         inputs = (work.q, *work.expanded)
         note = "the backward pass is written out in the same products, as torch's own gradients of them are dense"
         return Prepared(
@@ -246,15 +232,14 @@ class GatherScatter:
     def prepare(self, work: Workload) -> Prepared:
         import torch
 
-        bound = _plain(work.bound)
+        bound = plain(work.bound)
         heads, dim = work.problem.q_heads, work.problem.head_dim
         # The backward pass keeps the first three and makes their gradients.
         n_copies = 7 if work.needs_grad else 3
-        _check_memory(
-            n_copies * bound.nnz * heads * dim * work.problem.itemsize, "a key, a query and a value for each edge"
-        )
-        indptr, columns = _csr(bound.to_csr())
-        target = torch.repeat_interleave(torch.arange(bound.q_len), indptr.diff())
+        n_bytes = n_copies * bound.nnz * heads * dim * work.problem.itemsize
+        check_memory(n_bytes, "a key, a query and a value for each edge", work)
+        indptr, columns = (tensor.to(work.q.device) for tensor in _csr(bound.to_csr()))
+        target = torch.repeat_interleave(torch.arange(bound.q_len, device=work.q.device), indptr.diff())
         # Features of a node lie together, as in `[nodes, heads, channels]`.
         features = [tensor.detach().transpose(1, 2).contiguous() for tensor in (work.q, *work.expanded)]
         for tensor in features:
@@ -292,21 +277,6 @@ def _same(bound: BoundMask, mask: masks.Mask) -> bool:
     return bound == mask.bind(*bound.shape)
 
 
-def _plain(bound: BoundMask) -> BoundMask:
-    if bound.varies_by_head or bound.varies_by_batch:
-        raise RefusedError("it is given one mask for all heads and batch elements, and this one varies")
-    return bound
-
-
-def _check_memory(n_bytes: int, what: str) -> None:
-    """Raises where a peer would not fit into what is left of this process's memory."""
-    from bench.protocol import available_bytes
-
-    room = available_bytes()
-    if n_bytes > room:
-        raise RefusedError(f"{what} would take {n_bytes / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are free")
-
-
 def peer(name: str) -> Peer:
     """The peer of a name that a grid may say."""
     variant = name.partition(":")[2]
@@ -315,6 +285,15 @@ def peer(name: str) -> Peer:
             return Ours(name, variant or None)
         case "flex":
             return Flex(name, int(variant) if variant.isdigit() else 128, variant == "max-autotune")
+        case "sdpa":
+            return Sdpa(name, variant)
+        case "sdpa_masked":
+            return SdpaMasked(name, variant)
+        case "flash_attn":
+            return packages.FlashAttention(name, "flash_attn_interface" if variant == "3" else "flash_attn")
+        case "flashinfer":
+            return packages.FlashInferBlocks() if variant else packages.FlashInfer()
         case head:
-            plain: tuple[Peer, ...] = (Sdpa(), SdpaMasked(), SdpaUnmasked(), TorchSparse(), GatherScatter())
-            return next(each for each in plain if each.name == head)
+            others: tuple[Peer, ...] = (SdpaUnmasked(), TorchSparse(), GatherScatter())
+            others += (packages.Natten(), packages.Xformers(), packages.Magi())
+            return next(each for each in others if each.name == head)

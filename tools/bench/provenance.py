@@ -16,18 +16,21 @@ from pathlib import Path
 from bench.results import Provenance
 from sparsec import data
 from sparsec.backends import cpu
-from sparsec.device import detect_cpu
+from sparsec.device import Device, detect_cpu
 from sparsec.errors import BackendMissingError
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "numpy", "scipy", "networkx")
+# What else computes attention on a GPU.
+_DEVICE_PACKAGES = ("triton", "flash-attn", "flash-attn-3", "flashinfer-python", "natten", "xformers", "magi-attention")
 _VARIABLES = ("SPARSEC_", "OMP_", "GOMP_", "MKL_", "KMP_", "CXX", "TORCH")
 
 
-def provenance() -> Provenance:
-    device = detect_cpu()
+def provenance(device: Device | None = None) -> Provenance:
+    """Of the processor, or of a GPU at hand."""
+    device = device or detect_cpu()
     versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *(_DEVICE_PACKAGES if device.kind != "cpu" else ())):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -43,7 +46,7 @@ def provenance() -> Provenance:
         code_digest=code_digest(),
         device=device.key,
         processor=device.label,
-        isa=device.isa,
+        isa=device.isa or device.arch,
         cores=device.units,
         memory_bytes=device.memory_bytes,
         system=f"{platform.system()} {platform.release()}",

@@ -80,6 +80,7 @@ class PeerRow:
         plan: For ours.
         note: What a reader of the time must know.
         forward: Where gradients are measured: of the forward pass alone, in the same rounds; it keeps what they need.
+        warm: On a GPU, of calls that find the L2 as the same call has left it; `timing` is of those that find it cold.
     """
 
     peer: str
@@ -93,6 +94,7 @@ class PeerRow:
     plan: PlanFacts | None = None
     note: str = ""
     forward: Timing | None = None
+    warm: Timing | None = None
 
     @property
     def us(self) -> float | None:
@@ -187,6 +189,14 @@ class CaseRow:
         gain = theirs.us - ours.us
         return behind / gain if gain > 0 else None
 
+    def to_dict(self) -> dict[str, Any]:  # Any: JSON values
+        """As the file has it: of a CPU's results, nothing is said of a warm L2."""
+        content = asdict(self)
+        for row in content["peers"]:
+            if row["warm"] is None:
+                del row["warm"]
+        return content
+
     @property
     def rivals(self) -> tuple[str, ...]:
         """Families beside ours, in order."""
@@ -219,6 +229,20 @@ class Protocol:
     seconds: float = 0.0
     min_repeats: int = 0
     max_repeats: int = 0
+
+
+# What differs on a GPU.
+DEVICE_PROTOCOL: Final = Protocol(
+    clock="events of the device around each call as Python makes it; work enqueued before it hides its launch",
+    warm_up="each peer prepares, makes one checked call, then two with a cold and two with a warm L2, not counted",
+    order=(
+        "interleaved: every round calls each peer with a cold L2 (a buffer of four times the last cache, at least "
+        "256 MiB, is written before) and with a warm one (the same call comes before), in a shuffled order of its own"
+    ),
+    statistic="median, quartiles and least of the calls; `timing` with a cold L2, `warm` with a warm one",
+    peak="torch's product of two 8192 × 8192 matrices of the dtype, timed in the same rounds",
+    memory="what preparation and the first call took of torch's memory on the device at the highest",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +310,7 @@ class Run:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        content = asdict(self)
+        content = {**asdict(self), "cases": [row.to_dict() for row in self.cases]}
         for written, row in zip(content["cases"], self.cases, strict=True):
             written["id"] = row.case.id
             written["derived"] = _derived(row, self.ceilings)

@@ -30,13 +30,16 @@ class Pattern:
     transposed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
 
     @classmethod
-    def of(cls, array: Any, heads: int, needs_grad: bool) -> Pattern:
+    def of(cls, array: Any, heads: int, needs_grad: bool, device: torch.device | str = "cpu") -> Pattern:
         """From a SciPy CSR array."""
         indptr, columns = _repeated(array.indptr, array.indices, array.shape[1], heads)
         shape = (heads * array.shape[0], heads * array.shape[1])
-        zeros = torch.sparse_csr_tensor(indptr, columns, torch.zeros(len(columns)), shape)
-        rows = torch.repeat_interleave(torch.arange(shape[0]), indptr.diff())
-        return cls(zeros, rows, _by_key(array, heads) if needs_grad else None)
+        zeros = torch.sparse_csr_tensor(indptr, columns, torch.zeros(len(columns)), shape).to(device)
+        rows = torch.repeat_interleave(torch.arange(shape[0]), indptr.diff()).to(device)
+        if not needs_grad:
+            return cls(zeros, rows, None)
+        by_indptr, by_columns, edges = (tensor.to(device) for tensor in _by_key(array, heads))
+        return cls(zeros, rows, (by_indptr, by_columns, edges))
 
     @property
     def indptr(self) -> torch.Tensor:
@@ -58,13 +61,18 @@ class Pattern:
 
     def product(self, weights: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         matrix = torch.sparse_csr_tensor(self.indptr, self.zeros.col_indices(), weights, self.zeros.shape)
-        return torch.sparse.mm(matrix, dense, "sum")
+        return _product(matrix, dense)
 
     def transposed_product(self, weights: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         assert self.transposed is not None
         indptr, columns, edges = self.transposed
         matrix = torch.sparse_csr_tensor(indptr, columns, weights.index_select(0, edges), self.zeros.shape[::-1])
-        return torch.sparse.mm(matrix, dense, "sum")
+        return _product(matrix, dense)
+
+
+def _product(matrix: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    # The one with a named reduction is for CPUs only.
+    return torch.sparse.mm(matrix, dense, "sum") if dense.device.type == "cpu" else matrix @ dense
 
 
 # Any: index arrays of NumPy.

@@ -32,10 +32,12 @@ class Limits:
     Attributes:
         timeout_s: Between two signs of life.
         memory_bytes: Of data; 0 for no limit.
+        device: Where its tensors lie: `cpu`, or `cuda` for any GPU.
     """
 
     timeout_s: float
     memory_bytes: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ def run_case(case: Case, effort: Effort, threads: int, limits: Limits, progress:
             "effort": asdict(effort),
             "threads": threads,
             "memory_bytes": limits.memory_bytes,
+            "device": limits.device,
             "lost": [asdict(row) for row in lost],
         }
         answer = ask(request, limits.timeout_s, threads, lambda peer, stage: progress(case, f"{peer} {stage}"))
@@ -95,7 +98,9 @@ def run_case(case: Case, effort: Effort, threads: int, limits: Limits, progress:
 
 
 def measure_ceilings(threads: int, limits: Limits) -> tuple[Ceiling, ...]:
-    """What the machine can do; empty where it cannot be measured."""
+    """What the machine can do; empty where it cannot be measured, and for a GPU, which is measured in each case."""
+    if limits.device != "cpu":
+        return ()
     request = {"task": "ceilings", "threads": threads, "memory_bytes": 0}
     answer = ask(request, limits.timeout_s, threads, lambda peer, stage: None)
     return () if isinstance(answer, _Death) else tuple(decode(Ceiling, each, "a ceiling") for each in answer)

@@ -87,6 +87,7 @@ def attention_table(rows: Sequence[CaseRow], ceilings: Sequence[Ceiling] = ()) -
     forced = list(dict.fromkeys(each.peer for row in rows for each in row.peers if each.peer.startswith("ours:")))
     shown = _shape_columns(rows)
     has_gradients = any(row.case.direction == "forward_backward" for row in rows)
+    has_warm = any(each.warm is not None for row in rows for each in row.peers)
     header = [
         "mask",
         *(name for name, _ in shown),
@@ -95,6 +96,7 @@ def attention_table(rows: Sequence[CaseRow], ceilings: Sequence[Ceiling] = ()) -
         "of peak",
         "tile fill",
         *(["backward / forward"] if has_gradients else []),
+        *(["warm L2"] if has_warm else []),
         *(f"× {title(rival)}" for rival in rivals),
         *(f"× {peer.partition(':')[2]}" for peer in forced),
     ]
@@ -107,6 +109,7 @@ def attention_table(rows: Sequence[CaseRow], ceilings: Sequence[Ceiling] = ()) -
                 *(values[index] for _, values in shown),
                 *_own_cells(row, own, ceilings),
                 *([_backward_cell(own)] if has_gradients else []),
+                *([_warm_cell(own)] if has_warm else []),
                 *(_ratio_cell(row, rival) for rival in rivals),
                 *(_forced_cell(row, own, peer) for peer in forced),
             ]
@@ -150,6 +153,10 @@ def _own_cells(row: CaseRow, own: PeerRow | None, ceilings: Sequence[Ceiling]) -
 def _backward_cell(own: PeerRow | None) -> str:
     ratio = own.backward_over_forward if own is not None else None
     return "–" if ratio is None else f"{ratio:.2f}"
+
+
+def _warm_cell(own: PeerRow | None) -> str:
+    return "–" if own is None or own.us is None or own.warm is None else duration(own.warm.median_us)
 
 
 def _ratio_cell(row: CaseRow, rival: str) -> str:

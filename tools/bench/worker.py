@@ -46,7 +46,7 @@ def _done(request: dict[str, Any], announce: Any) -> Any:
     case = decode(Case, request["case"], "case")
     effort = decode(Effort, request["effort"], "effort")
     lost = [decode(PeerRow, row, "lost") for row in request["lost"]]
-    return asdict(measure_case(case, effort, threads, announce, lost))
+    return measure_case(case, effort, threads, announce, lost, device=request.get("device", "cpu")).to_dict()
 
 
 if __name__ == "__main__":

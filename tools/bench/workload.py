@@ -36,11 +36,12 @@ class Workload:
         case: What was declared.
         bound: The mask, bound to its lengths.
         problem: The shape.
-        q: `[batch, heads, q_len, head_dim]`, of the case's dtype, on the CPU, standard normal.
+        q: `[batch, heads, q_len, head_dim]`, of the case's dtype, on the device, standard normal.
         k: `[batch, kv_heads, kv_len, head_dim]`, likewise.
         v: Likewise.
         d_out: The gradient of the result, like q; None where only the forward pass is measured.
         score: What happens to scores before softmax, without sinks.
+        device: `cpu`, or `cuda` as torch calls any GPU.
     """
 
     case: Case
@@ -51,6 +52,7 @@ class Workload:
     v: torch.Tensor
     d_out: torch.Tensor | None = None
     score: ScoreMod | None = None
+    device: str = "cpu"
 
     @property
     def needs_grad(self) -> bool:
@@ -74,7 +76,8 @@ class Workload:
         return k.requires_grad_(self.needs_grad), v.requires_grad_(self.needs_grad)
 
 
-def make_workload(case: Case) -> Workload:
+def make_workload(case: Case, device: str = "cpu") -> Workload:
+    """The same numbers on every device."""
     import torch
 
     bound = bound_mask(case)
@@ -89,14 +92,14 @@ def make_workload(case: Case) -> Workload:
         for start in range(0, len(flat), _PIECE_ROWS):
             piece = flat[start : start + _PIECE_ROWS]
             piece.copy_(torch.randn(piece.shape, generator=generator))
-        return made
+        return made.to(device)
 
     q = random(shape.q_heads, shape.q_len)
     k, v = (random(shape.kv_heads, shape.kv_len) for _ in range(2))
     if case.direction == "forward":
-        return Workload(case, bound, shape, q, k, v)
+        return Workload(case, bound, shape, q, k, v, device=device)
     d_out = random(shape.q_heads, shape.q_len)
-    return Workload(case, bound, shape, *(tensor.requires_grad_() for tensor in (q, k, v)), d_out)
+    return Workload(case, bound, shape, *(tensor.requires_grad_() for tensor in (q, k, v)), d_out, device=device)
 
 
 def problem(case: Case, bound: BoundMask) -> Problem:

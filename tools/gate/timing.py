@@ -1,17 +1,21 @@
-"""Times on a GPU: our kernels beside torch's own, some rows of each held to the fp64 reference before it is timed.
+"""Times on a GPU: our kernels beside others, some rows of each held to the fp64 reference before it is timed.
 
-This file decides what is worth timing in minutes; the tuner measures the rest. It must not know what is recorded of it.
+This file decides what is worth timing in minutes; the tuner measures the rest. How a call is timed and how others are
+asked is the benchmark suite's. It must not know what is recorded of it.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench import grid
+from bench.peers import RefusedError, peer
+from bench.protocol import WARM, DeviceClock, interleaved
+from bench.workload import Workload
 
 import sparsec
 from gate.checks import TORCH_NAMES, Case, launch_of, own_kernels
@@ -47,14 +51,13 @@ def bench_cases() -> Iterator[tuple[str, Mask, Problem, tuple[str, ...]]]:
 
 def benchmarks(device: Device) -> Iterator[tuple[str, Callable[[], Result]]]:
     for name, mask, problem, chosen in bench_cases():
+        case = Case(name, mask, problem)
         for each, server in own_kernels(device):
             if each.name in chosen:
-                key, case = f"bench/{name}/{each.name} on {server}", Case(name, mask, problem)
+                key = f"bench/{name}/{each.name} on {server}"
                 yield key, lambda e=each, s=server, c=case: time_own(e, s, c, device)
-        if str(mask) in PREDICATES:
-            yield f"bench/{name}/flex_attention", lambda a=mask, p=problem: time_flex(a, p)
-        if name in ("causal", "full"):
-            yield f"bench/{name}/sdpa", lambda a=mask, p=problem: time_sdpa(a, p)
+        for title in PEERS.get(name, ()):
+            yield f"bench/{name}/{title}", lambda t=title, c=case: time_peer(t, c, device)
 
 
 def bench_inputs(p: Problem) -> tuple[Any, Any, Any]:
@@ -77,7 +80,7 @@ def time_own(each: Template, name: str, case: Case, device: Device) -> Result:
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device="cuda")
     kernel(q, k, v, out, lse)
     check_rows(q, k, v, out, launch.work.bound, p)
-    return timed(lambda: kernel(q, k, v, out, lse), p, launch.work.bound) | {"config": str(launch.config)}
+    return timed(lambda: kernel(q, k, v, out, lse), p, launch.work.bound, device) | {"config": str(launch.config)}
 
 
 def check_rows(q: Any, k: Any, v: Any, out: Any, bound: BoundMask, p: Problem) -> None:
@@ -92,47 +95,34 @@ def check_rows(q: Any, k: Any, v: Any, out: Any, bound: BoundMask, p: Problem) -
         raise AssertionError(f"a timed row is off by {error:.3g}, and {limit:.3g} is allowed")
 
 
-# By mask, as FlexAttention takes them; other masks have it as no peer.
-PREDICATES: dict[str, Callable[..., Any]] = {
-    "window(1023, 0)": lambda b, h, q, kv: (q >= kv) & (q - kv <= 1023),
-    "causal()": lambda b, h, q, kv: q >= kv,
-    "dilated(2048, 16)": lambda b, h, q, kv: ((q - kv).abs() <= 2048) & ((q - kv) % 16 == 0),
+# Who else computes these masks; whoever is not installed says so.
+PEERS = {
+    "window-1023-gqa8": ("flex:max-autotune", "flash_attn", "flash_attn:3", "magi"),
+    "causal": ("flex:max-autotune", "sdpa", "sdpa:cudnn", "flash_attn", "flash_attn:3"),
+    "dilated": ("flex:max-autotune",),
+    "bigbird": ("flex:max-autotune", "flashinfer:blocks"),
+    "full": ("sdpa", "sdpa:cudnn", "flash_attn", "flash_attn:3"),
 }
 
 
-def time_flex(mask: Mask, p: Problem) -> Result:
-    """FlexAttention, compiled with max-autotune."""
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    block_mask = create_block_mask(PREDICATES[str(mask)], None, None, p.q_len, p.kv_len, device="cuda")
-    compiled = torch.compile(flex_attention, mode="max-autotune-no-cudagraphs", dynamic=False)
+def time_peer(title: str, case: Case, device: Device) -> Result:
+    """One of the benchmark suite's peers."""
+    p = case.problem
     q, k, v = bench_inputs(p)
-    grouped, bound = p.q_heads != p.kv_heads, mask.bind(p.q_len, p.kv_len)
-
-    def call() -> Any:
-        return compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped)
-
-    check_rows(q, k, v, call(), bound, p)
-    return timed(call, p, bound)
-
-
-def time_sdpa(mask: Mask, p: Problem) -> Result:
-    import torch
-
-    q, k, v = bench_inputs(p)
-    is_causal, bound = str(mask) == "causal()", mask.bind(p.q_len, p.kv_len)
-
-    def call() -> Any:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-
-    check_rows(q, k, v, call(), bound, p)
-    return timed(call, p, bound)
+    declared = grid.Case(case.name, "attention", grid.MaskSource("text", str(case.mask)))
+    work = Workload(declared, case.mask.bind(p.q_len, p.kv_len), p, q, k, v, device="cuda")
+    try:
+        prepared = peer(title).prepare(work)
+        out = prepared.to_out(prepared.call())
+    except RefusedError as error:
+        return {"status": "skipped", "why": str(error)}
+    check_rows(q, k, v, out, work.bound, p)
+    return timed(prepared.call, p, work.bound, device)
 
 
-def timed(call: Callable[[], object], p: Problem, bound: BoundMask) -> Result:
+def timed(call: Callable[[], object], p: Problem, bound: BoundMask, device: Device) -> Result:
     """Time of a call, useful work over it, and the bytes of K and V rows that each edge reads over it."""
-    found = median_us(*as_graph(call))
+    found = median_us(*as_graph(call), device)
     edge_bytes = bound.nnz * p.q_heads * p.batch * (p.head_dim + p.v_dim) * p.itemsize
     return found | {"tflops": p.flops(bound.nnz) / found["us"] * 1e-6, "edge_tb_s": edge_bytes / found["us"] * 1e-6}
 
@@ -157,23 +147,18 @@ def as_graph(call: Callable[[], object]) -> tuple[Callable[[], object], bool]:
     return graph.replay, True
 
 
-def median_us(call: Callable[[], object], is_graph: bool) -> Result:
-    """Median and spread of device time, microseconds, each with a cold L2; about a second of them."""
-    import torch
+# About a second of calls.
+EFFORT = grid.Effort(seconds=1.0, min_repeats=5, max_repeats=50)
 
-    flushed = torch.empty(2**28, dtype=torch.uint8, device="cuda")
 
-    def once() -> float:
-        flushed.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop) * 1e3)
-
-    for _ in range(3):
-        first = once()
-    times = [once() for _ in range(max(5, min(50, int(1e6 / first))))]
-    low, _, high = statistics.quantiles(times, n=4)
-    return {"us": statistics.median(times), "spread_us": high - low, "repeats": len(times), "is_graph": is_graph}
+def median_us(call: Callable[[], object], is_graph: bool, device: Device) -> Result:
+    """Median and spread of device time with a cold L2, and the median with a warm one, in microseconds."""
+    times = interleaved({"": call}, EFFORT, lambda name, stage: None, DeviceClock(device).clocks)
+    cold, warm = times[""], times[WARM]
+    return {
+        "us": cold.median_us,
+        "spread_us": cold.q75_us - cold.q25_us,
+        "warm_us": warm.median_us,
+        "repeats": cold.repeats,
+        "is_graph": is_graph,
+    }
