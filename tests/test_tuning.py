@@ -67,7 +67,7 @@ def test_every_choice_is_legal_and_the_default_is_first():
     for choice in choices:
         assert tried.refusal(choice) is None
         assert Choice.from_text(choice.to_text()) == choice
-    assert {choice.arm for choice in choices} == set(tried.arms)
+    assert {choice.arm for choice in tried.choices()} == set(tried.arms)
     illegal = replace(choices[0], config=Config.of(**choices[0].config.to_dict() | {"block_q": 128, "pack_gqa": 8}))
     assert "registers" in tried.refusal(illegal)
 
