@@ -41,6 +41,10 @@ class Executor(Protocol):
         """Gradients of q, k, v and each table; an empty tensor for a table whose gradient is not wanted."""
         ...
 
+    def held(self) -> Executor:
+        """One that computes what this one does now, whatever this one is told later; the same until it is told."""
+        ...
+
 
 _executors: weakref.WeakValueDictionary[int, Executor] = weakref.WeakValueDictionary()
 _numbers = itertools.count()

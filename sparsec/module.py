@@ -192,6 +192,9 @@ class _ByLength:
     ) -> tuple[torch.Tensor, ...]:
         return self.of(q.shape[2]).backward(q, k, v, out, lse, d_out, d_lse, tables, is_wanted)
 
+    def held(self) -> _ByLength:
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # Nothing compiled is copied: it is made again when it is needed.
         return {"mask": self.mask, "_scale": self._scale, "_score": self._score, "_backend": self._backend}

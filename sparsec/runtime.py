@@ -158,6 +158,7 @@ class Attention:
         self._stepper = Stepper(bound, self._planned)
         self._score_arguments = ScoreArguments(request.score)
         self._is_step_checked = False
+        self._held: Attention | None = None
         self._handle = register(self)
 
     @overload
@@ -365,6 +366,22 @@ class Attention:
         )
         return (*own, *totals)
 
+    def held(self) -> Attention:
+        """The same under the mask of now, which no `update` changes: what a backward pass goes back to."""
+        held = self._held
+        if held is None:
+            with self._lock:
+                held = self._held
+                if held is None:
+                    held = object.__new__(Attention)
+                    held.__dict__.update(self.__dict__, _held=held)
+                    self._held = held
+        return held
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Nothing compiled is copied: it is made again when it is needed.
+        return Attention, (self._bound, self._request)
+
     def _check_gradients(self) -> None:
         if self._request.needs_grad is False:
             raise UnsupportedError(
@@ -413,7 +430,8 @@ class Attention:
             made = {key: old.renewed(renewed(old.plan, bound)) for key, old in self._specialised.items()}
             for key, old in self._specialised.items():
                 made[key].take_over(old)
-            self._bound, self._specialised = bound, made
+            # A backward pass that is still to come goes on with what it holds.
+            self._bound, self._specialised, self._held = bound, made, None
             self._stepper = Stepper(bound, self._planned)
             self._latest = next(reversed(made.values()), None)
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sparsec.handles import executor
+from sparsec.errors import UnsupportedError
+from sparsec.handles import executor, register
 
 
 def new_output(q: torch.Tensor, v_dim: int, empty: Callable[[Sequence[int]], torch.Tensor]) -> torch.Tensor:
@@ -73,15 +74,30 @@ def _backward_shapes(
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's autograd context
     q, k, v, tables, ctx.handle = inputs
+    # The graph keeps who computed it. In a trace a handle may be a symbol, which stands for nobody yet.
+    ctx.executor = executor(ctx.handle) if isinstance(ctx.handle, int) else None
+    ctx.held = None if ctx.executor is None else ctx.executor.held()
     ctx.save_for_backward(q, k, v, *output, *tables)
 
 
 def _differentiate(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]  # torch's autograd context
     q, k, v, out, lse, *tables = ctx.saved_tensors
     is_wanted = [bool(wanted) for wanted in ctx.needs_input_grad[3]]
-    dq, dk, dv, d_tables = backward(q, k, v, out, lse, d_out, d_lse, tables, is_wanted, ctx.handle)
+    handle = ctx.handle
+    if ctx.executor is not None and ctx.executor.held() is not ctx.held:
+        # Another mask came in between: the gradient is that of the mask of the forward pass.
+        handle = register(ctx.held)
+    dq, dk, dv, d_tables = backward(q, k, v, out, lse, d_out, d_lse, tables, is_wanted, handle)
     found = [d_table if wanted else None for d_table, wanted in zip(d_tables, is_wanted, strict=True)]
     return dq, dk, dv, found, None
 
 
+def _refuse(ctx, *above):  # type: ignore[no-untyped-def]  # torch's autograd context
+    raise UnsupportedError(
+        "a gradient of a gradient of sparsec's attention is asked for, and only first ones are computed: leave "
+        "create_graph out, or take second derivatives of a dense attention"
+    )
+
+
 forward.register_autograd(_differentiate, setup_context=_save)
+backward.register_autograd(_refuse)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsec
 from sparsec import masks as m
+from sparsec import score
 from sparsec.backends import reference
 from sparsec.errors import MaskError, SparsecError, UnsupportedError
 
@@ -151,14 +154,44 @@ def test_integer_inputs_are_refused():
         made(*(torch.zeros(1, 1, 300, 16, dtype=torch.int64) for _ in range(3)))
 
 
+def test_a_graph_keeps_its_attention():
+    leaves = _inputs()
+    kept = sparsec.compile(m.window(40, 10), 300)
+    wanted = torch.autograd.grad(kept(*leaves).sum(), leaves)
+    out = sparsec.compile(m.window(40, 10), 300)(*leaves)
+    gc.collect()
+    found = torch.autograd.grad(out.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_an_attention_that_is_gone_is_named():
     made = sparsec.compile(m.window(40, 10), 300)
-    leaves = _inputs()
-    out = made(*leaves)
+    handle = made._handle
     del made
     gc.collect()
     with pytest.raises(SparsecError, match="no longer exists: keep the object"):
-        out.sum().backward()
+        torch.ops.sparsec.forward(*_inputs(), [], handle)
+
+
+def test_second_gradients_are_refused():
+    made = sparsec.compile(m.window(40, 10), 300)
+    leaves = _inputs()
+    first = torch.autograd.grad(made(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(UnsupportedError, match="a gradient of a gradient"):
+        first[0].sum().backward()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_is_made_again(copied):
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    made = sparsec.compile(m.window(40, 10) | m.random_edges(3, 0), 300, score_mod=score.alibi(slopes))
+    q, k, v = (t.detach() for t in _inputs())
+    wanted = made(q, k, v)
+    twin = copied(made)
+    assert twin._handle != made._handle
+    made.update(m.window(3, 3) | m.random_edges(3, 0))
+    assert torch.equal(twin(q, k, v), wanted)
+    assert not torch.equal(made(q, k, v), wanted)
 
 
 # Operators.

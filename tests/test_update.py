@@ -178,6 +178,24 @@ def test_a_mask_of_another_structure_is_refused():
     assert torch.equal(attn(q, k, v), out)
 
 
+@pytest.mark.parametrize("name", ["csr", "window", "heads"])
+def test_a_gradient_is_that_of_the_mask_of_its_forward_pass(name):
+    before, after, options = PAIRS[name]
+    heads = 4 if name == "heads" else 2
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(1, heads, 600, 24, generator=generator).requires_grad_() for _ in "qkv")
+    attn = sparsec.compile(before, 600, **options)
+    wanted = torch.autograd.grad(attn(q, k, v).square().sum(), (q, k, v))
+    first = attn(q, k, v)
+    attn.update(after)
+    second = attn(q, k, v)
+    attn.update(before)
+    wanted_second = torch.autograd.grad(sparsec.compile(after, 600, **options)(q, k, v).square().sum(), (q, k, v))
+    for out, expected in ((second, wanted_second), (first, wanted)):
+        found = torch.autograd.grad(out.square().sum(), (q, k, v))
+        torch.testing.assert_close(found, expected, atol=3e-5, rtol=3e-5)
+
+
 def test_steps_follow_the_new_mask():
     q, k, v = torch.randn(3, 1, 2, 60, 16)
     attn = sparsec.compile(m.window(20, 0), 60)
