@@ -35,6 +35,8 @@ _MATRIX: Final = 16
 _MOST_KEYS: Final = 64
 # Registers of a thread for sums and scores; fragments, addresses and peaks take the rest of 255.
 _REGISTERS: Final = 150
+# Of those, what a second 16 rows of a warp need beside sums and scores where columns are gathered.
+_SECOND_ROWS: Final = 24
 # Single edges that a team has in flight.
 _SINGLES: Final = 4
 # Rows that a block of `merge` joins: kMergeWarps.
@@ -71,7 +73,9 @@ def tile_shape(launch: Launch) -> TileShape:
     # A thread holds half a row's sums for each 16 rows of its warp, and as much of its scores.
     warp_rows = config["warp_rows"] if config["warp_rows"] <= rows and v_width <= 128 else _MATRIX
     step, stages = min(config["block_kv"], config["step_kv"], _MOST_KEYS), config["num_stages"]
-    while warp_rows // _MATRIX * (v_width + step) // 2 > _REGISTERS and step > _MATRIX:
+    parts = warp_rows // _MATRIX
+    most = _REGISTERS - (_SECOND_ROWS * (parts - 1) if launch.template.layout == "hybrid" else 0)
+    while parts * (v_width + step) // 2 > most and step > _MATRIX:
         step //= 2
     shape = TileShape(pack, rows, rows // warp_rows, step, stages, 0)
     while shared_bytes(launch, shape) > launch.device.shared_bytes_per_block and (
