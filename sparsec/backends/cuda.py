@@ -216,6 +216,27 @@ def _argument(tensor: torch.Tensor) -> TensorArgument:
     return TensorArgument(tensor.data_ptr(), *tensor.stride()[:3])
 
 
+def _forward_tensors(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    partial: torch.Tensor,
+) -> dict[str, object]:
+    """What every forward pass is told of its tensors: `FORWARD_FIELDS`, but for the scale."""
+    return {
+        "q": _argument(q),
+        "k": _argument(k),
+        "v": _argument(v),
+        "out": _argument(out),
+        "lse": None if lse is None else lse.data_ptr(),
+        "lse_batch": 0 if lse is None else lse.stride(0),
+        "lse_head": 0 if lse is None else lse.stride(1),
+        "partial": partial.data_ptr(),
+    }
+
+
 def _placed(tensor: torch.Tensor) -> Placed:
     batch, head, row = tensor.stride()[:3]
     return Placed(tensor.data_ptr(), (batch, head, row), tensor.element_size())
@@ -252,14 +273,7 @@ class CudaKernel(_Bound):
         partial = torch.empty(self._partial_words(n_batch), dtype=torch.float32, device=q.device)
         arguments = ForwardArguments(
             lists=walk.arguments(self.addresses(walk, q.device, q.shape[0])),
-            q=_argument(q),
-            k=_argument(k),
-            v=_argument(v),
-            out=_argument(out),
-            lse=None if lse is None else lse.data_ptr(),
-            lse_batch=0 if lse is None else lse.stride(0),
-            lse_head=0 if lse is None else lse.stride(1),
-            partial=partial.data_ptr(),
+            **_forward_tensors(q, k, v, out, lse, partial),
             scale=launch.scale * (LOG2_E if launch.score is None else 1.0),
         )
         self.fill_tables(arguments.lists, q.device, tables)
@@ -303,14 +317,7 @@ class CudaTileKernel(_Bound):
         scale, flip = tile_scale(launch)
         arguments = TileArguments(
             lists=walk.arguments(self.addresses(walk, q.device, q.shape[0])),
-            q=_argument(q),
-            k=_argument(k),
-            v=_argument(v),
-            out=_argument(out),
-            lse=None if lse is None else lse.data_ptr(),
-            lse_batch=0 if lse is None else lse.stride(0),
-            lse_head=0 if lse is None else lse.stride(1),
-            partial=partial.data_ptr(),
+            **_forward_tensors(q, k, v, out, lse, partial),
             scale=scale,
             flip=flip,
         )

@@ -327,21 +327,24 @@ class ListsArgument(ctypes.Structure):
     )
 
 
+# What follows the index arrays in the arguments of every forward pass.
+FORWARD_FIELDS: Final = (
+    ("q", TensorArgument),
+    ("k", TensorArgument),
+    ("v", TensorArgument),
+    ("out", TensorArgument),
+    ("lse", ctypes.c_void_p),
+    ("lse_batch", ctypes.c_int64),
+    ("lse_head", ctypes.c_int64),
+    ("partial", ctypes.c_void_p),
+    ("scale", ctypes.c_float),
+)
+
+
 class ForwardArguments(ctypes.Structure):
     """`Arguments` of row_traversal/kernel_cuda.cu."""
 
-    _fields_ = (
-        ("lists", ListsArgument),
-        ("q", TensorArgument),
-        ("k", TensorArgument),
-        ("v", TensorArgument),
-        ("out", TensorArgument),
-        ("lse", ctypes.c_void_p),
-        ("lse_batch", ctypes.c_int64),
-        ("lse_head", ctypes.c_int64),
-        ("partial", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-    )
+    _fields_ = (("lists", ListsArgument), *FORWARD_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)

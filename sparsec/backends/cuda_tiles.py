@@ -17,12 +17,12 @@ import numpy as np
 
 from sparsec.backends.base import Launch
 from sparsec.backends.cuda_calls import (
+    FORWARD_FIELDS,
     JOIN_THREADS,
     LOG2_E,
     WARP,
     Array,
     Program,
-    TensorArgument,
     element_types,
     packed_heads,
     with_score,
@@ -133,19 +133,7 @@ class TileListsArgument(ctypes.Structure):
 class TileArguments(ctypes.Structure):
     """`Arguments` of shared/tiles.cuh."""
 
-    _fields_ = (
-        ("lists", TileListsArgument),
-        ("q", TensorArgument),
-        ("k", TensorArgument),
-        ("v", TensorArgument),
-        ("out", TensorArgument),
-        ("lse", ctypes.c_void_p),
-        ("lse_batch", ctypes.c_int64),
-        ("lse_head", ctypes.c_int64),
-        ("partial", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("flip", ctypes.c_uint32),
-    )
+    _fields_ = (("lists", TileListsArgument), *FORWARD_FIELDS, ("flip", ctypes.c_uint32))
 
 
 @dataclass(frozen=True, slots=True)
