@@ -72,6 +72,13 @@ def test_random_edges_that_avoid(kv_len, degree, data):
     assert m.parse(repr(mask)) == mask
 
 
+def test_no_random_blocks_beyond_the_window():
+    # The last rows have no window among so few keys, so that nothing at all is avoided or drawn there.
+    bound = m.bigbird(3, 1, 0, 0, 3).bind(33, 15)
+    assert np.array_equal(bound.to_dense(), naive.blocks((33, 15), np.eye(11, 5, dtype=bool), 3))
+    assert bound.rows(20, 33).nnz == 0
+
+
 def test_random_edges_are_drawn_evenly():
     counts = m.random_edges(8, 3).bind(20_000, 100).degrees("kv")
     assert abs(counts - 1600).max() < 6 * np.sqrt(1600)

@@ -64,6 +64,8 @@ class RandomEdges(Mask):
         return super()._degrees(shape, axis)
 
     def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
+        if not self.degree:
+            return ranges.empty(stop - start)
         q = np.arange(start, stop, dtype=np.int64)
         if self.avoiding is None:
             keys = permuted(self.seed, q, self.degree, shape[1])
