@@ -12,8 +12,8 @@ _LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # NumPy's oracle multiplies small matrices: threads that wait for each other on shared cores cost it twenty times the
-    # work. Read when NumPy is imported, which no plugin of ours does before.
+    # NumPy's oracle multiplies small matrices: threads that wait for each other on shared cores cost it twenty times
+    # the work. Read when NumPy is imported, which no plugin of ours does before.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     worker = getattr(config, "workerinput", None)
     if worker is None:

@@ -182,6 +182,20 @@ def test_hybrid_split_holds_every_edge_once(
     assert (tile_map.is_full | (tile_map.count >= tile_threshold)).all()
     assert (np.bitwise_count(layout.gathered.lanes) >= column_threshold).all()
     assert sum(layout.nnz) == bound.nnz
+    # Nothing that a threshold takes in was left out: no such tile is missing, no such column single.
+    every = bound.tiles(block_q, block_kv)
+    assert tile_map.n_tiles == (every.is_full | (every.count >= tile_threshold)).sum()
+    row, column = np.nonzero(_dense_of_rows(layout.leftovers))
+    shared = np.unique(row // block_q * bound.kv_len + column, return_counts=True)[1]
+    assert (shared < column_threshold).all()
+
+
+def test_a_threshold_is_the_least_that_is_taken_in() -> None:
+    dense = np.zeros((32, 32), bool)
+    dense[:5, :8] = True  # 40 edges of one tile
+    dense[20:23, 17] = True  # 3 queries of one column
+    for tile_threshold, column_threshold, wanted in ((40, 3, (40, 3, 0)), (41, 4, (0, 40, 3)), (41, 6, (0, 0, 43))):
+        assert hybrid_split(m.from_dense(dense).bind(), 16, 16, tile_threshold, column_threshold).nnz == wanted
 
 
 def test_hybrid_split_is_the_same_from_patterns_and_from_rows(

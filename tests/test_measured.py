@@ -97,6 +97,18 @@ def test_estimates_of_what_was_not_measured_are_scaled_to_the_machine(no_records
     assert after["row_traversal"] == pytest.approx(slowdown * before["row_traversal"], rel=0.3)
 
 
+def test_what_was_passed_over_is_scaled_too(no_records):
+    """By a sample of a long mask `block_sparse` is hopeless: it is told, and its index arrays are never made."""
+    mask, problem = m.random_edges(8, 0), replace(PROBLEM, q_len=20_000, kv_len=20_000)
+    before = planned(mask, problem, reorder="off")
+    assert before.steps[0].launch.template.name == "row_traversal"
+    no_records.extend(measured("row_traversal", 5 * before.estimate.us, mask=mask, problem=problem))
+    after = planned(mask, problem, reorder="off")
+    told = [{each.template: each.us for each in made.groups[0].alternatives} for made in (before, after)]
+    assert set(told[0]) == {"hybrid", "block_sparse"}
+    assert told[1] == pytest.approx({name: 5 * us for name, us in told[0].items()})
+
+
 def test_a_like_mask_lends_its_configuration_and_a_near_one_its_time(no_records):
     small = Config.of(block_q=16, block_kv=32)
     no_records.extend(measured("block_sparse", 100.0, small))
@@ -127,7 +139,11 @@ def test_the_backward_pass_has_a_configuration_of_its_own(no_records):
     assert group.steps[0].launch.config == wide
     assert [launch.config for launch in group.backward_launches] == [small]
     assert group.backward_launches[0].work.block_q == 16
-    # Another kernel takes the backward pass where both were measured.
+    # Another kernel takes the backward pass where both were measured, and it is faster by more than noise.
+    no_records.extend(measured("row_traversal", 299.0, direction="backward"))
+    group = planned(problem=problem, reorder="off").groups[0]
+    assert group.steps[0].launch.template.name == "block_sparse"
+    assert [launch.template.name for launch in group.backward_launches] == ["block_sparse"]
     no_records.extend(measured("row_traversal", 200.0, direction="backward"))
     made = planned(problem=problem, reorder="off")
     assert made.groups[0].steps[0].launch.template.name == "block_sparse"

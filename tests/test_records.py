@@ -117,6 +117,10 @@ def test_nothing_is_served_for_what_was_not_measured(base):
         {"template": "hybrid"},
     ]
     assert [served(base, key=replace(KEY, **other)) for other in others] == [None] * len(others)
+    # Of sources that are no more, not even to who asks for them.
+    gone = replace(KEY, source="another")
+    base.extend([record(key=gone), record(SMALL, (50.0,), key=gone)])
+    assert served(base, key=gone) is None
     far = replace(WINDOW, mask=MaskSignature(15, 15, 6, 14, -9))
     assert served(base, workload=far) is None
 
@@ -163,6 +167,18 @@ def test_interleaved_measurements_outweigh_a_busy_day(base):
     assert served(base).config == DEFAULT
 
 
+def test_measurements_with_the_toolchain_at_hand_come_first(base):
+    base.extend([record(), record(SMALL, (50.0,)), record(WIDE, (90.0,))])
+    assert served(base, toolchain="g++ 13").config == SMALL
+    newer = [record(), record(SMALL, (80.0,)), record(WIDE, (70.0,))]
+    base.extend(replace(each, toolchain="g++ 13") for each in newer[1:])
+    # The default was not measured beside them.
+    assert served(base, toolchain="g++ 13").config == SMALL
+    base.append(replace(newer[0], toolchain="g++ 13"))
+    assert served(base, toolchain="g++ 13").config == WIDE
+    assert served(base).config == SMALL
+
+
 @pytest.mark.parametrize("failure", ["constraint", "compile", "launch", "timeout", "incorrect"])
 def test_a_failed_configuration_is_never_served(base, failure):
     base.extend([record(), record(WIDE, (60.0,)), record(SMALL, (50.0,), workload=WIDER), record(workload=WIDER)])
@@ -188,6 +204,15 @@ def test_a_wrong_configuration_on_this_device_is_not_taken_from_its_kin(base):
     assert served(base).config == SMALL
     base.append(record(SMALL, (), failure="incorrect"))
     assert served(base).config == DEFAULT
+
+
+def test_what_ran_out_of_time_on_this_device_is_not_taken_from_its_kin(base):
+    kin = replace(KEY, device="cpu-x86-64-avx512-64c")
+    for workload in (WINDOW, WIDER):
+        base.extend([record(key=kin, workload=workload), record(SMALL, (50.0,), key=kin, workload=workload)])
+    base.append(record(SMALL, (), failure="timeout"))
+    assert served(base).config == DEFAULT
+    assert served(base, workload=WIDER).config == SMALL
 
 
 def test_of_several_kin_the_nearest_workload_answers(base):

@@ -107,6 +107,26 @@ def test_a_compiled_attention_agrees_with_dense_autograd(mask):
         torch.testing.assert_close(got.grad.double(), reference.grad, atol=2e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_batch_elements_with_masks_of_their_own_have_biases_of_their_own(name):
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(3, 2, 40, 16, generator=generator).requires_grad_() for _ in range(3))
+    bias = torch.randn(3, 2, 40, generator=generator).requires_grad_()
+    mask = masks.per_batch([masks.window(9, 3), masks.strided(3), masks.window(9, 3)])
+    made = sparsec.compile(mask, 40, score_mod=score.column_bias(bias), template=name)
+    weight = torch.randn(3, 2, 40, 16, generator=generator)
+    (made(q, k, v) * weight).sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v, bias)]
+    dense = torch.stack([torch.from_numpy(made.bound.select(b, 0).to_dense()) for b in range(3)])[:, None]
+    scores = (exact[0] @ exact[1].mT / 4 + exact[3][:, :, None]).masked_fill(~dense, -torch.inf)
+    wanted = scores.softmax(-1) @ exact[2]
+    (wanted * weight).sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(made(q, k, v).double(), wanted, atol=3e-6, rtol=0)
+    for got, reference in zip((q, k, v, bias), exact, strict=True):
+        torch.testing.assert_close(got.grad.double(), reference.grad, atol=2e-5, rtol=1e-6)
+
+
 # Captured tensors.
 
 LENGTH = 70

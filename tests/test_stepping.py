@@ -21,6 +21,7 @@ MASKS = {
     "window-global": m.window(20, 0) | m.global_tokens(3),
     "causal": m.causal(),
     "looks-ahead": m.window(5, 9) | m.strided(7) | m.random_edges(11, seed=2),
+    "ahead-in-steps": m.strided(3) - m.causal(),
     "empty-rows": m.dilated_2d(50, 3),
     "heads": m.per_head([m.window(9, 0), m.causal(), m.window(9, 0), m.strided(4)]),
     "batch": m.per_batch([m.window(9, 0), m.causal() & m.strided(3)]),
@@ -111,6 +112,22 @@ def test_score_modifiers_count_positions_from_the_beginning(q_len):
     for n in (60, 61):
         out, lse = attn.step(q[:, :, n - q_len : n], k[:, :, :n], v[:, :, :n], return_lse=True)
         _check(m.causal(), q, k, v, n - q_len, n, out, lse, modifier)
+
+
+@pytest.mark.parametrize("q_len", [1, 30])
+def test_sinks_enter_a_step(q_len):
+    q, k, v = _tensors()
+    logits = torch.randn(4, generator=torch.Generator().manual_seed(1))
+    mask = MASKS["window-global"]
+    plain, sunk = (sparsec.compile(mask, CAPACITY, score_mod=each) for each in (None, score.sinks(logits)))
+    some = q[:, :, 90 - q_len : 90], k[:, :, :90], v[:, :, :90]
+    out, lse = plain.step(*some, return_lse=True)
+    joined = torch.logaddexp(lse.double(), logits.double()[:, None])
+    wanted = out.double() * (lse.double() - joined).exp().unsqueeze(-1)
+    got, got_lse = sunk.step(*some, return_lse=True)
+    torch.testing.assert_close(got_lse.double(), joined, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=1e-6)
+    assert torch.equal(sunk.step(*some), got)
 
 
 def test_a_prompt_that_others_push_out_runs_all_the_same(monkeypatch):

@@ -189,6 +189,9 @@ def test_a_calibration_is_used_when_it_is_of_this_cost_model_and_can_be_believed
     assert made.device.vector_flops == cpu.vector_flops
     # The factor is that of all tiles' work.
     assert made.estimate.compute_us == pytest.approx(1.7 * plain.estimate.compute_us, rel=1e-5)
+    # The latest counts.
+    no_records.append(Calibration(cpu.key, model_digest(), (("memory_bandwidth", cpu.memory_bandwidth * 1.25),)))
+    assert plan(MASK, problem, cpu).device.memory_bandwidth == cpu.memory_bandwidth * 1.25
 
 
 def test_a_second_calibration_is_not_measured_through_the_first(no_records, monkeypatch):
