@@ -24,11 +24,12 @@ from bench.grid import GRIDS, Case, Effort, Goal, GridError, MaskSource, find_gr
 from bench.measure import measure_case  # noqa: E402
 from bench.peers import Prepared, peer  # noqa: E402
 from bench.protocol import interleaved, timing  # noqa: E402
-from bench.provenance import provenance  # noqa: E402
+from bench.provenance import processor_of, provenance  # noqa: E402
 from bench.results import CaseRow, Ceiling, PeerRow, Protocol, Run, Timing  # noqa: E402
 from bench.workload import bound_mask, document_lengths, make_workload, packed_lengths  # noqa: E402
 
 from sparsec import masks  # noqa: E402
+from sparsec.device import detect_cpu, device  # noqa: E402
 
 QUICK = Effort(seconds=0.001, min_repeats=2, max_repeats=2)
 
@@ -555,6 +556,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert CliRunner().invoke(bench_suite.main, arguments).exit_code == 0
     assert measured == ["a", "b", "b", "c"]
     assert [row.case.name for row in results.read_run(out).cases] == ["a", "b", "c"]
+    # Nor is that of another processor, whatever its device key.
+    other = results.read_run(out)
+    results.write_run(out, replace(other, provenance=replace(other.provenance, processor="another")))
+    refused = CliRunner().invoke(bench_suite.main, arguments)
+    assert refused.exit_code == 1
+    assert "another processor" in refused.output
+    results.write_run(out, other)
     # Other work is never put into the same file.
     grid.write_text(text.replace("name: c", "name: d"))
     refused = CliRunner().invoke(bench_suite.main, arguments)
@@ -661,6 +669,60 @@ def test_a_readme_gets_its_tables_between_the_markers(tmp_path):
     assert "| near |" in text
     assert "old" not in text
     assert CliRunner().invoke(bench_suite.main, [*arguments, "--check"]).exit_code == 0
+
+
+def test_what_was_measured_where_is_told_of_all_results():
+    run = _shown_run()
+    rotated = replace(
+        run,
+        grid="older",
+        protocol=replace(
+            run.protocol, order="interleaved: every round calls each peer once, each begins with the next"
+        ),
+        provenance=replace(run.provenance, processor="Another, family 9 model 1", commit="", is_dirty=True),
+    )
+    lines = [line.strip("| ").split(" | ") for line in tables.overview([run, rotated], [_sheet()]).splitlines()[2:]]
+    assert [line[0] for line in lines] == ["mine", "older", "mine"]
+    assert [line[1] for line in lines] == [
+        run.provenance.processor,
+        "Another, family 9 model 1",
+        run.provenance.processor,
+    ]
+    assert [line[6] for line in lines[:2]] == [tables.overview([run], []).split(" | ")[-2], "– with changes"]
+    assert [line[7] for line in lines[:2]] == ["in a shuffled order of its own", "each begins with the next"]
+
+
+def test_what_a_run_left_out_of_its_grid_is_named():
+    grid = load_grid(find_grid("quick"))
+    rows = [replace(_row(case), case=case) for case in grid.cases]
+    whole = replace(_run(*rows), grid="quick", grid_digest=grid.digest)
+    left = replace(whole, cases=whole.cases[2:])
+    told = f"Of the grid, not measured: {grid.cases[0].id}, {grid.cases[1].id}."
+    assert "not measured: " not in tables.markdown(whole)
+    assert told in tables.markdown(left)
+    assert told not in tables.markdown(left, is_part=True)
+    # What another grid of that name had cannot be known.
+    assert told not in tables.markdown(replace(left, grid_digest="0"))
+
+
+def test_processors_that_call_themselves_the_same_are_told_apart(tmp_path):
+    cpu, info = detect_cpu(), tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: X\n\nprocessor: 1\nmodel: 9\n")
+    assert processor_of(cpu, info) == f"{cpu.label}, family 26 model 2"
+    info.write_text("processor\t: 0\nFeatures\t: asimd\n")
+    assert processor_of(cpu, info) == processor_of(cpu, tmp_path / "nowhere") == cpu.label
+    assert processor_of(device("nvidia-h100"), info) == device("nvidia-h100").label
+
+
+def test_more_names_than_colours_have_hollow_markers(monkeypatch):
+    pytest.importorskip("matplotlib")
+    from bench import plots
+
+    monkeypatch.setattr(plots, "_COLOURS", plots._COLOURS[:2])
+    rows = [_row(_case(name=name, peers=("ours",), dtype="fp32"), ours=10.0) for name in "abc"]
+    figure = plots._lines(replace(_run(*rows), plot="lines"), rows)
+    looks = [(line.get_color(), line.get_fillstyle()) for line in figure.axes[0].lines]
+    assert len(looks) == len(set(looks)) == 3
 
 
 @pytest.mark.parametrize("kind", ["bars", "lines"])

@@ -254,11 +254,16 @@ def _markdown(path: Path, plots: str = "") -> str:
 def figures(check: bool) -> None:
     """The tables of the README and of benchmarks/RESULTS.md, and the plots, from the committed results alone."""
     grids = sorted((_BENCHMARKS / "results").glob("*.json"))
+    again = sorted((_BENCHMARKS / "results" / "partial").glob("*.json"))
     sheets = [path for path in sorted(_SHEETS.glob("*.json")) if sheet.is_sheet(path)]
     in_readme = [path for path in grids if path.name.startswith(_IN_README)]
     others = [path for path in grids if path not in in_readme]
     _put(_BENCHMARKS.parent / "README.md", "\n".join(_markdown(path) for path in in_readme), check)
-    _put(_BENCHMARKS / "RESULTS.md", "\n".join(_markdown(path, "plots") for path in [*others, *sheets]), check)
+    runs = [read_run(path) for path in grids]
+    parts = [tables.overview(runs, [sheet.read_sheet(path) for path in sheets]) + "\n"]
+    parts += [_markdown(path, "plots") for path in [*others, *sheets]]
+    parts += [tables.markdown(read_run(path), is_part=True) for path in again]
+    _put(_BENCHMARKS / "RESULTS.md", "\n".join(parts), check)
     if not check:
         _draw(grids, _BENCHMARKS / "plots")
 

@@ -13,9 +13,12 @@ gradients   likewise for gradients
 protocol    how time and memory are measured
 ceiling     what this machine could do at most
 figures     what is measured without peers: planning, first calls, metadata
+process     another process, asked one thing
 worker      one case in a process of its own
 supervisor  the cases one after the other; what crashes or hangs costs its own row
 results     the result file
+sheet       a result file of single figures
+counting    instructions, by valgrind
 provenance  machine, versions, commit
 verdict     two result files compared
 tables      Markdown

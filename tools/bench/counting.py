@@ -6,19 +6,17 @@ valgrind knows no AVX-512. What Python and torch do around them is left out.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from bench.grid import Case
+from bench.process import answer
 from bench.sheet import Figure
 from sparsec import data
 from sparsec.backends import cpu
@@ -35,7 +33,7 @@ _MARKS: Final = """
 extern "C" void begin() { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
 extern "C" void end(const char* name) { CALLGRIND_DUMP_STATS_AT(name); CALLGRIND_STOP_INSTRUMENTATION; }
 """
-_TOOLS: Final = Path(__file__).resolve().parents[1]
+_ENVIRONMENT: Final = {"SPARSEC_ISA": ISA, "SPARSEC_TUNE": "off", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 
 
 def missing() -> str | None:
@@ -62,10 +60,10 @@ def count(cases: Sequence[Case]) -> list[Figure]:
         command = [*cpu.compiler().command, "-O1", "-fPIC", "-shared", str(source), "-o", str(marks)]
         subprocess.run(command, check=True, capture_output=True)
         request = {"marks": str(marks), "cases": [asdict(case) for case in cases]}
-        verdicts = _run([], {**request, "checks": True})
+        verdicts = answer("counted", {**request, "checks": True}, _ENVIRONMENT)
         dumps = folder / "dump"
         tool = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={dumps}"]
-        _run(tool, {**request, "checks": False})
+        answer("counted", {**request, "checks": False}, _ENVIRONMENT, tool)
         counts = dict(_counted(path, data.cache_dir() / "cpu") for path in sorted(folder.glob("dump.*")))
     figures = []
     names = [(index, case, peer) for index, case in enumerate(cases) for peer in case.peers]
@@ -78,31 +76,6 @@ def count(cases: Sequence[Case]) -> list[Figure]:
         shape |= {"tokens": case.length} if case.length else {}
         figures.append(Figure(case.name, counts[key], "instructions", shape, error=error, allowed=allowed))
     return figures
-
-
-def _run(tool: list[str], request: dict[str, Any]) -> Any:
-    environment = {
-        **os.environ,
-        "SPARSEC_ISA": ISA,
-        "SPARSEC_TUNE": "off",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONHASHSEED": "0",
-    }
-    done = subprocess.run(
-        [*tool, sys.executable, "-m", "bench.counted"],
-        input=json.dumps(request),
-        cwd=_TOOLS,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("==")][-1:]
-        raise SparsecError(
-            f"{'valgrind' if tool else 'the plain run'} ended with status {done.returncode}: {''.join(last)}"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _counted(dump: Path, binaries: Path) -> tuple[str, int]:

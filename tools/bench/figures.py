@@ -6,18 +6,14 @@ beforehand.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sparsec
 from bench.grid import Case, Effort
+from bench.process import answer
 from bench.protocol import Announce, timing
 from bench.results import CaseRow, PeerRow
 from bench.workload import bound_mask, length_of, mask_of, problem
@@ -25,7 +21,6 @@ from bench.workload import bound_mask, length_of, mask_of, problem
 if TYPE_CHECKING:
     from bench.results import PlanFacts
 
-_TOOLS = Path(__file__).resolve().parents[1]
 _FIRST_CALLS = 5
 
 
@@ -85,23 +80,6 @@ def first_calls(case: Case, threads: int, announce: Announce) -> tuple[PeerRow, 
         with tempfile.TemporaryDirectory(prefix="sparsec-bench-") as cache:
             for name in ("cold", "warm"):
                 announce(name, "first call")
-                samples[name].append(_first_call(case, threads, cache))
+                request = {"case": asdict(case), "threads": threads}
+                samples[name].append(float(answer("first_call", request, {"SPARSEC_CACHE_DIR": cache})))
     return tuple(PeerRow(name, "ok", timing=timing(samples[name])) for name in case.peers)
-
-
-def _first_call(case: Case, threads: int, cache: str) -> float:
-    environment = {**os.environ, "SPARSEC_CACHE_DIR": cache}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.first_call"],
-        input=json.dumps({"case": asdict(case), "threads": threads}),
-        cwd=_TOOLS,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:]
-        raise RuntimeError(f"the first call failed: {''.join(last)}")
-    answer: Any = json.loads(done.stdout.splitlines()[-1])
-    return float(answer)

@@ -7,6 +7,7 @@ beside them. matplotlib is imported here only, and the files it writes are the s
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,8 @@ def plot(run: Run, folder: Path) -> list[Path]:
         return []
     figure = _lines(run, rows) if run.plot == "lines" else _bars(rows)
     at = run.provenance
-    figure.suptitle(f"{run.about or run.grid}\n{at.processor}, {run.threads} threads, {at.date[:10]}", fontsize=10)
+    threads = "" if run.x == "threads" and run.plot == "lines" else f" {run.threads} threads,"
+    figure.suptitle(f"{run.about or run.grid}\n{at.processor},{threads} {at.date[:10]}", fontsize=10)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix in ("png", "svg"):
@@ -51,40 +53,46 @@ def plot(run: Run, folder: Path) -> list[Path]:
 
 
 def _bars(rows: Sequence[CaseRow]) -> Figure:
-    """Useful GFLOP/s by mask, a panel for each dtype."""
+    """Useful GFLOP/s by mask, a panel for each dtype; a case has bars of those alone who were timed on it."""
     import matplotlib.pyplot as plt
 
     dtypes = list(dict.fromkeys(row.case.dtype for row in rows))
-    families = list(dict.fromkeys(family(each.peer) for row in rows for each in row.peers))
+    families = list(dict.fromkeys(family(each.peer) for row in rows for each in row.peers if each.us is not None))
     widest = max(sum(row.case.dtype == dtype for row in rows) for dtype in dtypes)
     figure, axes = plt.subplots(
-        len(dtypes), 1, figsize=(max(6.0, 0.9 * widest + 2), 3.2 * len(dtypes)), squeeze=False, layout="constrained"
+        len(dtypes), 1, figsize=(max(6.0, 0.95 * widest + 2), 3.2 * len(dtypes)), squeeze=False, layout="constrained"
     )
+    handles: dict[str, Any] = {}
     for axis, dtype in zip(axes[:, 0], dtypes, strict=True):
         shown = [row for row in rows if row.case.dtype == dtype]
-        width = 0.8 / len(families)
-        for index, wanted in enumerate(families):
-            rates = [_rate(row, row.best(wanted)) for row in shown]
-            places = [place - 0.4 + width * (index + 0.5) for place in range(len(shown))]
-            axis.bar(places, rates, width, label=title(wanted), color=_COLOURS[index % len(_COLOURS)])
-        labels = [_label(row, shown) for row in shown]
-        axis.set_xticks(range(len(shown)), labels, rotation=30, ha="right", fontsize=8)
+        most = max(len(_timed(row, families)) for row in shown)
+        width = 0.8 / most
+        for place, row in enumerate(shown):
+            timed = _timed(row, families)
+            for index, (wanted, best) in enumerate(timed.items()):
+                at = place + width * (index + 0.5 - len(timed) / 2)
+                colour = _COLOURS[families.index(wanted) % len(_COLOURS)]
+                handles.setdefault(title(wanted), axis.bar(at, row.gflops(best) or 0.0, width, color=colour))
+        axis.set_xticks(range(len(shown)), [_label(row, shown) for row in shown], fontsize=7)
         axis.set_ylabel("useful GFLOP/s")
         axis.set_title(dtype, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=8, frameon=False)
+    figure.legend(handles.values(), handles.keys(), fontsize=8, frameon=False, loc="outside right upper")
     return figure
 
 
-def _rate(row: CaseRow, best: PeerRow | None) -> float:
-    return (row.gflops(best) or 0.0) if best is not None else 0.0
+def _timed(row: CaseRow, families: Sequence[str]) -> dict[str, PeerRow]:
+    """The best of each family that has a time."""
+    best = {wanted: row.best(wanted) for wanted in families}
+    return {wanted: each for wanted, each in best.items() if each is not None}
 
 
 def _label(row: CaseRow, shown: Sequence[CaseRow]) -> str:
     """The case's name, with the number of tokens where that tells two cases apart."""
     lengths = {other.q_len for other in shown if other.case.name == row.case.name}
     tokens = f"\n{row.q_len:,}" if len(lengths) > 1 else ""
-    return row.case.name + tokens + "".join(f"\n{key} {value}" for key, value in row.case.varied.items())
+    name = "\n".join(textwrap.wrap(row.case.name, 14))
+    return name + tokens + "".join(f"\n{key} {value}" for key, value in row.case.varied.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,7 @@ class _Panel:
 def _lines(run: Run, rows: Sequence[CaseRow]) -> Figure:
     """A line for each case name (colour) and peer (marker): time and memory over length, or time over a parameter."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panels = _panels(run, rows)
     n_rows = -(-len(panels) // 2)
@@ -107,13 +116,17 @@ def _lines(run: Run, rows: Sequence[CaseRow]) -> Figure:
     names = list(dict.fromkeys(row.case.name for row in rows))
     peers = list(dict.fromkeys(each.peer for row in rows for each in row.peers if each.us is not None))
     handles: dict[str, Any] = {}
+    places = [row.at(run.x) for row in rows]
     for axis, panel in itertools.zip_longest(axes.flat, panels):
         if panel is None:
             axis.set_visible(False)
             continue
         for name, peer in itertools.product(names, peers):
+            round_number, colour = divmod(names.index(name), len(_COLOURS))
             style: dict[str, Any] = {
-                "color": _COLOURS[names.index(name) % len(_COLOURS)],
+                "color": _COLOURS[colour],
+                # Where there are more names than colours, the others' markers are hollow.
+                "fillstyle": "none" if round_number else "full",
                 "marker": _MARKERS[peers.index(peer) % len(_MARKERS)],
                 "linestyle": "-" if peer == "ours" else ":",
                 "markersize": 5,
@@ -125,6 +138,16 @@ def _lines(run: Run, rows: Sequence[CaseRow]) -> Figure:
         if axis.lines:
             axis.set_xscale("log", base=10 if run.x == "density" else 2)
             axis.set_yscale("log")
+            axis.margins(y=0.1)
+            # The same for all, so that panels can be compared, and one point has a place.
+            axis.set_xlim(min(places) / 1.5, max(places) * 1.5)
+            low, high = axis.get_ylim()
+            if high / low < 100:
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            if run.x == "threads":
+                axis.set_xticks(sorted(set(places)), [f"{place:g}" for place in sorted(set(places))])
         axis.set_xlabel("tokens" if run.x == "length" else run.x)
         axis.set_ylabel(panel.unit)
         axis.set_title(panel.title, fontsize=9)
@@ -144,9 +167,9 @@ def _panels(run: Run, rows: Sequence[CaseRow]) -> list[_Panel]:
         if chosen:
             panels.append(_Panel(name, "ms", chosen, lambda each: each.us / 1e3 if each.us else None))
         if chosen and run.x == "length":
-            memory = "MiB added by set-up and first call"
+            memory = f"{name}, memory: {run.protocol.memory.partition(',')[0]}"
             panels.append(
-                _Panel(name, memory, chosen, lambda each: each.peak_bytes / 2**20 if each.peak_bytes else None)
+                _Panel(memory, "MiB", chosen, lambda each: each.peak_bytes / 2**20 if each.peak_bytes else None)
             )
     return panels
 

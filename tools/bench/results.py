@@ -342,6 +342,20 @@ def read_run(path: Path) -> Run:
     Raises:
         ResultError: It is another schema, or damaged; names file and key.
     """
+    return read(path, Run)
+
+
+def write_run(path: Path, run: Run) -> None:
+    """Puts the results at `path`, whole or not at all."""
+    write(path, run.to_json())
+
+
+def read(path: Path, kind: type[T]) -> T:
+    """What a file of this schema holds.
+
+    Raises:
+        ResultError: It is another schema, or damaged; names file and key.
+    """
     content = data.read_json(path)
     found = content.get("schema") if isinstance(content, dict) else None
     if found != SCHEMA:
@@ -351,15 +365,15 @@ def read_run(path: Path) -> Run:
             row.pop("id", None)
             row.pop("derived", None)
     try:
-        return decode(Run, content, "")
+        return decode(kind, content, "")
     except (TypeError, KeyError, ValueError) as error:
         raise ResultError(f"{path}: {error}") from None
 
 
-def write_run(path: Path, run: Run) -> None:
-    """Puts the results at `path`, whole or not at all."""
+def write(path: Path, text: str) -> None:
+    """Puts a file at `path` that everybody may read, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.publish(path, run.to_json().encode())
+    data.publish(path, text.encode())
     path.chmod(0o644)
 
 
@@ -376,6 +390,7 @@ def resumed(path: Path, fresh: Run) -> tuple[CaseRow, ...]:
         ("grid", f"{found.grid} {found.grid_digest}", f"{fresh.grid} {fresh.grid_digest}"),
         ("code", found.provenance.code_digest, fresh.provenance.code_digest),
         ("device", found.provenance.device, fresh.provenance.device),
+        ("processor", found.provenance.processor, fresh.provenance.processor),
         ("number of threads", found.threads, fresh.threads),
     ):
         if before != now:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from bench.provenance import provenance
-from bench.results import Provenance, ResultError, Timing, decode
+from bench.results import SCHEMA, Provenance, Timing, read, write
 from sparsec import data
 from sparsec.planner.words import duration, size
-
-SCHEMA: Final = 1
 
 Unit = Literal["us", "bytes", "bytes/s", "tokens", "instructions", "ratio"]
 
@@ -107,21 +105,12 @@ def read_sheet(path: Path) -> Sheet:
     Raises:
         ResultError: It is another schema, or damaged; names file and key.
     """
-    content = data.read_json(path)
-    found = content.get("schema") if isinstance(content, dict) else None
-    if found != SCHEMA:
-        raise ResultError(f"{path}: holds figures of schema {found!r}, and this tool reads {SCHEMA}; measure again")
-    try:
-        return decode(Sheet, content, "")
-    except (TypeError, KeyError, ValueError) as error:
-        raise ResultError(f"{path}: {error}") from None
+    return read(path, Sheet)
 
 
 def write_sheet(path: Path, sheet: Sheet) -> None:
     """Puts the figures at `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.publish(path, sheet.to_json().encode())
-    path.chmod(0o644)
+    write(path, sheet.to_json())
 
 
 def measured(figure: Figure) -> str:

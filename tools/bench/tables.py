@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.goals import Crossing, Outcome, crossings, outcomes
+from bench.grid import GridError, find_grid, load_grid
 from bench.names import family, title
 from bench.results import CaseRow, Ceiling, PeerRow, Provenance, Run
 from bench.sheet import Sheet, checked, compared, measured
@@ -23,10 +24,13 @@ END: Final = "<!-- benchmarks:end -->"
 _NO_TIME: Final = {"skipped": "–", "wrong": "wrong", "failed": "failed", "timed out": "timed out", "crashed": "crashed"}
 
 
-def markdown(run: Run, plots: str = "") -> str:
-    """All tables of one run, and its plot where a folder of plots is given."""
+def markdown(run: Run, plots: str = "", *, is_part: bool = False) -> str:
+    """All tables of one run, and its plot where a folder of plots is given.
+
+    What of its grid was not measured is told, unless the run is meant to be a part.
+    """
     attention = [row for row in run.cases if row.case.measure == "attention"]
-    parts = [f"### {run.about or run.grid}", caption(run)]
+    parts = [f"### {'Measured again since: ' if is_part else ''}{run.about or run.grid}", caption(run)]
     if plots and any(each.us for row in attention for each in row.peers):
         parts.append(f"![{run.grid}]({plots}/{run.grid}-{run.provenance.device}.svg)")
     if attention:
@@ -39,7 +43,28 @@ def markdown(run: Run, plots: str = "") -> str:
     reached = outcomes(run)
     if reached:
         parts.append(goal_table(reached))
+    if missing := [] if is_part else unmeasured(run):
+        parts.append(f"Of the grid, not measured: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
+
+
+def overview(runs: Sequence[Run], sheets: Sequence[Sheet]) -> str:
+    """Which results were measured where, when and by which code: whether two tables may be compared."""
+    lines = []
+    for name, at, n_threads, ceilings, order in (
+        *((run.grid, run.provenance, run.threads, run.ceilings, _order(run)) for run in runs),
+        *((sheet.sheet, sheet.provenance, sheet.threads, (), "") for sheet in sheets),
+    ):
+        peaks = ", ".join(f"{each.all_threads / 1e9:,.0f} {each.dtype}" for each in ceilings)
+        commit = f"{at.commit[:10] or '–'}{' with changes' if at.is_dirty else ''}"
+        lines.append([name, at.processor, at.isa, str(n_threads), peaks, at.date[:10], commit, order])
+    header = ["results", "processor", "instructions", "threads", "measured peak, GFLOP/s", "date", "commit", "calls"]
+    return table(header, lines, text_columns=len(header))
+
+
+def _order(run: Run) -> str:
+    """How the calls of a round follow each other."""
+    return run.protocol.order.rpartition("once, ")[2]
 
 
 def sheet_markdown(sheet: Sheet) -> str:
@@ -51,6 +76,18 @@ def sheet_markdown(sheet: Sheet) -> str:
     parts = [f"### {sheet.about}", f"{_where(sheet.provenance, sheet.threads)} {_sentence(sheet.protocol)}"]
     parts.append(table(["what", "of", "measured", "", "exactness"], lines, text_columns=2))
     return "\n\n".join(parts) + "\n"
+
+
+def unmeasured(run: Run) -> list[str]:
+    """Ids of cases that the run's grid has and the run has not; none where the grid is another by now."""
+    try:
+        grid = load_grid(find_grid(run.grid))
+    except GridError:
+        return []
+    known = {row.case.id for row in run.cases}
+    # More threads than there were cannot be measured.
+    wanted = [case.id for case in grid.cases if case.threads <= run.provenance.cores]
+    return [each for each in wanted if each not in known] if grid.digest == run.grid_digest else []
 
 
 def _sentence(text: str) -> str:
