@@ -13,8 +13,9 @@ from sparsec.backends.base import Problem
 from sparsec.device import detect_cpu
 from sparsec.planner import plan, sampling
 from sparsec.planner.advice import advice
+from sparsec.planner.ceiling import tile_fill
 from sparsec.planner.lengths import at_length, dense_crossover, dense_us
-from sparsec.planner.text import ceiling_words
+from sparsec.planner.spending import IN_VAIN, USEFUL, spending
 from sparsec.planner.words import duration, size
 from sparsec.score import soft_cap
 
@@ -83,14 +84,60 @@ def test_another_length_is_asked_for_as_the_first_one_was():
     assert shorter.asked == made.asked
 
 
-def test_what_lies_between_a_plan_and_its_ceiling_is_told():
+SPENT = {
+    "tiles": (m.window(1023, 0), "nvidia-h100", {}),
+    "tiles and heavy rows": (m.window(127, 0) | m.global_tokens([77, 4000]), PROCESSOR, {}),
+    "reordered": (m.dilated(512, 8), PROCESSOR, {"reorder": "force"}),
+    "rows": (m.random_edges(16, 0), "nvidia-h100", {"template": "row_traversal"}),
+    "hybrid": (m.random_edges(40, 0) | m.window(60, 60), PROCESSOR, {"template": "hybrid"}),
+    "dense": (m.full(), PROCESSOR, {"template": "dense"}),
+    "heads": (m.per_head([m.causal(), m.window(64, 64), m.causal(), m.full()]), "nvidia-a100", {}),
+}
+
+
+@pytest.mark.parametrize("name", SPENT)
+def test_the_time_that_is_told_adds_up_to_the_estimate(name):
+    mask, device, options = SPENT[name]
+    made = plan(mask, Problem(8192, 8192, 4, 4, dtype="fp16"), device, tune="off", **options)
+    parts = spending(made)
+    assert sum(part.us for part in parts) == pytest.approx(made.estimate.us)
+    assert sum(part.share for part in parts) == pytest.approx(1.0)
+    assert all(part.us > 0.0 for part in parts)
+    assert [part.us for part in parts] == sorted((part.us for part in parts), reverse=True)
+    # All useful arithmetic is told as such where it is done in tiles.
+    useful = {part.name: part.us for part in parts}.get(USEFUL, 0.0)
+    templates = {step.launch.template.name for step in made.steps}
+    if templates <= {"block_sparse", "dense"}:
+        rate = made.device.matrix_flops.get("fp16", made.device.vector_flops)
+        assert useful == pytest.approx(made.estimate.flops / rate * 1e6, rel=1e-3)
+    assert (useful == 0.0) == (templates == {"row_traversal"})
+
+
+def test_pairs_in_vain_are_those_of_partial_tiles():
+    problem = Problem(4096, 4096, 4, 4, dtype="bf16")
+    blocks = plan(m.blocks([[True, False], [True, True]], 2048), problem, "nvidia-h100", tune="off")
+    assert IN_VAIN not in {part.name for part in spending(blocks)}
+    window = plan(m.window(100, 0), problem, "nvidia-h100", template="block_sparse", tune="off")
+    (vain,) = (part for part in spending(window) if part.name == IN_VAIN)
+    fill = tile_fill(window.steps)
+    assert f"{1 - fill:.0%} of the pairs in its tiles do not attend" in vain.words
+    assert vain.share > 0.2
+
+
+def test_a_gpu_fetches_for_every_edge():
     problem = Problem(16_384, 16_384, 8, 8, dtype="bf16")
-    tiles = ceiling_words(plan(m.window(1023, 0), problem, "nvidia-h100", tune="off"))
-    assert "kernels of tiles are taken to reach 53% of the matrix units' rate" in tiles
-    assert "for every edge" not in tiles
     rows = plan(m.random_edges(16, 0), problem, "nvidia-h100", template="row_traversal", tune="off")
     # 16 keys a query, rows of k and of v of 128 bytes each, 8 heads.
-    assert f"for every edge, {16_384 * 16 * 8 * 256 / 2**20:.0f} MiB in all" in ceiling_words(rows)
+    assert f"fetched for each, {16_384 * 16 * 8 * 256 / 2**20:.0f} MiB" in str(rows)
+
+
+def test_no_line_ends_between_a_figure_and_its_unit():
+    for n_heads in range(1, 40):
+        made = plan(m.window(300, 0), Problem(4096, 4096, n_heads, n_heads), PROCESSOR, tune="off")
+        lines = str(made).splitlines()
+        assert not any(re.match(r" *(µs|ms|s|[KM]iB|[GT]FLOP/s|GB/s)\b", line) for line in lines)
+        assert max(map(len, lines)) <= 80
+        assert "\N{NO-BREAK SPACE}" not in str(made)
 
 
 def test_sizes_keep_their_digits():

@@ -1,5 +1,6 @@
 """The sheet of `sparsec explain --png`, and whose edges are whose on it."""
 
+import io
 import struct
 import sys
 
@@ -12,6 +13,7 @@ from sparsec import masks as m
 from sparsec.backends.base import Problem
 from sparsec.cli.entry import run, sparsec
 from sparsec.planner import plan
+from sparsec.planner.spending import spending
 from sparsec.report.figure import figure
 from sparsec.report.territory import KINDS, territory
 
@@ -65,19 +67,38 @@ def test_cells_are_where_the_tokens_stand_not_the_positions():
 def test_the_sheet_has_its_panels(name):
     made = planned(name)
     panels = figure(made).axes
-    assert len(panels) == 5
+    assert len(panels) == 6
     titles = [axes.get_title(loc="left") for axes in panels]
     assert str(made.mask.mask)[:40] in titles[0]
-    assert [title[:6] for title in titles[1:4]] == ["Degree", "Ceilin", "Blocks"]
+    assert [title[:6] for title in (*titles[1:4], titles[5])] == ["Degree", "Ceilin", "Blocks", "Where "]
     # The map, and the block graph before and after.
     orders = sum(step.launch.work.ordering.q_order is not None for step in made.steps)
-    assert [len(axes.images) for axes in panels] == [1, 0, 0, 1, min(orders, 1)]
+    assert [len(axes.images) for axes in panels] == [1, 0, 0, 1, min(orders, 1), 0]
     shown = panels[0].images[0].get_array()
     assert (shown < 1.0).any(axis=2).sum() == (territory(made.groups[0]).counts.sum(axis=0) > 0).sum()
     # The plan is below its ceiling, and so is every candidate.
     roof, *points = panels[2].lines
     highest = roof.get_ydata().max()
     assert all(point.get_ydata().max() <= highest * 1.01 for point in points)
+    # A bar for each part of the time.
+    parts = spending(made)
+    assert [bar.get_width() for bar in panels[5].patches] == [part.share for part in parts[:6]]
+    assert [label.get_text() for label in panels[5].get_yticklabels()] == [part.name for part in parts[:6]]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_no_words_of_the_sheet_are_cut_off(name):
+    sheet = figure(planned(name))
+    sheet.savefig(io.BytesIO(), dpi=100, format="png")
+    width, height = sheet.canvas.get_width_height()
+    for axes in sheet.axes:
+        for text in [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]:
+            if text.get_text():
+                box = text.get_window_extent()
+                assert box.x0 >= 0, text
+                assert box.y0 >= 0, text
+                assert box.x1 <= width, text
+                assert box.y1 <= height, text
 
 
 def test_a_file_is_written_and_said(tmp_path, monkeypatch):
@@ -89,7 +110,7 @@ def test_a_file_is_written_and_said(tmp_path, monkeypatch):
     assert result.stdout.startswith("mask     window(9, 9)")
     content = target.read_bytes()
     assert content.startswith(b"\x89PNG")
-    assert struct.unpack(">II", content[16:24]) == (1650, 1140)
+    assert struct.unpack(">II", content[16:24]) == (1650, 1260)
 
 
 @pytest.mark.parametrize("place", ["missing/sheet.png", "."])

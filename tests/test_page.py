@@ -17,6 +17,7 @@ from sparsec import masks as m
 from sparsec.backends.base import Problem
 from sparsec.cli.entry import run, sparsec
 from sparsec.planner import plan
+from sparsec.planner.spending import spending
 from sparsec.report import plan_sources, runs
 from sparsec.report.charts import locality
 from sparsec.report.page import page_text
@@ -168,6 +169,10 @@ def test_the_page_says_what_the_plan_says(browser, tmp_path):
     assert browser.run(count("article")) == len(made.steps) == 2
     assert browser.run(count("tbody tr")) == 1 + len(group.alternatives)
     assert browser.run(count(".refusals li")) == len(set(made.refusals))
+    parts = spending(made)
+    assert browser.run(count(".spending li")) == len(parts)
+    bars = browser.run("[...document.querySelectorAll('.spending i')].map((bar) => parseFloat(bar.style.width))")
+    assert bars == [pytest.approx(100.0 * part.share, abs=0.051) for part in parts]
     assert browser.run(count("details")) == sum(map(len, plan_sources(made).values()))
     assert browser.run("document.querySelectorAll('#legend div').length") == 2
     browser.wait("document.querySelectorAll('.chart .main-svg').length >= 3")
@@ -218,6 +223,7 @@ def test_the_map_holds_every_edge_and_nothing_else(name, browser, tmp_path):
 def test_a_tile_is_hovered_and_zoomed_into(browser, tmp_path):
     made = plan(m.window(100, 20), Problem(4096, 4096), PROCESSOR)
     opened(browser, made, tmp_path)
+    browser.run("canvas.scrollIntoView()")
     area = browser.run("(() => { const a = canvas.getBoundingClientRect(); return [a.left, a.top, a.width]; })()")
     x, y = area[0] + area[2] / 2, area[1] + area[2] / 2
     for _ in range(12):

@@ -62,17 +62,22 @@ def known_backend(context: click.Context, parameter: click.Parameter, name: str 
     return _known("back end", name, lambda: BACKENDS)
 
 
+def seq_length(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """`4096`, `4k` or `1m` as a number of tokens."""
+    return None if text is None else _tokens(text)
+
+
 def lengths(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...]:
     """`4k,16k,1m` as numbers of tokens, ascending."""
-    if text is None:
-        return ()
-    found = []
-    for word in text.lower().replace(" ", "").split(","):
-        number, scale = (word[:-1], _SCALES[word[-1]]) if word[-1:] in _SCALES else (word, 1)
-        if not number.isascii() or not number.isdigit() or int(number) < 1:
-            raise click.BadParameter(f"{word!r} is no number of tokens; write them as 4096,16k,1m (k is 1,024)")
-        found.append(int(number) * scale)
-    return tuple(sorted(set(found)))
+    return () if text is None else tuple(sorted(set(map(_tokens, text.split(",")))))
+
+
+def _tokens(text: str) -> int:
+    word = text.lower().strip()
+    number, scale = (word[:-1], _SCALES[word[-1]]) if word[-1:] in _SCALES else (word, 1)
+    if not number.isascii() or not number.isdigit() or int(number) < 1:
+        raise click.BadParameter(f"{text!r} is no number of tokens; write 4096, 16k or 1m (k is 1,024)")
+    return int(number) * scale
 
 
 def _known(what: str, name: str | None, names: Callable[[], Iterable[str]]) -> str | None:

@@ -160,7 +160,7 @@ def _refused(bound: BoundMask, asked: Asked, error: UnsupportedError) -> dict[st
 
 def _on_devices(mask: Mask, asked: Asked, *, is_json: bool) -> None:
     from sparsec.errors import UnsupportedError
-    from sparsec.report import devices_table, json_text, side_by_side
+    from sparsec.report import devices_reasons, devices_table, json_text, side_by_side
 
     plans: list[tuple[str, Plan | UnsupportedError]] = []
     bound = asked.bound(mask)
@@ -183,6 +183,8 @@ def _on_devices(mask: Mask, asked: Asked, *, is_json: bool) -> None:
         return
     write(_wrapped(_title(bound, asked)))
     show(out(), devices_table(plans, out()))
+    for sentence in devices_reasons(plans):
+        write(_wrapped(sentence))
     for name, each in plans:
         if isinstance(each, UnsupportedError):
             click.echo(f"{name}: {each}")
@@ -203,14 +205,14 @@ def _beside(mask: Mask, other: Mask, asked: Asked, *, is_json: bool) -> None:
 
 
 def _at_lengths(mask: Mask, asked: Asked, chosen: tuple[int, ...], *, is_json: bool) -> None:
-    from sparsec.planner.lengths import crossover_words, dense_crossover, dense_us
+    from sparsec.planner.lengths import crossover_words, dense_crossover
     from sparsec.report import json_text, lengths_table, side_by_side
 
     with waiting("planning at every length"):
         plans = [asked.at(length).plan(asked.at(length).bound(mask)) for length in chosen]
         crossover = dense_crossover(plans[-1])
     if is_json:
-        documents = [made.to_dict() | {"dense_us": round(dense_us(made), 3)} for made in plans]
+        documents = [made.to_dict() for made in plans]
         click.echo(json_text(side_by_side("lengths", documents, crossover_tokens=crossover)))
         return
     write(_wrapped(f"{mask} on {asked.device.name}, {plans[0].problem.dtype}"))

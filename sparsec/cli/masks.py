@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from sparsec.cli.arguments import read_mask
+from sparsec.cli.arguments import read_mask, seq_length
 from sparsec.cli.console import out, show, waiting, write
 from sparsec.cli.names import nearest
 
@@ -22,7 +22,7 @@ _CELL_WIDTH: Final = 38
 
 @click.command(short_help="The masks there are, each with a picture.")
 @click.argument("mask", metavar="[NAME or MASK]", required=False)
-@click.option("--seq-len", type=click.IntRange(min=1), help="Queries, and keys, to draw it for.")
+@click.option("--seq-len", callback=seq_length, metavar="N", help="Queries, and keys, to draw it for.")
 def masks(mask: str | None, seq_len: int | None) -> None:
     """Shows the masks there are, each with a picture; or one of them, larger.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from sparsec.cli.arguments import DTYPES, known_backend, known_devices, known_template
+from sparsec.cli.arguments import DTYPES, known_backend, known_devices, known_template, seq_length
 
 if TYPE_CHECKING:
     from sparsec.backends.base import Dtype, Problem
@@ -121,8 +121,13 @@ def count(name: str, text: str, most: int | None = None) -> Callable[[_Command],
 def shape_options(command: _Command) -> _Command:
     """Lengths, heads, dimensions and dtype."""
     options = (
-        count("--seq-len", "Queries; may be left out where the mask knows its lengths."),
-        count("--kv-len", "Keys, where they are not as many."),
+        click.option(
+            "--seq-len",
+            callback=seq_length,
+            metavar="N",
+            help="Queries, such as 4096 or 64k (k is 1,024); may be left out where the mask knows its lengths.",
+        ),
+        click.option("--kv-len", callback=seq_length, metavar="N", help="Keys, where they are not as many."),
         count("--heads", "Query heads; as many as the mask has, or 1, by default."),
         count("--kv-heads", "Key and value heads; as many by default."),
         count("--head-dim", "Of q and k, up to 256; 64 by default.", 256),

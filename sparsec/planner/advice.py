@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from sparsec.errors import SparsecError
 from sparsec.planner.ceiling import matrix_rate, tile_fill
-from sparsec.planner.lengths import crossover_words, dense_crossover, dense_us
+from sparsec.planner.lengths import SHORTEST, dense_crossover, dense_us, rounded_tokens
 from sparsec.planner.plans import COST_MODEL, Plan
 from sparsec.planner.search import again
 from sparsec.planner.words import duration
@@ -51,7 +51,7 @@ def _sentences(made: Plan) -> Iterator[str]:
     yield from _on_idling(made)
     # From here on, what is good to know.
     if made.estimate.us < dense and max(group.profile.density for group in made.groups) < _SPARSE:
-        yield crossover_words(made, dense_crossover(made))
+        yield from _on_length(made)
     yield from _on_dtype(made)
     yield from _on_scatter(made)
     yield from _on_tuning(made)
@@ -73,6 +73,12 @@ def _on_reordering(made: Plan) -> Iterator[str]:
         f"Reordering tokens ({name}){raised} bring {duration(made.estimate.us)} down to "
         f"{duration(other.estimate.us)}: pass reorder='auto'."
     )
+
+
+def _on_length(made: Plan) -> Iterator[str]:
+    crossover = dense_crossover(made)
+    if crossover is not None and crossover > SHORTEST:
+        yield f"Dense attention is the faster one below about {rounded_tokens(crossover)} tokens."
 
 
 def _on_starting(made: Plan) -> Iterator[str]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsec.backends.base import Problem
-from sparsec.cost import cost_model
 from sparsec.device import Device
 from sparsec.planner.plans import Group, Plan, Step
+from sparsec.planner.words import duration, rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +75,16 @@ def tile_fill(steps: Sequence[Step]) -> float | None:
     return edges / pairs if pairs else None
 
 
-def tile_rate_share(plan: Plan) -> float | None:
-    """The share of the matrix rate at which the cost model takes a GPU's tiles to run; None without such a launch."""
-    if plan.device.kind == "cpu" or not any(step.launch.work.tiles is not None for step in plan.steps):
-        return None
-    group = next(each for each in plan.groups if any(step.launch.work.tiles is not None for step in each.steps))
-    pairs = group.profile.fill(64).n_tiles * 64 * 64
-    worker_flops = 2.0 * pairs * (plan.problem.head_dim + plan.problem.v_dim)
-    worker_ns = cost_model(plan.problem, plan.device).rough_tiles(group.profile)
-    return worker_flops / worker_ns * 1e9 * plan.device.units / matrix_rate(plan.problem, plan.device)
-
-
-def fetched_bytes(plan: Plan) -> int | None:
-    """Bytes of k and v that a GPU's row kernels fetch, edge by edge; None where not all launches are such."""
-    if plan.device.kind == "cpu" or any(step.launch.template.layout != "rows" for step in plan.steps):
-        return None
-    problem = plan.problem
-    edges = sum(step.launch.work.bound.nnz * len(step.launch.heads) * len(step.launch.batch) for step in plan.steps)
-    return edges * (problem.head_dim + problem.v_dim) * problem.itemsize
-
-
 def _copies_share(group: Group, problem: Problem) -> float:
     return len(group.heads) * len(group.batch) / (problem.q_heads * problem.batch)
+
+
+def ceiling_words(plan: Plan) -> str:
+    """The least time that the device allows, and how near the plan comes."""
+    roof = ceiling(plan)
+    what = (
+        f"all useful arithmetic at {rate(roof.flops_per_s * 1e-9)}"
+        if roof.bound == "arithmetic"
+        else f"q, k, v and out moved once at {roof.bytes_per_s / 1e9:,.0f} GB/s"
+    )
+    return f"{duration(roof.us)}, {what}; the plan reaches {roof.share:.0%} of that"

@@ -93,9 +93,13 @@ def crossover_words(made: Plan, crossover: float | None) -> str:
         return f"{text}."
     if crossover <= SHORTEST:
         return f"{text}, and is slower from {SHORTEST} tokens on."
-    digits = max(len(str(int(crossover))) - 2, 0)
-    rounded = round(crossover / 10**digits) * 10**digits
-    return f"{text}; it is the faster one below about {rounded:,} tokens."
+    return f"{text}; it is the faster one below about {rounded_tokens(crossover)} tokens."
+
+
+def rounded_tokens(length: float) -> str:
+    """A length to two digits: a crossover is no more exact than the two estimates it comes from."""
+    digits = max(len(str(int(length))) - 2, 0)
+    return f"{round(length / 10**digits) * 10**digits:,}"
 
 
 def _is_open(made: Plan) -> bool:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from html import escape
 
-from sparsec.planner.ceiling import ceiling
+from sparsec.planner.ceiling import ceiling_words
 from sparsec.planner.plans import Plan
-from sparsec.planner.text import plan_text
-from sparsec.planner.words import duration, rate, size
+from sparsec.planner.spending import spending
+from sparsec.planner.text import plan_text, verdict
+from sparsec.planner.words import percent, size
+
+# Of the time, at a glance.
+_PARTS = 3
 
 
 def plan_html(plan: Plan) -> str:
@@ -27,8 +31,9 @@ def plan_html(plan: Plan) -> str:
         )
     facts = {
         "runs": "; ".join(runs),
-        "takes": f"{duration(plan.us)} ({plan.config_source})",
-        "useful work": f"{rate(plan.estimate.flops / plan.us * 1e-3)}, {ceiling(plan).share:.0%} of the ceiling",
+        "takes": verdict(plan),
+        "at best": ceiling_words(plan),
+        "time goes to": "; ".join(f"{percent(part.share)} {part.words}" for part in spending(plan)[:_PARTS]),
         "edges": f"{plan.groups[0].profile.nnz:,}, density {plan.groups[0].profile.density:.3%}",
         "index arrays": size(plan.layout_bytes),
     }

@@ -229,6 +229,8 @@ class Plan:
         """What `str()` says, for programs; `sparsec/report/SCHEMA.md` says what each key means."""
         from sparsec.planner.advice import advice
         from sparsec.planner.ceiling import ceiling
+        from sparsec.planner.lengths import dense_us
+        from sparsec.planner.spending import spending
 
         return {
             "schema": PLAN_SCHEMA,
@@ -240,6 +242,8 @@ class Plan:
             "layout_bytes": self.layout_bytes,
             "estimate": _estimate_dict(self.estimate),
             "ceiling": asdict(ceiling(self)),
+            "spending": [{"name": part.name, "words": part.words, "us": round(part.us, 3)} for part in spending(self)],
+            "dense_us": round(dense_us(self), 3),
             "advice": list(advice(self)),
             "groups": [_group_dict(group) for group in self.groups],
         }

@@ -5,22 +5,29 @@ This file decides the words and the order of what is told. It must not decide an
 
 from __future__ import annotations
 
+import re
 import textwrap
 
 from sparsec.analysis import MaskProfile
 from sparsec.backends.base import Launch, Problem
 from sparsec.planner.advice import advice
-from sparsec.planner.ceiling import ceiling, fetched_bytes, tile_fill, tile_rate_share
+from sparsec.planner.ceiling import ceiling_words, tile_fill
 from sparsec.planner.graphs import graph_of
+from sparsec.planner.lengths import dense_us
 from sparsec.planner.plans import Candidate, Group, Plan, Step
-from sparsec.planner.words import duration, rate, size
+from sparsec.planner.spending import spending
+from sparsec.planner.words import duration, percent, rate, size
 
 WIDTH = 80
 _SHOWN_ALTERNATIVES = 6
 # Fewer keys in a run than this are no run.
 _FEW_KEYS = 4.0
-# A loss below a twentieth is not told.
-_NEARLY_FULL = 0.95
+# Parts of the time below this are told together.
+_LEAST_SHARE = 0.02
+# What attends more of the pairs is not set beside attention over all of them.
+_NEARLY_DENSE = 0.45
+_MANY_TIMES = 100.0
+_UNITS = "(?:µs|ms|s|bytes|[KMG]iB|[GT]B/s|[GT]FLOP/s)"
 
 
 def plan_text(plan: Plan) -> str:
@@ -38,9 +45,11 @@ def plan_text(plan: Plan) -> str:
         ),
         *_wrapped("device   ", f"{plan.device.name}: {plan.device.label} ({plan.device.key})"),
     ]
+    lines += ["", *_wrapped("takes    ", verdict(plan)), *_wrapped("at best  ", ceiling_words(plan))]
+    estimated = "" if plan.us == plan.estimate.us else f", of the estimated {duration(plan.estimate.us)}"
+    lines += ["", f"where the time goes{estimated}", *spending_lines(plan)]
     for group in plan.groups:
         lines += ["", *_group_lines(plan, group)]
-    lines += ["", *_wrapped("ceiling  ", ceiling_words(plan))]
     sentences = advice(plan)
     if sentences:
         lines += ["", "advice"]
@@ -66,7 +75,7 @@ def _group_lines(plan: Plan, group: Group) -> list[str]:
     lines += _wrapped(
         "  total  ",
         f"{by_records}estimated {duration(estimate.us)}, {useful} of useful work; "
-        f"most of it goes to {estimate.limiter} (configuration from the {group.config_source})",
+        f"configuration from the {group.config_source}",
     )
     if group.backward is not None:
         lines += _wrapped("  backward  ", "; ".join(map(_launch_words, group.backward)))
@@ -93,24 +102,32 @@ def _launch_words(launch: Launch) -> str:
 
 def _profile_lines(group: Group) -> list[str]:
     profile = group.profile
-    fills = ", ".join(f"{_percent(tile.fill)} at {tile.block}" for tile in profile.tiles)
-    heavy = f"; {profile.q.n_heavy:,} heavy" if profile.q.n_heavy else ""
-    empty = f"; {profile.q.n_empty:,} empty" if profile.q.n_empty else ""
+    first, *others = profile.tiles
+    fills = f"of {first.block}×{first.block} are {percent(first.fill)} full"
+    fills += "".join(f", {tile.block}×{tile.block} {percent(tile.fill)}" for tile in others)
+    heavy = f"; {_rows(profile.q.n_heavy)} heavy" if profile.q.n_heavy else ""
+    empty = f"; {_rows(profile.q.n_empty)} empty" if profile.q.n_empty else ""
     sampled = f" (from {profile.sampled:.0%} of the rows)" if profile.sampled is not None else ""
     rows = (
         ("edges    ", f"{profile.nnz:,}, density {profile.density:.3%}; {_form(profile)}"),
         ("degrees  ", f"{profile.q.mean:,.1f} keys a query, at most {profile.q.max:,}{heavy}{empty}"),
         ("         ", f"{profile.kv.mean:,.1f} queries a key, at most {profile.kv.max:,}"),
-        ("tiles    ", f"filled {fills}{sampled}"),
-        ("reach    ", f"{profile.bandwidth_mean:,.0f} tokens from the diagonal, at most {profile.bandwidth_max:,.0f}"),
+        ("tiles    ", f"{fills}{sampled}"),
+        (
+            "reach    ",
+            f"{_tokens(profile.bandwidth_mean)} from the diagonal on average, at most {profile.bandwidth_max:,.0f}",
+        ),
         ("graph    ", _graph_words(group)),
     )
     return [line for label, text in rows for line in _wrapped(label, text)]
 
 
-def _percent(share: float) -> str:
-    """In whole percents; what is there is not told as nothing."""
-    return "<1%" if 0.0 < share < 0.005 else f"{share:.0%}"
+def _rows(count: int) -> str:
+    return "1 row is" if count == 1 else f"{count:,} rows are"
+
+
+def _tokens(mean: float) -> str:
+    return "1 token" if round(mean) == 1 else f"{mean:,.0f} tokens"
 
 
 def _form(profile: MaskProfile) -> str:
@@ -130,36 +147,36 @@ def _graph_words(group: Group) -> str:
     parts = "1 component" if graph.n_components == 1 else f"{graph.n_components:,} components"
     if graph.n_components > 1:
         parts += f", the largest {graph.largest_component:.0%} of it"
+    blocks = "1 block" if graph.n_nodes == 1 else f"{graph.n_nodes:,} blocks"
     return (
-        f"of {graph.n_nodes:,} blocks of {graph.block:,} tokens: {graph.degree_mean:,.1f} neighbours a block, at most "
+        f"of {blocks} of {graph.block:,} tokens: {graph.degree_mean:,.1f} neighbours a block, at most "
         f"{graph.degree_max:,}; {graph.near_share:.0%} near the diagonal; {parts}"
     )
 
 
-def ceiling_words(plan: Plan) -> str:
-    """The least time that the device allows, how near the plan comes, and what lies between."""
-    roof = ceiling(plan)
-    what = (
-        f"all useful arithmetic at {rate(roof.flops_per_s * 1e-9)}"
-        if roof.bound == "arithmetic"
-        else f"q, k, v and out moved once at {roof.bytes_per_s / 1e9:,.0f} GB/s"
-    )
-    lost = []
-    fill = tile_fill(plan.steps)
-    if fill is not None and fill < _NEARLY_FULL:
-        lost.append(f"{1 - fill:.0%} of the pairs in its tiles do not attend")
-    rate_share = tile_rate_share(plan)
-    if rate_share is not None:
-        lost.append(f"kernels of tiles are taken to reach {rate_share:.0%} of the matrix units' rate")
-    fetched = fetched_bytes(plan)
-    if fetched is not None and fetched > plan.problem.tensor_bytes:
-        lost.append(f"a row of k and of v is fetched for every edge, {size(fetched)} in all")
-    estimate = plan.estimate
-    for name, us in (("uneven work", estimate.idle_us), ("starting", estimate.launch_us)):
-        if us > (1.0 - _NEARLY_FULL) * estimate.us:
-            lost.append(f"{name} takes {us / estimate.us:.0%}")
-    because = f"; {', '.join(lost)}" if lost else ""
-    return f"{duration(roof.us)}, {what}: the estimate reaches {roof.share:.0%} of it{because}"
+def verdict(plan: Plan) -> str:
+    """What a call takes, beside dense attention."""
+    by_records = plan.us != plan.estimate.us
+    text = f"{duration(plan.us)} a call, {'by records' if by_records else 'estimated by the cost model'}"
+    dense, density = dense_us(plan), max(group.profile.density for group in plan.groups)
+    if any(step.launch.template.layout == "none" for step in plan.steps) or density > _NEARLY_DENSE:
+        return text
+    times = dense / plan.us
+    beside = f"{times:,.0f}×" if times >= _MANY_TIMES else f"{times:.2g}×"
+    return f"{text}; dense attention over all pairs takes {duration(dense)}, {beside} as long"
+
+
+def spending_lines(plan: Plan) -> list[str]:
+    """The parts of the estimate, the largest first, small ones together."""
+    parts = spending(plan)
+    shown = [part for part in parts if part.share >= _LEAST_SHARE]
+    rest = sum(part.us for part in parts) - sum(part.us for part in shown)
+    rows = [(part.share, part.us, part.words) for part in shown]
+    if len(shown) < len(parts):
+        rows.append((rest / sum(part.us for part in parts), rest, "all else"))
+    return [
+        line for share, us, words in rows for line in _wrapped(f"  {percent(share):>4}  {duration(us):>8}  ", words)
+    ]
 
 
 def _step_lines(number: int, step: Step) -> list[str]:
@@ -177,7 +194,8 @@ def _step_lines(number: int, step: Step) -> list[str]:
         return [*lines, f"     estimate {duration(step.estimate.us)}"]
     lines += _wrapped("     walks    ", "; ".join(_work_parts(step)))
     balance = work.schedule.balance(launch.device.units)
-    split = f", {len(work.schedule.merge_unit)} blocks split" if work.schedule.n_slots else ""
+    n_split = len(work.schedule.merge_unit)
+    split = f", {n_split:,} block{'s' * (n_split > 1)} of queries split" if n_split else ""
     lines += _wrapped(
         "     work     ",
         f"{work.schedule.n_items:,} items a head{split}; {balance - 1:.1%} idle on {launch.device.units} workers",
@@ -191,10 +209,9 @@ def _work_parts(step: Step) -> list[str]:
     if work.tiles is not None:
         tiles = work.tiles.tile_map
         n_full = int(tiles.is_full.sum())
-        parts.append(
-            f"{tiles.n_tiles:,} tiles of {tiles.block_q}×{tiles.block_kv} ({n_full:,} full, "
-            f"{work.tiles.n_patterns:,} patterns)"
-        )
+        n_patterns = work.tiles.n_patterns
+        partial = f", {n_patterns:,} pattern{'s' * (n_patterns > 1)} of partial ones" if n_patterns else ""
+        parts.append(f"{tiles.n_tiles:,} tiles of {tiles.block_q}×{tiles.block_kv} ({n_full:,} full{partial})")
     if work.gathered is not None:
         parts.append(f"{len(work.gathered.columns):,} gathered columns ({work.gathered.nnz:,} edges)")
     if work.rows is not None:
@@ -214,9 +231,10 @@ def _candidate_lines(candidate: Candidate, best_us: float) -> list[str]:
 
 
 def _wrapped(label: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
-    ) or [label.rstrip()]
+    """Lines of `WIDTH`, none of which ends between a figure and its unit."""
+    kept = re.sub(rf"(?<=\d) (?={_UNITS}\b)", "\N{NO-BREAK SPACE}", text)
+    lines = textwrap.wrap(kept, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines] or [label.rstrip()]
 
 
 def _heads(problem: Problem) -> str:

@@ -29,3 +29,8 @@ def size(n_bytes: int) -> str:
 def rate(gflops: float) -> str:
     """GFLOP/s as a person reads them."""
     return f"{gflops / 1e3:,.0f} TFLOP/s" if gflops >= 1e4 else f"{gflops:,.0f} GFLOP/s"
+
+
+def percent(share: float) -> str:
+    """A share in whole percents; what is there is not told as nothing."""
+    return "<1%" if 0.0 < share < 0.005 else f"{share:.0%}"

@@ -3,6 +3,7 @@
 from sparsec.report.document import json_text
 from sparsec.report.picture import Picture, picture
 from sparsec.report.side_by_side import (
+    devices_reasons,
     devices_table,
     launches,
     lengths_table,
@@ -17,6 +18,7 @@ from sparsec.report.tables import Column, table
 __all__ = [
     "Column",
     "Picture",
+    "devices_reasons",
     "devices_table",
     "json_text",
     "launches",

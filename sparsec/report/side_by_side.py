@@ -12,13 +12,17 @@ from rich.console import Console, RenderableType
 
 from sparsec.errors import UnsupportedError
 from sparsec.planner import Plan
-from sparsec.planner.ceiling import ceiling, tile_fill
+from sparsec.planner.ceiling import ceiling, ceiling_words, tile_fill
 from sparsec.planner.lengths import dense_us
-from sparsec.planner.words import duration, rate, size
+from sparsec.planner.spending import USEFUL, spending
+from sparsec.planner.words import duration, percent, rate, size
 from sparsec.report.tables import Column, table
 
 # Times nearer to each other than this are the same.
 _SAME = 1.02
+
+# Parts of the time that are named for a device.
+_REASONS = 3
 
 # A figure of a comparison, and how it reads.
 Facts = dict[str, str]
@@ -40,6 +44,15 @@ def devices_table(plans: Sequence[tuple[str, Plan | UnsupportedError]], console:
     ]
     rows += [[name, "–", "–", "–", "nothing can run it"] for name, each in plans if isinstance(each, UnsupportedError)]
     return table(columns, rows, console)
+
+
+def devices_reasons(plans: Sequence[tuple[str, Plan | UnsupportedError]]) -> Iterator[str]:
+    """For each device, the quickest first, what its ceiling is and what most of the time goes to beyond it."""
+    made = [(name, each) for name, each in plans if isinstance(each, Plan)]
+    for name, each in sorted(made, key=lambda pair: pair[1].us):
+        lost = [part for part in spending(each) if part.name != USEFUL][:_REASONS]
+        parts = ", ".join(f"{percent(part.share)} {part.name}" for part in lost)
+        yield f"{name}: at best {ceiling_words(each)}. Of its time are {parts}."
 
 
 def lengths_table(plans: Sequence[Plan], console: Console) -> RenderableType:
@@ -126,13 +139,14 @@ def _facts(made: Plan) -> Facts:
         "at most": f"{profile.q.max:,}",
         "heavy rows": f"{profile.q.n_heavy:,}",
         "from the diagonal": f"{profile.bandwidth_mean:,.0f}",
-        "tiles of 64 filled": f"{profile.fill(64).fill:.0%}",
+        "tiles of 64 filled": percent(profile.fill(64).fill),
         "tiles run filled": "–" if runs is None else f"{runs:.0%}",
         "runs": launches(made),
         "index arrays": size(made.layout_bytes),
         "estimate": duration(made.us),
         "useful": _useful(made),
         "of ceiling": f"{ceiling(made).share:.0%}",
+        "most time goes to": spending(made)[0].name,
     }
 
 

@@ -19,9 +19,10 @@ from sparsec import __version__
 from sparsec.errors import BackendMissingError
 from sparsec.planner import Plan, Step
 from sparsec.planner.advice import advice
-from sparsec.planner.ceiling import ceiling
-from sparsec.planner.text import ceiling_words
-from sparsec.planner.words import duration, rate, size
+from sparsec.planner.ceiling import ceiling, ceiling_words
+from sparsec.planner.spending import spending
+from sparsec.planner.text import verdict
+from sparsec.planner.words import duration, percent, rate, size
 from sparsec.planner.works import IDENTITY
 from sparsec.report.charts import degrees, locality, roofline
 from sparsec.report.history import history
@@ -57,9 +58,9 @@ def page_text(made: Plan, sources: dict[str, dict[str, str]]) -> str:
         "style": (_HERE / "page.css").read_text(encoding="utf-8"),
         "head": _head(made),
         "facts": _facts(made),
-        "advice": "".join(
-            f"<p>{_prose(sentence)}</p>" for sentence in (f"Ceiling: {ceiling_words(made)}.", *advice(made))
-        ),
+        "verdict": f"<p>Takes {escape(verdict(made))}.</p><p>At best {escape(ceiling_words(made))}.</p>",
+        "spending": _spending(made),
+        "advice": "".join(f"<p>{_prose(sentence)}</p>" for sentence in advice(made)),
         "groups": _group_choice(made),
         "steps": "".join(_step(number, step) for number, step in enumerate(made.steps, 1)),
         "candidates": _candidates(made),
@@ -161,17 +162,25 @@ def _facts(made: Plan) -> str:
         (
             "estimate" if made.us == made.estimate.us else "by records",
             duration(made.us),
-            f"mostly {made.estimate.limiter}",
+            f"largest part: {spending(made)[0].name}",
         ),
         ("useful work", useful, f"{roof.share:.0%} of what its {limit} allows"),
         ("edges", f"{profile.nnz:,}", f"{profile.density:.3%} of all pairs"),
         ("keys a query", f"{profile.q.mean:,.1f}", f"at most {profile.q.max:,}"),
-        ("tiles of 64", f"{profile.fill(64).fill:.0%} full", f"{profile.fill(64).n_tiles:,} of them"),
+        ("tiles of 64×64", f"{percent(profile.fill(64).fill)} full", f"{profile.fill(64).n_tiles:,} of them"),
         ("index arrays", size(made.layout_bytes), f"beside {size(made.problem.tensor_bytes)} of tensors"),
     ]
     return "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>"
         for name, value, more in facts
+    )
+
+
+def _spending(made: Plan) -> str:
+    return "".join(
+        f"<li><span>{percent(part.share)}</span><span>{escape(duration(part.us))}</span>"
+        f'<i style="width:{part.share:.1%}"></i><span>{escape(part.words)}</span></li>'
+        for part in spending(made)
     )
 
 
@@ -246,9 +255,11 @@ def _row(
 ) -> str:
     marked = ' class="chosen"' if is_chosen else ""
     bar = f'<i style="width:{min(100.0, 100.0 / ratio):.1f}%"></i>'
-    cells = [escape(each) for each in (template, backend, order, config, held, time)]
-    inner = "".join(f"<td>{each}</td>" for each in cells)
-    return f'<tr{marked}>{inner}<td class="ratio">{bar}{ratio:.2f}×</td></tr>'
+    before, after = (
+        "".join(f"<td>{escape(each)}</td>" for each in cells)
+        for cells in ((template, backend, order, time), (held, config))
+    )
+    return f'<tr{marked}>{before}<td class="ratio">{bar}{ratio:.2f}×</td>{after}</tr>'
 
 
 def _refusals(made: Plan) -> str:
