@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -38,7 +38,6 @@ Direction = Literal["forward", "backward"]
 
 # Lengths that divide nothing, grouped heads, a head_dim that fills no vector, and v of another dimension.
 _CASE: Final = Problem(q_len=83, kv_len=151, q_heads=4, kv_heads=2, head_dim=40, v_dim=24, batch=2)
-_GROUP: Final = _CASE.q_heads // _CASE.kv_heads
 _passed: set[str] = set()
 
 
@@ -106,80 +105,93 @@ def check(
     tables = [tensor.to(where) for tensor in _tables(score)]
     out = q.new_full((problem.batch, problem.q_heads, problem.q_len, problem.v_dim), float("nan"))
     lse = torch.full(out.shape[:3], float("nan"), device=where)
+    given = Given(q, k, v, tables)
+    also = [tables] if tables else []
     if direction == "forward":
-        backend(backend_name).lower(launch)(q, k, v, out, lse, *([tables] if tables else []))
-        return _forward_error(launch, q, k, v, out, lse, tables)
+        backend(backend_name).lower(launch)(q, k, v, out, lse, *also)
+        return forward_error(launch, given, out, lse)
     # The backward pass is given exact results of the forward pass, so that its own errors are seen.
     ReferenceKernel(launch)(q, k, v, out, lse, tables)
-    return _backward_error(launch, q, k, v, out, lse, tables)
+    generator = torch.Generator().manual_seed(13)
+    above = (torch.randn(out.shape, generator=generator).to(out), torch.randn(lse.shape, generator=generator).to(lse))
+    dk, dv = (torch.zeros_like(like, dtype=torch.float32) for like in (k, v))
+    sums = Sums(torch.full_like(q, float("nan")), dk, dv, [torch.zeros_like(table) for table in tables])
+    kernel = backend(backend_name).lower_backward(launch)
+    kernel(q, k, v, out, lse, *above, sums.dq, dk, dv, *also, *([sums.d_tables] if tables else []))
+    return gradient_error(launch, given, above, sums)
 
 
-def _forward_error(
-    launch: Launch,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    tables: Sequence[torch.Tensor],
-) -> str | None:
+@dataclass(frozen=True)
+class Given:
+    """What a launch computes from: as a kernel takes them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    tables: Sequence[torch.Tensor] = ()
+
+    def heads(self, b: int, h: int) -> tuple[reference.FloatArray, reference.FloatArray, reference.FloatArray]:
+        """Of one query head, in fp64."""
+        kv_head = h // (self.q.shape[1] // self.k.shape[1])
+        return _array(self.q[b, h]), _array(self.k[b, kv_head]), _array(self.v[b, kv_head])
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a backward pass has written, or added to zeros."""
+
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    d_tables: Sequence[torch.Tensor] = ()
+
+
+def forward_error(launch: Launch, given: Given, out: torch.Tensor, lse: torch.Tensor) -> str | None:
+    """What is wrong with the results of a launch over all heads, in one sentence, or None."""
     bound, scale, dtype = launch.work.bound, launch.scale, launch.problem.dtype
-    for b in launch.batch:
-        for h in launch.heads:
-            heads = (_array(q[b, h]), _array(k[b, h // _GROUP]), _array(v[b, h // _GROUP]))
-            modifier = reference.modifier_of(launch, b, h, tables)
-            expected = reference.attention(*heads, bound, scale, modifier=modifier)
-            allowed = reference.tolerances(*heads, bound, scale, dtype, modifier)
-            found = (_array(out[b, h]), _array(lse[b, h]))
-            error = _worst(("the output", "the log-sum-exp"), found, expected, allowed)
-            if error is not None:
-                return f"head {h} of batch element {b}: {error}"
+    for b, h in np.ndindex(out.shape[:2]):
+        heads, modifier = given.heads(b, h), reference.modifier_of(launch, b, h, given.tables)
+        expected = reference.attention(*heads, bound, scale, modifier=modifier)
+        allowed = reference.tolerances(*heads, bound, scale, dtype, modifier)
+        error = _worst(("the output", "the log-sum-exp"), (_array(out[b, h]), _array(lse[b, h])), expected, allowed)
+        if error is not None:
+            return f"head {h} of batch element {b}: {error}"
     return None
 
 
-def _backward_error(
-    launch: Launch,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    tables: Sequence[torch.Tensor],
-) -> str | None:
-    import torch
+def gradient_error(launch: Launch, given: Given, above: tuple[torch.Tensor, torch.Tensor], sums: Sums) -> str | None:
+    """What is wrong with the gradients of a launch over all heads, in one sentence, or None.
 
+    Args:
+        launch: Which launch.
+        given: The inputs.
+        above: The gradients of the output and of the log-sum-exp.
+        sums: What was written.
+    """
     bound, scale, dtype = launch.work.bound, launch.scale, launch.problem.dtype
-    generator = torch.Generator().manual_seed(13)
-    d_out = torch.randn(out.shape, generator=generator).to(out)
-    d_lse = torch.randn(lse.shape, generator=generator).to(lse)
-    dq = torch.full_like(q, float("nan"))
-    dk, dv = (torch.zeros_like(like, dtype=torch.float32) for like in (k, v))
-    d_tables = [torch.zeros_like(table) for table in tables]
-    also = [tables, d_tables] if tables else []
-    backend(launch.backend).lower_backward(launch)(q, k, v, out, lse, d_out, d_lse, dq, dk, dv, *also)
-    expected_tables, allowed_tables = [np.zeros(tuple(table.shape)) for table in tables], [0.0] * len(tables)
-    for b in launch.batch:
-        for kv_head in range(launch.problem.kv_heads):
-            expected_k, expected_v = np.zeros(k.shape[2:]), np.zeros(v.shape[2:])
-            allowed_k = allowed_v = 0.0
-            for h in range(kv_head * _GROUP, (kv_head + 1) * _GROUP):
-                heads = (_array(q[b, h]), _array(k[b, kv_head]), _array(v[b, kv_head]))
-                above = (_array(d_out[b, h]), _array(d_lse[b, h]))
-                modifier = reference.modifier_of(launch, b, h, tables)
-                expected = reference.gradients(*heads, bound, scale, *above, modifier, expected_tables)
-                allowed = reference.gradient_tolerances(*heads, bound, scale, *above, dtype, modifier)
-                error = _worst(("dq",), (_array(dq[b, h]),), expected[:1], allowed[:1])
-                if error is not None:
-                    return f"head {h} of batch element {b}: {error}"
-                expected_k, expected_v = expected_k + expected[1], expected_v + expected[2]
-                allowed_k, allowed_v = allowed_k + allowed[1], allowed_v + allowed[2]
-                allowed_tables = [total + own for total, own in zip(allowed_tables, allowed[3:], strict=True)]
-            found = (_array(dk[b, kv_head]), _array(dv[b, kv_head]))
-            error = _worst(("dk", "dv"), found, (expected_k, expected_v), (allowed_k, allowed_v))
+    group = launch.problem.group
+    expected_tables = [np.zeros(tuple(table.shape)) for table in given.tables]
+    allowed_tables = [0.0] * len(expected_tables)
+    for b, kv_head in np.ndindex(given.k.shape[:2]):
+        expected_k, expected_v = (np.zeros(tuple(each.shape[2:])) for each in (given.k, given.v))
+        allowed_k = allowed_v = 0.0
+        for h in range(kv_head * group, (kv_head + 1) * group):
+            heads, modifier = given.heads(b, h), reference.modifier_of(launch, b, h, given.tables)
+            own = (_array(above[0][b, h]), _array(above[1][b, h]))
+            expected = reference.gradients(*heads, bound, scale, *own, modifier, expected_tables)
+            allowed = reference.gradient_tolerances(*heads, bound, scale, *own, dtype, modifier)
+            error = _worst(("dq",), (_array(sums.dq[b, h]),), expected[:1], allowed[:1])
             if error is not None:
-                return f"key head {kv_head} of batch element {b}: {error}"
+                return f"head {h} of batch element {b}: {error}"
+            expected_k, expected_v = expected_k + expected[1], expected_v + expected[2]
+            allowed_k, allowed_v = allowed_k + allowed[1], allowed_v + allowed[2]
+            allowed_tables = [total + more for total, more in zip(allowed_tables, allowed[3:], strict=True)]
+        found = (_array(sums.dk[b, kv_head]), _array(sums.dv[b, kv_head]))
+        error = _worst(("dk", "dv"), found, (expected_k, expected_v), (allowed_k, allowed_v))
+        if error is not None:
+            return f"key head {kv_head} of batch element {b}: {error}"
     names = () if launch.score is None else tuple(f"the gradient of {t.name!r}" for t in launch.score.live_tables)
-    return _worst(names, tuple(map(_array, d_tables)), tuple(expected_tables), tuple(allowed_tables))
+    return _worst(names, tuple(map(_array, sums.d_tables)), tuple(expected_tables), tuple(allowed_tables))
 
 
 def hard_mask() -> Mask:
@@ -233,7 +245,7 @@ def _worst(
     """The first result that is further off than allowed, in one sentence; infinities must be equal."""
     for name, got, wanted, limit in zip(names, found, expected, allowed, strict=True):
         same = got == wanted
-        error = float(np.where(same, 0.0, np.abs(got - np.where(same, 0.0, wanted))).max())
+        error = float(np.where(same, 0.0, np.abs(got - np.where(same, 0.0, wanted))).max(initial=0.0))
         if not error <= limit:
             return f"{name} is off by {error:.3g} where {limit:.3g} is allowed"
     return None

@@ -17,11 +17,11 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import bench_suite  # noqa: E402
-from bench import measure, names, protocol, results, shapes, tables  # noqa: E402
-from bench.grid import Case, Effort, MaskSource  # noqa: E402
+from bench import measure, names, peers, protocol, results, shapes, tables  # noqa: E402
+from bench.grid import Case, Effort, MaskSource, find_grid, load_grid  # noqa: E402
 from bench.peers import Prepared, RefusedError, peer  # noqa: E402
 from bench.protocol import WARM, DeviceClock, interleaved, timed_ns  # noqa: E402
-from bench.workload import bound_mask, make_workload  # noqa: E402
+from bench.workload import make_workload  # noqa: E402
 from gate import timing  # noqa: E402
 
 from sparsec.device import devices  # noqa: E402
@@ -377,6 +377,7 @@ def pretended_gpu(monkeypatch, installed):
     monkeypatch.setattr(measure, "detect_gpu", lambda: None)
     monkeypatch.setattr(measure, "DeviceClock", lambda device: clocks)
     monkeypatch.setattr(measure, "device_peak_call", no_peak)
+    monkeypatch.setattr(measure, "gather_call", lambda work: lambda: None)
     monkeypatch.setattr(measure, "device_answers", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
@@ -391,6 +392,7 @@ def test_on_a_gpu_each_peer_has_times_with_a_cold_and_a_warm_cache(pretended_gpu
     status = dict.fromkeys(("ours", "flash_attn", "magi", "sdpa_masked"), "ok") | {"natten": "skipped"}
     assert {each.peer: each.status for each in row.peers} == status
     assert all(each.warm.repeats == 2 for each in row.peers if each.status == "ok")
+    assert row.gather_bytes_per_s > 0
     assert results.decode(results.CaseRow, row.to_dict(), "") == row
     assert "warm L2" in tables.attention_table([row])
     on_cpu = replace(row, peers=tuple(replace(each, warm=None) for each in row.peers))
@@ -460,6 +462,7 @@ class _Events:
             return SimpleNamespace(zero_=lambda: log.append("flush"))
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
         monkeypatch.setattr(torch, "empty", empty)
 
 
@@ -469,7 +472,7 @@ def test_a_cold_call_follows_a_flush_and_a_warm_one_the_same_call(monkeypatch):
     for ending, before in (("", "flush"), (WARM, "call")):
         events.log.clear()
         assert clocks[ending](lambda: events.log.append("call")) == 2_500_000
-        assert events.log == [before, "record", "call", "record", "wait"]
+        assert events.log == [before, "sleep", "record", "call", "record", "wait"]
 
 
 def test_the_flush_is_larger_than_the_last_cache_of_any_device(monkeypatch):
@@ -490,34 +493,34 @@ def test_both_clocks_time_every_call_in_turn():
     assert {name: each.median_us for name, each in times.items()} == {"a": 1.0, "a warm": 0.5, "b": 1.0, "b warm": 0.5}
 
 
-def test_the_gate_times_by_the_same_clocks(monkeypatch):
-    clocks = SimpleNamespace(clocks={"": lambda call: call() or 3000, WARM: lambda call: call() or 2000})
-    monkeypatch.setattr(timing, "DeviceClock", lambda device: clocks)
-    found = timing.median_us(lambda: None, True, devices()[1])
-    assert found == {"us": 3.0, "spread_us": 0.0, "warm_us": 2.0, "repeats": 50, "is_graph": True}
+def _gate_case(*peers):
+    grid = load_grid(find_grid("gpu_figures"))
+    case = Case("tiny", "attention", MaskSource("text", "causal()"), 64, 2, head_dim=16, dtype="bf16", peers=peers)
+    return replace(grid, effort=QUICK), case
 
 
-def test_the_gates_peers_are_the_suites():
-    cases = [name for name, *_ in timing.bench_cases()]
-    assert set(timing.PEERS) <= set(cases)
-    assert all(names.is_peer(title) for titles in timing.PEERS.values() for title in titles)
-
-
-def test_the_gate_checks_and_times_a_peer_or_says_why_not(monkeypatch, installed):
-    p = replace(next(iter(timing.bench_cases()))[2], q_len=64, kv_len=64, q_heads=2, kv_heads=1, head_dim=16, v_dim=16)
-
-    def inputs(problem):
-        torch.manual_seed(1)
-        return tuple(torch.randn(1, heads, 64, 16, dtype=torch.bfloat16) for heads in (2, 1, 1))
-
-    monkeypatch.setattr(timing, "bench_inputs", inputs)
-    monkeypatch.setattr(timing, "timed", lambda call, *_: {"us": float(call().shape[1])})
-    case = timing.Case("window", bound_mask(_work("window(7, 0)").case).mask, p)
-    assert timing.time_peer("flash_attn", case, devices()[1]) == {"us": 64.0}
-    assert timing.time_peer("natten", case, devices()[1])["status"] == "skipped"
+def test_the_gate_times_by_the_suite_and_fails_where_ours_does(pretended_gpu, monkeypatch):
+    found = timing.measured(*_gate_case("ours", "flash_attn", "natten"))
+    assert "status" not in found
+    row = results.decode(results.CaseRow, found["row"], "")
+    assert [each.status for each in row.peers] == ["ok", "ok", "skipped"]
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_func", lambda q, *_, **__: q)
-    with pytest.raises(AssertionError, match="a timed row is off"):
-        timing.time_peer("flash_attn", case, devices()[1])
+    found = timing.measured(*_gate_case("ours", "flash_attn"))
+    assert "status" not in found
+    assert found["row"]["peers"][1]["status"] == "wrong"
+    monkeypatch.setattr(peers.Ours, "prepare", lambda self, work: Prepared(lambda: work.q, work.bound))
+    found = timing.measured(*_gate_case("ours"))
+    assert found["status"] == "failed"
+    assert "ours wrong: off by" in found["error"]
+
+
+def test_the_gate_leaves_out_whom_it_has_lost_and_tells_whom_it_is_busy_with(pretended_gpu):
+    told = []
+    lost = {"flash_attn": "its process was lost"}
+    found = timing.measured(*_gate_case("ours", "flash_attn"), lambda who, stage: told.append((who, stage)), lost)
+    assert found["row"]["peers"][1]["reason"] == "its process was lost"
+    assert {who for who, _ in told} == {"", "ours", measure.GATHER}
+    assert ("ours", "call") in told
 
 
 def test_a_grid_for_a_gpu_says_that_there_is_none(monkeypatch, tmp_path):

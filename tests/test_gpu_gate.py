@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,22 +47,41 @@ def test_results_count_for_the_same_sources_only(gpu_gate, record, monkeypatch):
 
 
 def test_what_passed_or_was_tried_in_this_run_is_left_alone(gpu_gate):
+    assert not gpu_gate.is_settled({"status": "passed", "goes_on": True, "run": "earlier"}, "now")
+    assert gpu_gate.is_settled({"status": "passed", "goes_on": True, "run": "now"}, "now")
+    assert not gpu_gate.is_settled({"status": "lost", "run": "now"}, "now")
     assert gpu_gate.is_settled({"status": "passed"}, "now")
     assert gpu_gate.is_settled({"status": "failed", "run": "now"}, "now")
     assert not gpu_gate.is_settled({"status": "failed", "run": "earlier"}, "now")
-    assert not gpu_gate.is_settled({"status": "running", "started": 0.0}, "now")
     assert not gpu_gate.is_settled(None, "now")
 
 
-def test_a_worker_that_hangs_is_ended_and_its_task_has_failed(gpu_gate, record):
-    key = "verify/block_sparse/triton/bf16/forward/empty"
-    record.write(key, {"status": "running", "started": time.time() - 1e6})
+def _hang(gpu_gate, record, key, **at):
+    """A worker that hangs with a task, as its watcher finds it; returns what is written of that."""
+    record.begin(key, **at)
+    now = json.loads(record._now.read_text())
+    record._now.write_text(json.dumps({**now, "since": time.time() - 1e6}))
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     lost = gpu_gate.watched(worker, record, time.time() + 60)
     assert worker.returncode is not None
     gpu_gate.settle(record, lost, "now")
-    assert "longer than" in record.results[key]["error"]
-    assert gpu_gate.is_settled(record.results[key], "now")
+    assert record.running() is None
+    return record.results[key]
+
+
+def test_a_worker_that_hangs_is_ended_and_its_task_has_failed(gpu_gate, record):
+    found = _hang(gpu_gate, record, "verify/block_sparse/triton/bf16/forward/empty")
+    assert "longer than" in found["error"]
+    assert gpu_gate.is_settled(found, "now")
+
+
+def test_a_package_that_hangs_is_left_out_of_the_next_try(gpu_gate, record):
+    key = "bench/gpu_figures/window/n9"
+    for who in ("flex", "magi"):
+        assert not gpu_gate.is_settled(_hang(gpu_gate, record, key, who=who, stage="call"), "now")
+    assert [*gpu_gate.lost_peers(record.results[key])] == ["flex", "magi"]
+    # One that was left out cannot be at fault again: whatever it is, it is not tried for ever.
+    assert gpu_gate.is_settled(_hang(gpu_gate, record, key, who="flex", stage="call"), "now")
 
 
 @pytest.mark.parametrize("code", [1, 3])
@@ -85,37 +105,81 @@ def test_a_worker_is_started_again_only_where_it_lost_a_task_or_the_device(gpu_g
 
 
 def test_a_worker_out_of_time_leaves_its_task_for_later(gpu_gate, record):
-    record.write("tests/pytest-m-gpu", {"status": "running", "started": time.time()})
+    record.write("verify/a/triton/bf16/forward/empty", {"status": "passed"})
+    record.begin("tests/pytest-m-gpu")
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     assert gpu_gate.watched(worker, record, time.time() - 60) is None
-    assert not json.loads(record.path.read_text())["results"]
+    assert record.running() is None
+    assert [*json.loads(record.path.read_text())["results"]] == ["verify/a/triton/bf16/forward/empty"]
 
 
-def test_the_masks_that_are_timed_are_there(gpu_gate):
-    from gate.timing import bench_cases
+def test_the_summary_comes_where_the_gate_is_stopped(gpu_gate, record, monkeypatch):
+    """By Ctrl-C or a polite end: what was done is kept and told, what was begun is begun anew."""
 
-    from sparsec.template import templates
+    def stopped(*_):
+        record.write("verify/hybrid/triton/fp16/forward/empty", {"status": "passed"})
+        record.begin("verify/hybrid/triton/bf16/forward/empty")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 
-    lengths = {name: (mask.bind(p.q_len, p.kv_len).nnz, p.q_len) for name, mask, p, _ in bench_cases()}
-    assert all(templates().keys() >= {*chosen} for *_, chosen in bench_cases())
-    assert lengths["debian-graph"] == (340_845, 63_666)
-    assert lengths["causal"][0] == 32_768 * 32_769 // 2
+    monkeypatch.setattr(gpu_gate, "detect_gpu", lambda: None)
+    monkeypatch.setattr(gpu_gate, "Record", lambda device, results: record)
+    monkeypatch.setattr(gpu_gate, "work_until", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        done = CliRunner().invoke(gpu_gate.main, ["run", "--minutes", "1"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.exit_code == 0
+    assert "1 of" in done.output
+    assert record.running() is None
 
 
-def test_what_is_timed_is_checked(gpu_gate):
-    import torch
-    from gate.timing import check_rows
+_ORPHANED = """
+import os, subprocess, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+if len(sys.argv) > 2:
+    import gpu_gate
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    print(os.getpid(), child.pid, flush=True)
+    gpu_gate._LOOK_S = 0.05
+    gpu_gate.end_with(os.getppid())
+else:
+    subprocess.Popen([sys.executable, __file__, sys.argv[1], "worker"], start_new_session=True)
+    time.sleep(60)
+"""
 
-    from sparsec import masks as m
-    from sparsec.backends.base import Problem
 
-    torch.manual_seed(5)
-    q, k, v = torch.randn(1, 4, 50, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    p = Problem(50, 50, 4, 2, 16, 16)
-    check_rows(q, k, v, out, m.causal().bind(50), p)
-    with pytest.raises(AssertionError, match="a timed row is off"):
-        check_rows(q, k, v, out, m.window(9, 0).bind(50), p)
+def test_a_worker_whose_watcher_was_killed_ends_with_all_it_has_started(tmp_path):
+    path = tmp_path / "orphaned.py"
+    path.write_text(_ORPHANED)
+    with subprocess.Popen([sys.executable, str(path), str(TOOLS)], stdout=subprocess.PIPE, text=True) as watcher:
+        pids = [int(pid) for pid in watcher.stdout.readline().split()]
+        assert len(pids) == 2
+        watcher.kill()
+        # The pipe is at its end once none of them holds it.
+        assert watcher.stdout.read() == ""
+    assert not any(_is_alive(pid) for pid in pids)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_every_case_of_a_grid_for_gpus_is_a_task(gpu_gate):
+    from bench.grid import ON_GPU, find_grid, load_grid
+    from gate.timing import GRIDS, benchmarks, compilations
+
+    keys = [key for key, _ in benchmarks(None)]
+    cases = [(name, case) for name in GRIDS for case in load_grid(find_grid(name)).cases]
+    assert keys == [f"bench/{name}/{case.id}" for name, case in cases]
+    assert {case.measure for _, case in cases} <= {*ON_GPU}
+    assert {key for key, _ in compilations(None)} == {
+        key for key, (_, case) in zip(keys, cases, strict=True) if case.measure == "attention"
+    }
 
 
 def _compiled(key: str) -> None:
@@ -142,27 +206,98 @@ def test_kernels_are_compiled_ahead_and_what_fails_there_is_left_to_the_task(gpu
         ahead.wait(keys[0])
 
 
-def test_what_is_compiled_ahead_are_tasks_of_ours_in_triton(gpu_gate, monkeypatch):
-    """By the keys of the tasks themselves, as if every back end were here."""
+@pytest.fixture
+def pretended(gpu_gate, monkeypatch):
+    """As if every back end ran here, on the CPU's tensors."""
     from gate import checks
 
+    monkeypatch.setattr(checks, "_where", "cpu")
+    monkeypatch.setattr(checks, "_is_pretended", True)
+    return checks
+
+
+def test_tasks_have_names_of_their_own_and_what_is_compiled_ahead_is_one_of_them(gpu_gate, pretended):
+    from sparsec.device import device
+
+    here = device("nvidia-h200")
+    for name, part in gpu_gate.PARTS.items():
+        keys = [key for key, _ in part.tasks(here)]
+        assert len(keys) == len(set(keys)) > 0
+        assert {key.partition("/")[0] for key in keys} == {name}
+        if part.ahead is not None:
+            assert len({key for key, _ in part.ahead(here)} & {*keys}) > 8
+
+
+def test_every_value_of_every_tunable_is_tried(pretended):
+    """From what the templates declare: a new tunable, or a new value of one, is covered by itself."""
     from sparsec.device import device
     from sparsec.template import templates
 
-    kernels = [(each, name) for each in templates().values() for name in ("triton", "cuda") if name in each.backends()]
-    monkeypatch.setattr(checks, "own_kernels", lambda device: kernels)
-    monkeypatch.setattr(gpu_gate.timing, "own_kernels", lambda device: kernels)
-    for name in ("verify", "bench", "modified", "tunables"):
-        part = gpu_gate.PARTS[name]
-        keys = [key for key, _ in part.tasks(device("nvidia-h200"))]
-        assert part.is_ahead
-        assert len(keys) == len(set(keys)) > 8
-        assert all(key.startswith(f"{name}/") for key in keys)
-        ahead = [key for key in keys if gpu_gate.is_of_triton(key)]
-        assert 0 < len(ahead) < len(keys) or name == "tunables"
-        assert not any("cuda" in key or "flex" in key or "sdpa" in key for key in ahead)
-    every = [key for part in gpu_gate.PARTS.values() for key, _ in part.tasks(device("nvidia-h200"))]
-    assert {key.partition("/")[0] for key in every} == gpu_gate.PARTS.keys()
+    here = device("nvidia-h200")
+    keys = [key.split("/") for key, _ in pretended.other_configurations(here)]
+    for each in templates().values():
+        for name in ("triton", "cuda"):
+            if not each.tunables_of(name):
+                continue
+            tried = pretended.tried_configs(each, name)
+            assert all(each.violation(name, config) is None for config in tried)
+            assert each.default(name) not in tried
+            values = {item for config in tried for item in config.items} | {*each.default(name).items}
+            assert values >= {(t.name, value) for t in each.tunables_of(name) for value in t.values}
+            mine = [key for key in keys if key[1:3] == [each.name, name]]
+            assert len([key for key in mine if key[4] == "forward"]) > len(tried) * 0.7
+            assert any(key[4] == "backward" for key in mine) == each.has_backward(name)
+
+
+_INTERPRETED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
+from gate import checks
+from sparsec import masks as m
+from sparsec.backends.base import Problem
+from sparsec.device import device
+from sparsec.template import template
+
+checks.pretend()
+here = device("nvidia-h200")
+small = checks.Case("small", m.window(9, 2) | m.from_dense(checks.np.eye(40, 50, 7) > 0), Problem(40, 50, 4, 2, 16, 8))
+other = replace(small, mask=m.window(9, 3))
+for name in ("block_sparse", "row_traversal", "hybrid"):
+    values = {"block_q": 16, "block_kv": 16}
+    each = template(name)
+    default = each.default("triton").to_dict()
+    config = checks._nearest(each, "triton", {k: values.get(k, v) for k, v in default.items()}, "")
+    for direction in checks.DIRECTIONS:
+        launch = checks.launch_of(each, "triton", small, "fp32", here, config)
+        checks.verify(launch, direction)
+        # The kernel of another mask must not pass.
+        wrong = checks.launch_of(each, "triton", other, "fp32", here, config)
+        held = wrong.work.bound
+        try:
+            object.__setattr__(wrong.work, "bound", launch.work.bound)
+            if wrong.work.tiles is None and direction == "backward":
+                continue
+            checks.verify(wrong, direction)
+        except AssertionError as error:
+            assert "is off by" in str(error), error
+        else:
+            raise SystemExit(f"{name} {direction}: another mask passed")
+print("all held")
+"""
+
+
+def test_a_check_holds_a_kernel_to_its_mask_and_refuses_that_of_another():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERPRETED, str(TOOLS)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=TOOLS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.endswith("all held\n"), done.stderr
 
 
 def test_a_machine_without_a_gpu_is_told_so(gpu_gate, monkeypatch):
@@ -175,15 +310,31 @@ def test_a_machine_without_a_gpu_is_told_so(gpu_gate, monkeypatch):
 
 
 def test_the_summary_tells_failures_and_times(gpu_gate, record):
-    from gate.report import summary
+    from gate.report import aimed_lines, summary
 
     record.write("verify/hybrid/triton/fp16/forward/empty", {"status": "failed", "error": "out is off"})
-    record.write(
-        "bench/causal/sdpa", {"status": "passed", "us": 12.0, "spread_us": 1.0, "tflops": 3.0, "edge_tb_s": 2.0}
-    )
-    told = "\n".join(summary(json.loads(record.path.read_text())))
+    empty = [*aimed_lines([])]
+    assert sum("| not run |" in line for line in empty) == len([line for line in empty if line.startswith("| ")]) - 1
+    key, row = _timed(us=2e4, peer="ours")
+    record.write(key, {"status": "passed", "row": row.to_dict()})
+    content = json.loads(record.path.read_text())
+    told = "\n".join(summary(content))
     assert "FAILED verify/hybrid/triton/fp16/forward/empty: out is off" in told
-    assert "| causal | sdpa | 12 (1) | 3.0 | 2.00 |" in told
+    assert "| window | " in told
+    assert "20 ms" in told
+    aimed = "\n".join(aimed_lines([content]))
+    assert f"useful TFLOP/s | ≥ 450 | {row.flops / 2e4 * 1e-6:.4g}, missed by" in aimed
+    # Of two cases that one goal needs, one was measured.
+    assert "full and causal as planned, against SDPA's best | ≥ 1 | not run |" in aimed
+
+
+def _timed(us, peer):
+    from bench.grid import find_grid, load_grid
+    from bench.results import CaseRow, PeerRow, Timing
+
+    case = next(case for case in load_grid(find_grid("gpu_figures")).cases if case.name == "window")
+    rows = (PeerRow(peer, "ok", timing=Timing(us, us, us, us, 5)),)
+    return f"bench/gpu_figures/{case.id}", CaseRow(case, 1, 9, 9, 1, 0.1, 0.9, 10**12, 1, None, rows)
 
 
 def test_a_failure_is_a_result(gpu_gate):
@@ -207,3 +358,68 @@ def test_the_page_says_verified_only_where_every_case_passed(gpu_gate, record):
     assert said["bf16"].startswith("verified on A GPU")
     assert said["fp32"].startswith(f"1 of {len(names)} cases")
     assert "failed" in said["fp16"]
+
+
+def test_the_page_on_gpus_lists_the_parts_with_their_shares(gpu_gate):
+    page = (TOOLS.parent / "docs" / "gpus.md").read_text()
+    for name, part in gpu_gate.PARTS.items():
+        assert f"| `{name}` | {part.share:.0%} |".replace("%", " %") in page
+    assert sum(part.share for part in gpu_gate.PARTS.values()) == pytest.approx(1.0)
+
+
+# The cost model of GPUs, on records that were made up.
+
+
+def _gpu_records(template, us, estimate_us):
+    """Of one mask on one template: timings, and what the cost model thought of them."""
+    from sparsec.analysis.signatures import MaskSignature
+    from sparsec.device import device
+    from sparsec.records import RecordKey, TuningRecord, Workload
+    from sparsec.template import template as named
+
+    chosen = named(template)
+    key = RecordKey(
+        device("nvidia-h200").key, template, chosen.digest_of("triton"), "triton", "forward", "bf16", 64, 64, 1
+    )
+    workload = Workload(MaskSignature(5, 6, 1, 9, -3), 4096, 4096, 4, 1, 100_000)
+    return TuningRecord(key, workload, chosen.default("triton"), (us,) * 5, toolchain="none", estimate_us=estimate_us)
+
+
+@pytest.mark.parametrize(("rows_us", "is_good"), [(100.0, True), (85.0, True), (80.0, False)])
+def test_the_choice_without_records_is_held_to_the_best_that_was_measured(gpu_gate, rows_us, is_good):
+    """The model prefers tiles, which take 100 µs: within 20 % of the best is near on a GPU."""
+    import eval_cost
+
+    records = [_gpu_records("block_sparse", 100.0, 50.0), _gpu_records("row_traversal", rows_us, 60.0)]
+    (found,) = eval_cost.choices(records)
+    assert found.chosen == "block_sparse on triton"
+    assert found.regret == pytest.approx(100.0 / rows_us - 1.0)
+    assert found.is_good == is_good
+    off = {error.kernel.partition(" ")[0]: error.median for error in eval_cost.errors(records)}
+    assert off == pytest.approx({"block_sparse": 2.0, "row_traversal": rows_us / 60.0})
+
+
+def test_what_a_gpu_was_measured_to_do_moves_its_plans(tmp_path):
+    """A calibration of a GPU: rates of its own, and factors for tiles and for single edges."""
+    import sparsec
+    from sparsec import masks as m
+    from sparsec.backends.base import Problem
+    from sparsec.cost import model_digest
+    from sparsec.device import device
+    from sparsec.records import Calibration, RecordBase
+
+    here, mask, problem = device("nvidia-h200"), m.random_edges(24, 0), Problem(4096, 4096, 8, 8, 64, 64, "bf16")
+
+    def planned(**values):
+        base = RecordBase([], tmp_path / str(len(list(tmp_path.iterdir()))))
+        base.append(Calibration(here.key, model_digest(), tuple(values.items()), "none", here.label))
+        return sparsec.plan(mask, problem, here, backend="triton", records=base)
+
+    usual = planned(rows_bf16=1.0, tiles_bf16=1.0)
+    dear = planned(rows_bf16=3.0, tiles_bf16=1.0)
+    assert usual.steps[0].launch.template.name == "row_traversal"
+    assert dear.steps[0].launch.template.name != "row_traversal"
+    slow = planned(memory_bandwidth=here.memory_bandwidth / 2)
+    assert slow.steps[0].launch.template.name != "row_traversal"
+    # What cannot be believed counts for nothing.
+    assert planned(rows_bf16=1000.0, tiles_bf16=1.0).estimate == usual.estimate

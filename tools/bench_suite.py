@@ -22,7 +22,7 @@ from pathlib import Path
 
 import click
 from bench import counting, sheet, tables, verdict
-from bench.grid import Case, Grid, find_grid, load_grid
+from bench.grid import ON_CPU, ON_GPU, Case, Grid, find_grid, load_grid
 from bench.provenance import provenance
 from bench.results import DEVICE_PROTOCOL, SCHEMA, Protocol, Run, read_run, resumed
 from bench.supervisor import Limits, measure_ceilings, run_grid
@@ -94,8 +94,8 @@ def run(
             f"{len(too_many)} cases want more threads than the {processor.units} here, and are left out", err=True
         )
         cases = [case for case in cases if case not in too_many]
-    if others := [case for case in cases if kind == "gpu" and case.measure != "attention"]:
-        click.echo(f"{len(others)} cases measure nothing on a GPU, and are left out", err=True)
+    if others := [case for case in cases if case.measure not in (ON_CPU if kind == "cpu" else ON_GPU)]:
+        click.echo(f"{len(others)} cases measure nothing on a {kind.upper()}, and are left out", err=True)
         cases = [case for case in cases if case not in others]
     # A GPU's driver reserves far more than it uses: there, only a limit that was asked for is set.
     memory = int(memory_gib * 2**30) if memory_gib else int(0.9 * device.memory_bytes) if kind == "cpu" else 0

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Verifies, tests, tunes and times the GPU kernels on the machine at hand, and writes down what was seen.
 
+    tools/gpu_gate.py list
     tools/gpu_gate.py run [--minutes 25] [--results DIR] [--part verify ...]
     tools/gpu_gate.py report
 
 `run` needs a GPU. It does the most valuable things first, each part within a share of the time, writes every result as
-it comes, and goes on where it was when started again with the same sources and toolchain. A process of its own does the
-work: a kernel that hangs or ruins the device costs its own check, and the rest goes on. `report` makes GPU.md from
-those results and from the list of what the tests lower. This file decides the order, the shares and the limits.
+it comes, and goes on where it was when started again with the same sources and toolchain, however it ended. A process
+of its own does the work: a kernel that hangs or ruins the device costs its own check, and the rest goes on; a package
+that does so costs its own row. `report` makes GPU.md from those results and from the list of what the tests lower.
+docs/gpus.md says what to do in which order. This file decides the order, the shares and the limits.
 """
 
 from __future__ import annotations
@@ -20,22 +22,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from bench.protocol import device_answers
 from gate import checks, timing
 from gate.ahead import Ahead, compile_for
-from gate.record import ROOT, Record, Result
+from gate.record import ROOT, Record, Result, Running
 from gate.report import gpu_md, summary
 
 from sparsec.device import Device, detect_gpu
+from sparsec.device import device as named_device
 from sparsec.errors import SparsecError
 
 RESULTS = ROOT / "benchmarks" / "gpu"
@@ -51,16 +57,18 @@ class Part:
     Attributes:
         tasks: Of a device.
         share: Of all the time.
-        limit_s: For one task.
-        is_ahead: Whether other cores compile its Triton kernels while it goes on.
+        limit_s: For one task; between two signs of life, where it gives any.
+        ahead: Tasks of the same keys whose kernels other cores compile while it goes on; None for none.
         is_timed: Whether they must be done before it begins.
+        has_peers: Whether its tasks tell whom they are busy with, and take whom earlier tries have lost.
     """
 
-    tasks: Callable[[Device], Tasks]
+    tasks: Callable[[Device], Iterator[tuple[str, Callable[..., Any]]]]
     share: float
     limit_s: float
-    is_ahead: bool = False
+    ahead: Callable[[Device], Tasks] | None = None
     is_timed: bool = False
+    has_peers: bool = False
 
 
 def gpu_tests(device: Device) -> Tasks:
@@ -78,8 +86,19 @@ def tuned(device: Device) -> Tasks:
     if importlib.util.find_spec("optuna") is None:
         yield f"tune/{job.name}", lambda: {"status": "skipped", "why": "optuna is not installed"}
     elif job.is_file():
-        yield f"tune/{job.name}", lambda: command_run(*tune, str(job), "--budget", TUNING_BUDGET)
-    yield "tune/promoted", lambda: command_run("tools/promote_records.py", "--device", device.key)
+        # Each run goes on where the one before stopped.
+        yield f"tune/{job.name}", lambda: {**command_run(*tune, str(job), "--budget", TUNING_BUDGET), "goes_on": True}
+    yield "tune/promoted", lambda: {**command_run("tools/promote_records.py", "--device", device.key), "goes_on": True}
+    yield "tune/choice", chosen_by_cost
+
+
+def chosen_by_cost() -> Result:
+    """How the planner's choice without records stands to the best of what was measured on the same masks."""
+    command = ("tools/eval_cost.py", "--grid", "gpu_masks", "--device", "gpu", "--budget", str(CHOICE_S))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "choice.json"
+        told = command_run(*command, "--json", str(path))
+        return {**told, "choice": json.loads(path.read_text())}
 
 
 def command_run(*arguments: str) -> Result:
@@ -114,22 +133,26 @@ def sanitize(tool: str, key: str) -> Result:
 
 # Most valuable first.
 PARTS: dict[str, Part] = {
-    "verify": Part(checks.verifications, 0.30, 120.0, is_ahead=True),
-    "bench": Part(timing.benchmarks, 0.20, 300.0, is_ahead=True, is_timed=True),
-    "offsets": Part(checks.far_offsets, 0.10, 180.0),
-    "modified": Part(checks.modified, 0.10, 120.0, is_ahead=True),
-    "tunables": Part(checks.other_configurations, 0.04, 120.0, is_ahead=True),
-    "graph": Part(checks.captured, 0.03, 120.0),
-    "tests": Part(gpu_tests, 0.08, 600.0),
+    "verify": Part(checks.verifications, 0.26, 120.0, checks.verifications),
+    "bench": Part(timing.benchmarks, 0.28, 240.0, timing.compilations, is_timed=True, has_peers=True),
+    "offsets": Part(checks.far_offsets, 0.06, 180.0),
+    "modified": Part(checks.modified, 0.08, 120.0, checks.modified),
+    "tunables": Part(checks.other_configurations, 0.08, 120.0, checks.other_configurations),
+    "graph": Part(checks.captured, 0.02, 120.0),
     "tune": Part(tuned, 0.12, 600.0),
+    "tests": Part(gpu_tests, 0.07, 600.0),
     "sanitize": Part(sanitized, 0.03, 300.0),
 }
 # Of the jobs; what they have measured when the time is over is kept.
 TUNING_BUDGET = "4m"
+# Of the masks on which the planner's choice is raced against the others.
+CHOICE_S = 120
 # What a worker exits with when the device no longer answers, and another process must go on.
 _RUINED = 3
 # After its time, a worker may finish what it is at for so long.
 _GRACE_S = 20.0
+# How often a worker looks whether whoever watches it is still there.
+_LOOK_S = 1.0
 
 results_option = click.option(
     "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="Where results are kept."
@@ -139,6 +162,19 @@ results_option = click.option(
 @click.group()
 def main() -> None:
     """Verifies, tests, tunes and times the GPU kernels on the machine at hand."""
+
+
+@main.command("list")
+@click.option("--device", "name", default="nvidia-h200", show_default=True, help="As if this device were here.")
+def list_tasks(name: str) -> None:
+    """Says what there is to do for a device; needs none."""
+    device = named_device(name)
+    checks.pretend()
+    for part, each in PARTS.items():
+        counts = Counter("/".join(key.split("/")[1:-1][:2]) for key, _ in each.tasks(device))
+        click.echo(f"{part}: {sum(counts.values())} tasks, {each.share:.0%} of the time")
+        for what, count in counts.items():
+            click.echo(f"  {count:4} {what}")
 
 
 @main.command()
@@ -152,25 +188,41 @@ def run(minutes: float, parts: tuple[str, ...], results: Path) -> None:
     except SparsecError as error:
         raise click.ClickException(str(error)) from None
     until, run_id = time.time() + 60 * minutes, uuid.uuid4().hex[:8]
-    while time.time() < until:
-        command = [sys.executable, __file__, "work", run_id, str(until), "--results", str(results)]
-        # A session of its own, so that what it has started ends with it.
-        worker = subprocess.Popen([*command, *(f"--part={name}" for name in wanted)], cwd=ROOT, start_new_session=True)
-        try:
-            lost = watched(worker, record, until)
-        finally:
-            end(worker)
-        if lost is None:
-            break
-        if not record.running() and worker.returncode != _RUINED:
-            # No task is at fault: the next worker would end the same way.
-            raise click.ClickException(f"the process that does the work ended between two tasks: {lost}; see above")
-        settle(record, lost, run_id)
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        work_until(record, wanted, until, run_id)
+    except KeyboardInterrupt:
+        # What it was at is not at fault, and is done when the gate is started again.
+        record.rest()
+        click.echo("stopped; start again to go on", err=True)
+    record.read()
     counts = record.counts()
     click.echo("\n".join(summary({**record.about, "results": record.results})))
     click.echo(json.dumps({**record.about, **counts, "record": str(record.path)}))
     if counts["failed"]:
         raise SystemExit(1)
+
+
+def _interrupted(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def work_until(record: Record, parts: tuple[str, ...], until: float, run_id: str) -> None:
+    """Has workers do what there is time for, each after the one that was lost before."""
+    while time.time() < until:
+        command = [sys.executable, __file__, "work", run_id, str(until), "--results", str(record.path.parent)]
+        # A session of its own, so that what it has started ends with it.
+        worker = subprocess.Popen([*command, *(f"--part={name}" for name in parts)], cwd=ROOT, start_new_session=True)
+        try:
+            lost = watched(worker, record, until)
+        finally:
+            end(worker)
+        if lost is None:
+            return
+        if record.running() is None and worker.returncode != _RUINED:
+            # No task is at fault: the next worker would end the same way.
+            raise click.ClickException(f"the process that does the work ended between two tasks: {lost}; see above")
+        settle(record, lost, run_id)
 
 
 def watched(worker: subprocess.Popen[bytes], record: Record, until: float) -> str | None:
@@ -179,19 +231,22 @@ def watched(worker: subprocess.Popen[bytes], record: Record, until: float) -> st
         try:
             code = worker.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            record.read()
+            pass
         else:
             record.read()
             return f"exit code {code}" if code else None
-        for key in record.running():
-            limit_s = PARTS[key.partition("/")[0]].limit_s
-            if time.time() - record.results[key]["started"] > limit_s:
+        running = record.running()
+        if running is not None:
+            limit_s = PARTS[running.key.partition("/")[0]].limit_s
+            if time.time() - running.since > limit_s:
                 end(worker)
+                record.read()
                 return f"it took longer than {limit_s:.0f} s"
         if time.time() > until + _GRACE_S:
             # What it was at is not at fault, and is done when the gate is started again.
             end(worker)
-            record.drop_running()
+            record.read()
+            record.rest()
             return None
 
 
@@ -203,10 +258,25 @@ def end(worker: subprocess.Popen[bytes]) -> None:
 
 
 def settle(record: Record, lost: str, run_id: str) -> None:
-    """Writes down what a lost worker was at as failed, so that the next one leaves it alone."""
-    for key in record.running():
-        record.write(key, {"status": "failed", "error": f"its process was lost: {lost}", "run": run_id})
-        click.echo(f"failed   {key} {lost}", err=True)
+    """Writes down what a lost worker was at, so that the next one leaves it alone."""
+    running = record.running()
+    if running is not None:
+        record.write(running.key, blamed(running, record.results.get(running.key), lost) | {"run": run_id})
+        click.echo(f"lost     {running.key} {running.who} {lost}", err=True)
+
+
+def blamed(running: Running, earlier: Result | None, lost: str) -> Result:
+    """What is written of a task that took its process along: a peer of it is left out of the next try."""
+    said = f"its process was lost: {lost}" + (f" during {running.stage}" if running.stage else "")
+    known = lost_peers(earlier)
+    if not running.who or running.who in known:
+        return {"status": "failed", "error": said}
+    return {"status": "lost", "error": f"{running.who}: {said}", "lost": {**known, running.who: said}}
+
+
+def lost_peers(result: Result | None) -> dict[str, str]:
+    """Whom earlier tries of a task have lost, and how."""
+    return dict((result or {}).get("lost", {}))
 
 
 @main.command(hidden=True)
@@ -216,39 +286,56 @@ def settle(record: Record, lost: str, run_id: str) -> None:
 @results_option
 def work(run_id: str, until: float, parts: tuple[str, ...], results: Path) -> None:
     """Does the work of `run`, which watches it."""
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     device = detect_gpu()
     record = Record(device, results)
     for number, name in enumerate(parts):
         share = PARTS[name].share / sum(PARTS[later].share for later in parts[number:])
         part_until = time.time() + (until - time.time()) * share
-        part = PARTS[name]
-        tasks = [(key, task) for key, task in part.tasks(device) if not is_settled(record.results.get(key), run_id)]
-        compiled = [key for key, _ in tasks if part.is_ahead and is_of_triton(key)]
-        with Ahead(partial(compile_for, part.tasks), compiled) as ahead:
-            if part.is_timed:
-                ahead.wait_for_all()
-            for key, task in tasks:
-                ahead.wait(key)
-                if time.time() > part_until:
-                    click.echo(f"{name}: out of time; start again to go on", err=True)
-                    break
-                started = time.time()
-                record.write(key, {"status": "running", "started": started})
-                result = outcome(task)
-                record.write(key, {**result, "seconds": round(time.time() - started, 2), "run": run_id})
-                click.echo(f"{result['status']:8} {key} {result.get('error', '')}", err=True)
-                if result["status"] == "failed" and not device_answers():
-                    raise SystemExit(_RUINED)
+        work_through(name, device, record, part_until, run_id)
 
 
-def is_of_triton(key: str) -> bool:
-    """Whether a task runs kernels of ours in Triton."""
-    return "/triton/" in key or key.endswith((" on triton", " on triton backward"))
+def end_with(parent: int) -> None:
+    """Ends this process and all that it has started as soon as its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os.killpg(0, signal.SIGKILL)
+
+
+def work_through(name: str, device: Device, record: Record, until: float, run_id: str) -> None:
+    """The tasks of a part, as far as there is time."""
+    part = PARTS[name]
+    tasks = [(key, task) for key, task in part.tasks(device) if not is_settled(record.results.get(key), run_id)]
+    known = {key for key, _ in part.ahead(device)} if part.ahead is not None and tasks else set()
+    compiled = [key for key, _ in tasks if key in known]
+    with Ahead(partial(compile_for, part.ahead), compiled) as ahead:
+        if part.is_timed:
+            ahead.wait_for_all()
+        for key, task in tasks:
+            ahead.wait(key)
+            if time.time() > until:
+                click.echo(f"{name}: out of time; start again to go on", err=True)
+                return
+            started, earlier = time.time(), record.results.get(key)
+            record.begin(key)
+            result = outcome(partial(task, partial(record.begin, key), lost_peers(earlier)) if part.has_peers else task)
+            is_ruined = result["status"] == "failed" and not device_answers()
+            running = record.running()
+            if is_ruined and running is not None and running.who:
+                result = blamed(running, earlier, result["error"])
+            if lost := lost_peers(earlier) | lost_peers(result):
+                result["lost"] = lost
+            record.write(key, {**result, "seconds": round(time.time() - started, 2), "run": run_id})
+            click.echo(f"{result['status']:8} {key} {result.get('error', '')}", err=True)
+            if is_ruined:
+                raise SystemExit(_RUINED)
 
 
 def is_settled(result: Result | None, run_id: str) -> bool:
-    """Whether a task has passed, or was tried in this run already."""
-    return result is not None and (result["status"] == "passed" or result.get("run") == run_id)
+    """Whether a task has passed for good, or was tried in this run already with all who are left of it."""
+    if result is None or result["status"] == "lost":
+        return False
+    return (result["status"] == "passed" and not result.get("goes_on")) or result.get("run") == run_id
 
 
 def outcome(task: Callable[[], Any]) -> Result:

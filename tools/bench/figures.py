@@ -1,4 +1,4 @@
-"""What is measured without peers: planning, first calls, metadata.
+"""What is measured without peers: planning, first calls, metadata; on a GPU (`device_figures`) others.
 
 This file decides what is inside those times and what is not: masks are read, tensors made and packages imported
 beforehand.
@@ -12,7 +12,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import sparsec
-from bench.grid import Case, Effort
+from bench import device_figures
+from bench.grid import ON_GPU, Case, Effort
 from bench.process import answer
 from bench.protocol import Announce, timing
 from bench.results import CaseRow, PeerRow
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 _FIRST_CALLS = 5
 
 
-def measure_figure(case: Case, effort: Effort, threads: int, announce: Announce) -> CaseRow:
+def measure_figure(case: Case, effort: Effort, threads: int, announce: Announce, device: str = "cpu") -> CaseRow:
+    if case.measure in ON_GPU:
+        return device_figures.measured(case, effort, threads, announce, device)
     announce("", "making the work")
     bound = bound_mask(case)
     shape = problem(case, bound)

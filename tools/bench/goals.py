@@ -69,9 +69,18 @@ def _value(goal: Goal, row: CaseRow, run: Run) -> float | None:
     kind, _, rival = goal.value.partition(":")
     own = row.row(goal.peer)
     if kind == "ratio":
-        return row.ratio(rival)
+        return row.ratio(rival, goal.peer)
     if own is None or own.us is None:
         return None
+    if kind == "tokens":
+        return float(row.q_len)
+    if kind == "tflops":
+        rate = row.gflops(own)
+        return rate / 1e3 if rate else None
+    if kind in ("edge_tb_s", "gather_share"):
+        rate = row.edge_bytes / own.us * 1e6
+        unit = 1e12 if kind == "edge_tb_s" else row.gather_bytes_per_s
+        return rate / unit if unit else None
     if kind == "share_of_peak":
         return row.share_of_peak(own, run.ceilings)
     if kind == "backward_over_forward":

@@ -20,7 +20,7 @@ from bench.names import FAMILIES, TEMPLATES, family, is_peer
 from sparsec import data, masks
 from sparsec.errors import MaskError, SparsecError
 
-Measure = Literal["attention", "planning", "first_call", "metadata"]
+Measure = Literal["attention", "planning", "first_call", "metadata", "upload", "update", "longest"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 Direction = Literal["forward", "forward_backward"]
 PlotKind = Literal["bars", "lines"]
@@ -38,7 +38,8 @@ class MaskSource:
     """Where a mask comes from: the text of an expression, or what a mapping of the grid says.
 
     Attributes:
-        kind: `text`, `file`, `documents`, `graph` or `packed`.
+        kind: `text`, `file`, `documents`, `graph`, `packed`, `queries_of` (so many queries and keys of an expression)
+            or `turns` (an expression that takes turns with another).
         text: The expression, the file's name, the CSV's name, or the kind of graph.
         options: What else was said: numbers, mostly.
     """
@@ -113,9 +114,9 @@ class Goal:
 
     Attributes:
         what: In words.
-        value: `ratio:<peer family>`, or one of `GOAL_VALUES`.
+        value: `ratio:<peer or family of peers>`, or one of `GOAL_VALUES`.
         cases: Patterns of case ids; several cases count by their geometric mean, or make one slope.
-        peer: Whose median, for `median_ms`.
+        peer: Whose figure.
         at_least: The figure, or None.
         at_most: Likewise; with both, it must lie between them.
     """
@@ -189,7 +190,11 @@ _PEERS_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "planning": ("ours",),
     "first_call": ("cold", "warm"),
     "metadata": ("ours",),
+    **dict.fromkeys(("upload", "update", "longest"), ("ours",)),
 }
+# What can be measured where.
+ON_CPU: Final = ("attention", "planning", "first_call", "metadata")
+ON_GPU: Final = ("attention", "upload", "update", "longest")
 _COUNTS: Final = {"length": 1, "heads": 1, "kv_heads": 0, "head_dim": 1, "batch": 1, "threads": 0}
 # Options of each kind of mask that is no expression; the first is what it is named by.
 _SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -197,10 +202,15 @@ _SOURCES: Final[Mapping[str, tuple[str, ...]]] = {
     "documents": ("column", "total"),
     "graph": ("nodes", "degree", "rewired", "seed"),
     "packed": ("block", "count", "mean", "max", "seed"),
+    "queries_of": ("queries", "keys"),
+    "turns": ("other",),
 }
 # Slopes are those of a straight line through the logarithms of length and time or memory.
 SLOPES: Final = ("slope:time", "slope:memory")
-GOAL_VALUES: Final = ("share_of_peak", "median_ms", "metadata_share", "backward_over_forward", *SLOPES)
+GOAL_VALUES: Final = (
+    *("share_of_peak", "median_ms", "metadata_share", "backward_over_forward"),
+    *("tflops", "edge_tb_s", "gather_share", "tokens", *SLOPES),
+)
 GRAPHS: Final = ("power_law", "small_world", "mesh", "bipartite")
 
 
@@ -336,12 +346,16 @@ class _Reader:
                 self.refuse(f"{key}.{kind}", str(error))
         if kind == "graph":
             self.check_choice(f"{key}.graph", text, GRAPHS)
-        if kind == "packed":
+        expressions = {kind: text} if kind in ("packed", "queries_of", "turns") else {}
+        if kind == "turns":
+            expressions["other"] = str(options.get("other", ""))
+        for name, expression in expressions.items():
             try:
-                masks.parse(text)
+                masks.parse(expression)
             except MaskError as error:
-                self.refuse(f"{key}.packed", str(error))
-        needed = {"documents": ("total",), "graph": ("nodes",), "packed": _SOURCES["packed"]}.get(kind, ())
+                self.refuse(f"{key}.{name}", str(error))
+        whole = {"documents": ("total",), "graph": ("nodes",), "turns": ()}
+        needed = whole.get(kind, () if kind == "file" else _SOURCES[kind])
         for name in needed:
             if not isinstance(options.get(name), int):
                 self.refuse(f"{key}.{name}", "must be a whole number")
@@ -373,8 +387,12 @@ class _Reader:
                 if key not in entry:
                     self.refuse(f"{where}.{key}", "is missing")
             value = entry["value"]
-            known = (*(f"ratio:{family}" for family in FAMILIES), *GOAL_VALUES)
-            self.check_choice(f"{where}.value", value, known)
+            kind, _, rival = str(value).partition(":")
+            if not (kind == "ratio" and is_peer(rival)):
+                known = (*(f"ratio:{family}" for family in FAMILIES), *GOAL_VALUES)
+                self.check_choice(f"{where}.value", value, known)
+            if "peer" in entry and not is_peer(entry["peer"]):
+                self.refuse(f"{where}.peer", f"there is no peer {entry['peer']!r}")
             if not entry.keys() & {"at_least", "at_most"}:
                 self.refuse(where, "must say at_least or at_most")
             goals.append(Goal(**{**entry, "cases": tuple(_listed(entry["cases"]))}))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from bench import figures
-from bench.ceiling import device_peak_call, peak_call
+from bench.ceiling import device_peak_call, gather_call, peak_call
 from bench.exactness import Verdict, check, worse
 from bench.gradients import GradientCheck
 from bench.grid import Case, Effort
@@ -26,7 +26,7 @@ from sparsec import analyse, buffers
 from sparsec.device import detect_gpu
 from sparsec.errors import BackendMissingError, CompileError
 
-PEAK = "peak"
+PEAK, GATHER = "peak", "gather"
 _FORWARD = " forward"
 
 
@@ -66,7 +66,7 @@ def measure_case(
         DeviceLostError: The peer that was announced last has ruined the device for this process.
     """
     if case.measure != "attention":
-        return figures.measure_figure(case, effort, threads, announce)
+        return figures.measure_figure(case, effort, threads, announce, device)
     import torch
 
     torch.set_num_threads(threads)
@@ -86,8 +86,16 @@ def measure_case(
                 if effort.settled_memory:
                     announce(name, "prepare again")
                     rows[name] = replace(rows[name], peak_bytes=_settled_bytes(name, work, make_peer))
-        peak_flops = _time(checked, ready, rows, effort, threads, announce)
-    return _case_row(work, threads, tuple(rows[name] for name in case.peers), peak_flops)
+        peaks = _time(checked, ready, rows, effort, threads, announce)
+    return _case_row(work, threads, tuple(rows[name] for name in case.peers), peaks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Peaks:
+    """Of the machine, taken in the same rounds: FLOP/s, and bytes a second of rows of K and V."""
+
+    flops: float | None = None
+    gather: float | None = None
 
 
 class _Ready:
@@ -171,8 +179,8 @@ def _time(
     effort: Effort,
     threads: int,
     announce: Announce,
-) -> float | None:
-    """Fills in the times; returns the machine's peak in FLOP/s, taken in the same rounds."""
+) -> _Peaks:
+    """Fills in the times; returns what the machine did at most in the same rounds."""
     work = checked.work
     calls: dict[str, Callable[[], object]] = {}
     for name, each in ready.items():
@@ -183,8 +191,15 @@ def _time(
     # Without a compiler there is no peak to compare with.
     with suppress(BackendMissingError, CompileError):
         calls[PEAK], peak_flops = _peak(work, threads)
+    if work.device != "cpu" and ready and not work.needs_grad:
+        announce("", "fetching alone")
+        # Without that ceiling, the peers are measured all the same.
+        with suppress(ImportError, RuntimeError, AssertionError):
+            gather = gather_call(work)
+            if gather is not None:
+                calls[GATHER] = gather
     clocks = CPU_CLOCKS if work.device == "cpu" else DeviceClock(detect_gpu()).clocks
-    while calls.keys() - {PEAK}:
+    while calls.keys() - {PEAK, GATHER}:
         try:
             times = interleaved(calls, effort, lambda name, stage: announce(name.removesuffix(_FORWARD), stage), clocks)
         except _CallFailedError as error:
@@ -195,8 +210,17 @@ def _time(
             announce(name, "check")
             row = replace(rows[name], forward=times.get(name + _FORWARD), warm=times.get(name + WARM))
             rows[name] = _timed(row, times[name], checked, ready[name])
-        return peak_flops / times[PEAK].median_us * 1e6 if peak_flops else None
-    return None
+        return _Peaks(
+            peak_flops / times[PEAK].median_us * 1e6 if peak_flops else None,
+            _edge_bytes(work) / times[GATHER].median_us * 1e6 if GATHER in times else None,
+        )
+    return _Peaks()
+
+
+def _edge_bytes(work: Workload) -> int:
+    """Of the rows of K and V of every edge, where one mask serves all heads."""
+    p = work.problem
+    return int(work.bound.nnz * p.q_heads * p.batch * (p.head_dim + p.v_dim) * p.itemsize)
 
 
 def _peak(work: Workload, threads: int) -> tuple[Callable[[], object], int]:
@@ -250,7 +274,7 @@ def _failed(name: str, error: Exception, work: Workload) -> PeerRow:
     return PeerRow(name, "failed", f"out of memory ({said})" if is_memory else said)
 
 
-def _case_row(work: Workload, threads: int, rows: tuple[PeerRow, ...], peak_flops: float | None) -> CaseRow:
+def _case_row(work: Workload, threads: int, rows: tuple[PeerRow, ...], peaks: _Peaks) -> CaseRow:
     bound, problem = work.bound, work.problem
     edges, fill = edges_of(bound, problem.q_heads, problem.batch)
     # Two products forward, and five backward: the scores again, then the gradients of weights, q, k and v.
@@ -265,8 +289,9 @@ def _case_row(work: Workload, threads: int, rows: tuple[PeerRow, ...], peak_flop
         tile_fill=fill,
         flops=n_products * edges * (problem.head_dim + problem.v_dim),
         tensor_bytes=problem.tensor_bytes,
-        peak_flops=peak_flops,
+        peak_flops=peaks.flops,
         peers=rows,
+        gather_bytes_per_s=peaks.gather,
     )
 
 

@@ -20,12 +20,14 @@ FAMILIES: Final = {
     "natten": "NATTEN",
     "xformers": "xFormers",
     "magi": "MagiAttention",
+    "spfa_csr": "Longer Attention Span, CSR",
     "cold": "empty cache",
     "warm": "warm cache",
 }
 # Variants of a peer, written `family:variant`.
 VARIANTS: Final = {
-    "ours": TEMPLATES,
+    # By a template alone, or on one of its back ends for GPUs.
+    "ours": (*TEMPLATES, *(f"{name}@{server}" for name in TEMPLATES[:3] for server in ("triton", "cuda"))),
     "flex": ("64", "max-autotune"),
     "sdpa": ("flash", "efficient", "cudnn", "math"),
     # Its flash kernels take no mask.

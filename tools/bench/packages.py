@@ -301,6 +301,42 @@ class Magi:
 _MAGI_KINDS: Final = {"full": 0, "causal": 1, "inverse": 2, "both": 3}
 
 
+@dataclass(frozen=True, slots=True)
+class SpanCsr:
+    """The CSR kernel that its authors published with "Longer Attention Span", built from their sources as `spfa_csr`.
+
+    Source: https://github.com/KLab-AI3/Graph-Processing-Attention-IPDPS-2025, Sparse_FlashAttention_CSR/README.md.
+    """
+
+    name: str = "spfa_csr"
+
+    def prepare(self, work: Workload) -> Prepared:
+        problem = work.problem
+        if problem.q_heads > 1 or problem.batch > 1 or problem.dtype == "bf16" or work.needs_grad:
+            raise RefusedError("it computes the forward pass of one head in fp32 or fp16")
+        package = _package("spfa_csr", work)
+        import torch
+
+        array = plain(work.bound).to_csr()
+        row_off = torch.from_numpy(array.indptr.astype(np.uint64)).to(work.q.device)
+        columns = torch.from_numpy(array.indices.astype(np.uint32)).to(work.q.device)
+        q, k, v = (tensor[0, 0].contiguous() for tensor in (work.q, work.k, work.v))
+        values = torch.ones(array.nnz, dtype=q.dtype, device=q.device)
+        peak, total = (torch.empty(len(q), dtype=q.dtype, device=q.device) for _ in range(2))
+        out = torch.empty_like(q)
+
+        def call() -> torch.Tensor:
+            # It goes on from what it finds there.
+            peak.fill_(-float("inf"))
+            total.zero_()
+            out.zero_()
+            result: torch.Tensor = package.forward(q, k, v, row_off, columns, values, peak, total, out, False)
+            return result
+
+        note = "three fills of its buffers, which it asks for, are in the time"
+        return Prepared(call, work.bound, lambda made: made[None, None], note=note)
+
+
 # What they have in common.
 
 

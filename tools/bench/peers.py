@@ -32,16 +32,17 @@ __all__ = ["Peer", "Prepared", "RefusedError", "peer"]
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """`sparsec.compile`: as planned, or with one template forced."""
+    """`sparsec.compile`: as planned, or with a template forced, or a template on one back end."""
 
     name: str = "ours"
     template: str | None = None
+    backend: str | None = None
 
     def prepare(self, work: Workload) -> Prepared:
         import sparsec
 
         try:
-            attention = sparsec.compile(work.bound, template=self.template)
+            attention = sparsec.compile(work.bound, template=self.template, backend=self.backend)
         except UnsupportedError as error:
             raise RefusedError(str(error)) from error
 
@@ -282,7 +283,8 @@ def peer(name: str) -> Peer:
     variant = name.partition(":")[2]
     match family(name):
         case "ours":
-            return Ours(name, variant or None)
+            template, _, server = variant.partition("@")
+            return Ours(name, template or None, server or None)
         case "flex":
             return Flex(name, int(variant) if variant.isdigit() else 128, variant == "max-autotune")
         case "sdpa":
@@ -295,5 +297,5 @@ def peer(name: str) -> Peer:
             return packages.FlashInferBlocks() if variant else packages.FlashInfer()
         case head:
             others: tuple[Peer, ...] = (SdpaUnmasked(), TorchSparse(), GatherScatter())
-            others += (packages.Natten(), packages.Xformers(), packages.Magi())
+            others += (packages.Natten(), packages.Xformers(), packages.Magi(), packages.SpanCsr())
             return next(each for each in others if each.name == head)

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, TypeVar
 from bench.grid import Case, Goal, PlotKind
 from bench.names import family
 from sparsec import data
+from sparsec.backends.base import DTYPE_BYTES
 from sparsec.errors import SparsecError
 
 SCHEMA: Final = 1
@@ -126,6 +127,8 @@ class CaseRow:
         tensor_bytes: Of q, k, v and out.
         peak_flops: Of this machine for this dtype with these threads (FLOP/s), timed among the peers.
         peers: Rows in the order of the grid.
+        gather_bytes_per_s: On a GPU, of a kernel that only reads the rows of K and V of every edge, timed among the
+            peers; None where rows are long, or heads share keys.
     """
 
     case: Case
@@ -139,6 +142,12 @@ class CaseRow:
     tensor_bytes: int
     peak_flops: float | None
     peers: tuple[PeerRow, ...]
+    gather_bytes_per_s: float | None = None
+
+    @property
+    def edge_bytes(self) -> int:
+        """Of the rows of K and V of every edge, read anew for each."""
+        return self.edges * 2 * self.case.head_dim * DTYPE_BYTES[self.case.dtype]
 
     def row(self, peer: str) -> PeerRow | None:
         return next((row for row in self.peers if row.peer == peer), None)
@@ -155,9 +164,9 @@ class CaseRow:
         """Useful GFLOP/s."""
         return self.flops / row.us * 1e-3 if row.us and self.flops else None
 
-    def ratio(self, wanted: str) -> float | None:
-        """How many times faster ours is than the best of a family."""
-        ours, theirs = self.best("ours"), self.best(wanted)
+    def ratio(self, wanted: str, peer: str = "ours") -> float | None:
+        """How many times faster a peer is than the best of a family, or than another peer."""
+        ours, theirs = self.row(peer), self.row(wanted) if ":" in wanted else self.best(wanted)
         return theirs.us / ours.us if ours and theirs and ours.us and theirs.us else None
 
     def share_of_peak(self, row: PeerRow, ceilings: Sequence[Ceiling]) -> float | None:
@@ -192,6 +201,8 @@ class CaseRow:
     def to_dict(self) -> dict[str, Any]:  # Any: JSON values
         """As the file has it: of a CPU's results, nothing is said of a warm L2."""
         content = asdict(self)
+        if self.gather_bytes_per_s is None:
+            del content["gather_bytes_per_s"]
         for row in content["peers"]:
             if row["warm"] is None:
                 del row["warm"]
@@ -233,14 +244,17 @@ class Protocol:
 
 # What differs on a GPU.
 DEVICE_PROTOCOL: Final = Protocol(
-    clock="events of the device around each call as Python makes it; work enqueued before it hides its launch",
+    clock="events of the device around each call; what is enqueued before keeps it busy while Python launches the call",
     warm_up="each peer prepares, makes one checked call, then two with a cold and two with a warm L2, not counted",
     order=(
         "interleaved: every round calls each peer with a cold L2 (a buffer of four times the last cache, at least "
         "256 MiB, is written before) and with a warm one (the same call comes before), in a shuffled order of its own"
     ),
     statistic="median, quartiles and least of the calls; `timing` with a cold L2, `warm` with a warm one",
-    peak="torch's product of two 8192 × 8192 matrices of the dtype, timed in the same rounds",
+    peak=(
+        "torch's product of two 8192 × 8192 matrices of the dtype, timed in the same rounds; so is, for masks of short "
+        "rows, a kernel that reads the rows of K and V of every edge and adds them up"
+    ),
     memory="what preparation and the first call took of torch's memory on the device at the highest",
 )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.goals import Crossing, Outcome, crossings, outcomes
-from bench.grid import GridError, find_grid, load_grid
+from bench.grid import Goal, GridError, find_grid, load_grid
 from bench.names import family, title
 from bench.results import CaseRow, Ceiling, PeerRow, Provenance, Run
 from bench.sheet import Sheet, checked, compared, measured
@@ -34,7 +34,7 @@ def markdown(run: Run, plots: str = "", *, is_part: bool = False) -> str:
     if plots and any(each.us for row in attention for each in row.peers):
         parts.append(f"![{run.grid}]({plots}/{run.grid}-{run.provenance.device}.svg)")
     if attention:
-        parts += [attention_table(attention, run.ceilings), *_notes(attention)]
+        parts += [attention_table(attention, run.ceilings), *notes_of(attention)]
     if run.plot == "lines" and (crossed := crossings(run)):
         parts.append(crossing_table(crossed, run.x))
     figures = [row for row in run.cases if row.case.measure != "attention"]
@@ -231,7 +231,7 @@ def _mean_lines(rows: Sequence[CaseRow], rivals: list[str], header: list[str], s
     return lines
 
 
-def _notes(rows: Sequence[CaseRow]) -> list[str]:
+def notes_of(rows: Sequence[CaseRow]) -> list[str]:
     """Why there is no figure, once for each peer and reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -248,7 +248,14 @@ def _notes(rows: Sequence[CaseRow]) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-_WHAT: Final = {"planning": "plan", "first_call": "compile + first call", "metadata": "index arrays"}
+_WHAT: Final = {
+    "planning": "plan",
+    "first_call": "compile + first call",
+    "metadata": "index arrays",
+    "upload": "plan and upload",
+    "update": "update",
+    "longest": "longest context",
+}
 
 
 def figure_table(rows: Sequence[CaseRow]) -> str:
@@ -271,12 +278,16 @@ def goal_table(reached: Iterable[Outcome]) -> str:
     lines = []
     for each in reached:
         goal = each.goal
-        bounds = [] if goal.at_least is None else [f"≥ {goal.at_least:g}"]
-        bounds += [] if goal.at_most is None else [f"≤ {goal.at_most:g}"]
         measured = "not measured" if each.value is None else f"{each.value:.3g}"
         verdict = "" if each.value is None else "met" if each.is_met else f"missed by {each.missed_by:.0%}"
-        lines.append([goal.what, ", ".join(bounds), measured, verdict])
+        lines.append([goal.what, limits_text(goal), measured, verdict])
     return table(["aim", "figure", "measured", ""], lines)
+
+
+def limits_text(goal: Goal) -> str:
+    """What is aimed at."""
+    limits = (("≥", goal.at_least), ("≤", goal.at_most))
+    return ", ".join(f"{sign} {limit:,.0f}" if limit >= 1e5 else f"{sign} {limit:g}" for sign, limit in limits if limit)
 
 
 def crossing_table(crossed: Sequence[Crossing], x: str) -> str:

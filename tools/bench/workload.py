@@ -111,6 +111,8 @@ def problem(case: Case, bound: BoundMask) -> Problem:
 
 def bound_mask(case: Case) -> BoundMask:
     """The mask of a case, built anew on each call."""
+    if case.mask.kind == "queries_of":
+        return mask_of(case.mask).bind(int(case.mask.options["queries"]), int(case.mask.options["keys"]))
     return mask_of(case.mask).bind(length_of(case))
 
 
@@ -126,7 +128,7 @@ def mask_of(source: MaskSource) -> Mask:
         GridError: Its options do not fit its data.
     """
     match source.kind:
-        case "text":
+        case "text" | "queries_of" | "turns":
             return masks.parse(source.text)
         case "file":
             return masks.load(data_file(source.text))

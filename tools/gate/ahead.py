@@ -1,4 +1,4 @@
-"""Triton kernels of tasks compiled ahead on the other cores; the process that checks and times finds them in the cache.
+"""Kernels of tasks compiled ahead on the other cores; the process that checks and times finds them in the caches.
 
 This file decides how many processes compile, and that they launch nothing. What goes wrong in them is left to the task
 itself to find out.
@@ -55,27 +55,44 @@ class Ahead:
         self.end()
 
 
+Tasks = Callable[[Device], Iterator[tuple[str, Callable[[], Any]]]]
 _tasks: dict[str, dict[str, Callable[[], Any]]] = {}
 
 
-def compile_for(tasks: Callable[[Device], Iterator[tuple[str, Callable[[], Any]]]], key: str) -> None:
+def compile_for(tasks: Tasks, key: str) -> None:
     """Goes through a task with launches that only compile."""
     if not _tasks:
         only_compile()
-    if tasks.__qualname__ not in _tasks:
-        _tasks[tasks.__qualname__] = dict(tasks(detect_gpu()))
+    name = f"{tasks.__module__}.{tasks.__qualname__}"
+    if name not in _tasks:
+        _tasks[name] = dict(tasks(detect_gpu()))
     # A check of what no kernel has written fails.
     with contextlib.suppress(Exception):
-        _tasks[tasks.__qualname__][key]()
+        _tasks[name][key]()
+
+
+class _CompilingMachine:
+    """Stands where the CUDA driver stands, and compiles what it is to start."""
+
+    def run(self, program: Any, *_: object) -> None:
+        from sparsec.backends import cuda_compile
+
+        cuda_compile.cubin(program)
 
 
 def only_compile() -> None:
-    """From here on, this process launches no Triton kernel: where it would, it compiles it."""
-    from triton.runtime.jit import JITFunction
+    """From here on, this process launches no kernel of ours: where it would, it compiles it."""
+    from sparsec import gate
+    from sparsec.backends import cuda
 
-    run = JITFunction.run
+    gate.ensure = lambda *_: None
+    cuda.machine = _CompilingMachine
+    with contextlib.suppress(ImportError):
+        from triton.runtime.jit import JITFunction
 
-    def compiled(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        return run(kernel, *arguments, grid=grid, warmup=True, **named)
+        run = JITFunction.run
 
-    JITFunction.run = compiled
+        def compiled(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+            return run(kernel, *arguments, grid=grid, warmup=True, **named)
+
+        JITFunction.run = compiled

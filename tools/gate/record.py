@@ -1,6 +1,7 @@
 """What one device has shown: results by key, kept in one file that every result makes anew.
 
-This file decides when earlier results still count: same device, same sources, same toolchain. It must not know what the
+This file decides when earlier results still count (same device, same sources, same toolchain), and what is known of the
+task at hand: a small file beside the results, so that whoever watches can tell who hangs. It must not know what the
 results are of.
 """
 
@@ -10,6 +11,8 @@ import hashlib
 import json
 import os
 import subprocess
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,23 @@ from sparsec.device import Device
 ROOT = Path(__file__).resolve().parents[2]
 
 Result = dict[str, Any]  # one JSON object of a record
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a worker is at.
+
+    Attributes:
+        key: The task.
+        since: When it gave its last sign of life, in seconds since 1970.
+        who: Whom it is busy with, where a task has several; else "".
+        stage: With what.
+    """
+
+    key: str
+    since: float
+    who: str = ""
+    stage: str = ""
 
 
 class Record:
@@ -47,26 +67,26 @@ class Record:
         is_same = all(kept.get(name) == self.about[name] for name in ("device", "sources", "toolchain"))
         self.results = kept["results"] if is_same else {}
 
+    def begin(self, key: str, who: str = "", stage: str = "") -> None:
+        """Tells what is done from now on; each time is a sign of life."""
+        self._put(self._now, json.dumps(asdict(Running(key, time.time(), who, stage))))
+
     def write(self, key: str, result: Result) -> None:
+        """Keeps a result; its task is no longer at hand."""
         self.results[key] = result
-        self._publish()
+        self._put(self.path, json.dumps({**self.about, "results": self.results}, indent=1) + "\n")
+        self.rest()
 
-    def _publish(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**self.about, "results": self.results}, indent=1) + "\n"
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(text)
-        os.replace(beside, self.path)
+    def running(self) -> Running | None:
+        """What was begun and has not ended."""
+        try:
+            return Running(**json.loads(self._now.read_text()))
+        except FileNotFoundError:
+            return None
 
-    def running(self) -> list[str]:
-        """The keys of what was begun and has not ended."""
-        return [key for key, result in self.results.items() if result["status"] == "running"]
-
-    def drop_running(self) -> None:
+    def rest(self) -> None:
         """Forgets what was begun and has not ended."""
-        for key in self.running():
-            del self.results[key]
-        self._publish()
+        self._now.unlink(missing_ok=True)
 
     def counts(self) -> dict[str, int]:
         """How many results there are of each status."""
@@ -74,6 +94,16 @@ class Record:
         for result in self.results.values():
             counts[result["status"]] = counts.get(result["status"], 0) + 1
         return counts
+
+    @property
+    def _now(self) -> Path:
+        return self.path.with_suffix(".now")
+
+    def _put(self, path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.tmp")
+        beside.write_text(text)
+        os.replace(beside, path)
 
 
 def commit() -> str:

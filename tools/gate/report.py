@@ -11,12 +11,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import click
+from bench.goals import Outcome, outcomes
+from bench.grid import Grid, find_grid, load_grid
+from bench.results import DEVICE_PROTOCOL, SCHEMA, CaseRow, Provenance, Run, decode
+from bench.tables import attention_table, figure_table, limits_text, notes_of
 
 from gate.checks import hard_cases
+from gate.record import commit, sources_digest
+from gate.timing import GRIDS
 from sparsec import data
 from sparsec.device import Device
 
@@ -26,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _NOTHING_CHOSEN = 5
 
 Result = dict[str, Any]  # one JSON object of a record
+# The record says where and with what; the goals need not know.
+NOWHERE = Provenance("", "", False, "", "", "", "", 0, 0, "")
 
 
 def gpu_md(results: Path) -> str:
@@ -48,9 +58,10 @@ def gpu_md(results: Path) -> str:
     lines += [f"| {' | '.join(key)} | {state} |" for key, state in sorted(rows.items())]
     if not records:
         lines += ["", "No GPU has run any of these kernels yet: there is no record."]
+    lines += ["", *aimed_lines(records)]
     for record in records:
         lines += ["", f"## {record['label']} ({record['device']})", ""]
-        lines += [f"Commit {record['commit']}, {record['toolchain']}.", ""]
+        lines += [f"Commit {commit_of(record)}, {record['toolchain']}.", ""]
         lines += [*measured_lines(record)]
     return "\n".join(lines) + "\n"
 
@@ -99,6 +110,68 @@ def verified_rows(record: Result) -> Iterator[tuple[tuple[str, ...], str]]:
         yield row, state
 
 
+def commit_of(record: Result) -> str:
+    """The commit of a record; where it was made without the history, that of the same sources here."""
+    return commit() if record["sources"] == sources_digest() and commit() else record["commit"]
+
+
+def aimed_lines(records: list[Result]) -> Iterator[str]:
+    """Every figure that is aimed at on a GPU, and what was measured on each device."""
+    yield "## Figures"
+    yield ""
+    yield "Each is measured by `tools/gpu_gate.py run` with a case of the grids `" + "`, `".join(GRIDS) + "`"
+    yield "(`tools/bench/grids/`), every result of it checked; a peer that is not installed has no figure."
+    yield ""
+    names = [record["label"] for record in records]
+    yield "| aim | figure | " + " | ".join(names or ["any GPU"]) + " |"
+    yield "|---|---|" + "---|" * max(1, len(names))
+    for grid in map(load_grid, map(find_grid, GRIDS)):
+        reached = [dict(_values(grid, record)) for record in records]
+        for goal in grid.goals:
+            cells = [outcome_text(each.get(goal.what)) for each in reached] or [NOT_RUN]
+            yield f"| {goal.what} | {limits_text(goal)} | {' | '.join(cells)} |"
+    yield ""
+    yield "The choice of the planner without records, against the best of what was measured (`tools/eval_cost.py`):"
+    yield "; ".join(f"{record['label']}: {_choice(record)}" for record in records) or NOT_RUN
+    yield ""
+    yield "Compile time by NVRTC needs no GPU: `tools/bench_compile.py`."
+
+
+NOT_RUN = "not run"
+
+
+def _choice(record: Result) -> str:
+    found = record["results"].get("tune/choice", {}).get("choice")
+    if not found:
+        return NOT_RUN
+    return "; ".join(f"{aim['what']} {aim['value']:.1%}" for aim in found["aims"] if aim["value"] is not None)
+
+
+def _values(grid: Grid, record: Result) -> Iterator[tuple[str, Outcome]]:
+    rows = [row for key, row in timed_rows(record) if key.split("/")[1] == grid.name]
+    run = Run(SCHEMA, grid.name, grid.about, grid.digest, grid.plot, grid.x, DEVICE_PROTOCOL, NOWHERE, 0, (), (), ())
+    # A goal of several cases counts once all of them were measured.
+    for goal in grid.goals:
+        wanted = {case.id for case in grid.cases if any(fnmatchcase(case.id, pattern) for pattern in goal.cases)}
+        mine = tuple(row for row in rows if row.case.id in wanted)
+        if wanted == {row.case.id for row in mine}:
+            for outcome in outcomes(replace(run, goals=(goal,), cases=mine)):
+                yield goal.what, outcome
+
+
+def outcome_text(outcome: Outcome | None) -> str:
+    if outcome is None or outcome.value is None:
+        return NOT_RUN
+    return f"{outcome.value:.4g}, " + ("met" if outcome.is_met else f"missed by {outcome.missed_by:.0%}")
+
+
+def timed_rows(record: Result) -> Iterator[tuple[str, CaseRow]]:
+    """The cases of a record that were measured, with their keys."""
+    for key, result in record["results"].items():
+        if "row" in result:
+            yield key, decode(CaseRow, result["row"], key)
+
+
 def summary(record: Result) -> Iterator[str]:
     """What a run has shown, for whoever watches it: failures in full, the rest counted, times at the end."""
     for key, result in record["results"].items():
@@ -122,15 +195,15 @@ def measured_lines(record: Result) -> Iterator[str]:
             told = results[key].get("summary") or results[key].get("why") or results[key].get("error")
             if told:
                 yield f"  - {key}: {results[key]['status']}: {told}"
-    timed = {key: result for key, result in results.items() if key.startswith("bench/")}
-    if timed:
-        yield ""
-        yield "| case | who | µs (spread) | TFLOP/s useful | TB/s of K and V rows by edge |"
-        yield "|---|---|---|---|---|"
-    for key, result in timed.items():
-        _, case, who = key.split("/")
-        if "us" in result:
-            rates = f"{result['tflops']:.1f} | {result['edge_tb_s']:.2f}"
-            yield f"| {case} | {who} | {result['us']:.0f} ({result['spread_us']:.0f}) | {rates} |"
-        else:
-            yield f"| {case} | {who} | {result['status']}: {result.get('why', result.get('error', ''))} | | |"
+    for key, result in results.items():
+        if key.startswith("bench/") and "row" not in result:
+            yield f"- {key}: {result['status']}: {result.get('error', result.get('why', ''))}"
+    for grid in GRIDS:
+        rows = [row for key, row in timed_rows(record) if key.split("/")[1] == grid]
+        calls = [row for row in rows if row.case.measure == "attention"]
+        if calls:
+            yield from ("", f"### {load_grid(find_grid(grid)).about}", "", attention_table(calls))
+            yield from (line for notes in notes_of(calls) for line in ("", notes))
+        figures = [row for row in rows if row.case.measure != "attention"]
+        if figures:
+            yield from ("", figure_table(figures))
