@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import sparsec
-from sparsec import data, gate
+from sparsec import data, gate, score
 from sparsec import masks as m
 from sparsec.backends import cpu
 from sparsec.backends.base import DTYPES
@@ -93,6 +95,23 @@ def test_a_pass_is_for_one_toolchain(checks, monkeypatch):
     monkeypatch.setattr(cpu.CpuBackend, "toolchain", lambda self: "another compiler 1.0")
     gate.ensure(template("row_traversal"), "cpu", "fp32", detect_cpu())
     assert len(checks) == 2
+
+
+@pytest.mark.usefixtures("own_cache", "forgetful")
+def test_a_pass_is_for_one_score_modifier(checks):
+    for modifier in (None, score.soft_cap(3.0), score.soft_cap(4.0), None, score.soft_cap(3.0)):
+        gate.ensure(template("row_traversal"), "cpu", "fp32", detect_cpu(), "forward", modifier)
+    assert len(checks) == 3
+
+
+@pytest.mark.parametrize(
+    ("got", "is_refused"), [(1.0, False), (1.1, False), (1.2, True), (math.nan, True), (math.inf, True)]
+)
+def test_what_is_no_number_is_wrong(got, is_refused):
+    wanted = np.array([1.0, -math.inf])
+    told = gate._worst(("the output",), (np.array([got, -math.inf]),), (wanted,), (0.15,))
+    assert (told is not None) is is_refused
+    assert gate._worst(("the output",), (np.array([1.0, 5.0]),), (wanted,), (0.15,)) is not None
 
 
 @pytest.mark.usefixtures("own_cache", "forgetful")

@@ -387,6 +387,8 @@ def test_a_saved_attention_takes_its_tensors_again(tmp_path):
         sparsec.load(tmp_path / "saved", score_mod=Trained().mod())
     with pytest.raises(RecordError, match="same score_mod"):
         sparsec.load(tmp_path / "saved", score_mod=score.alibi(trained.slopes))
+    with pytest.raises(RecordError, match="same score_mod"):
+        sparsec.load(tmp_path / "saved", score_mod=trained.mod().in_kernel)  # without its sinks
 
 
 # Sinks and columns by themselves.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_strategies import bound_masks
+from mask_strategies import SHAPES, bound_masks, leaves
 
 from sparsec import masks as m
 from sparsec.errors import MaskError
@@ -66,6 +66,23 @@ def test_tiles_and_patterns_of_compositions(case, block_q, block_kv, data):
     part = bound.tiles(block_q, block_kv, some)
     check_tiles(bound, dense, part, some)
     check_patterns(dense, part, bound.patterns(part))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(SHAPES).flatmap(lambda shape: st.tuples(st.just(shape), leaves(shape))), blocks, blocks)
+def test_edges_of_any_tiles_are_counted(case, block_q, block_kv):
+    """What compositions ask their parts for: a wrong count of a partial tile may change nothing but their speed."""
+    shape, (mask, dense) = case
+    part = mask.bind(*shape).mask
+    grid = tilemap.Grid(shape, block_q, block_kv)
+    keys = grid.keys(range(grid.n_q_tiles))
+    counts = part._normal(shape, False, False)._counts_at(grid, keys)
+    row, column = np.divmod(keys, grid.n_kv_tiles)
+    wanted = [
+        dense[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv].sum()
+        for i, j in zip(row, column, strict=True)
+    ]
+    assert counts.tolist() == wanted
 
 
 @pytest.mark.parametrize(
