@@ -222,7 +222,7 @@ class Attention:
         import torch
 
         is_traced = torch.compiler.is_compiling()
-        q, k, v = taken(q, k, v, self._request.layout, is_checked=not is_traced)
+        q, k, v = taken(q, k, v, self._request.layout)
         tables, sinks = self._score_arguments.of_call(score_args)
         needs_grad = requires_grad(q, k, v, *tables, *(() if sinks is None else (sinks,)))
         if needs_grad and not is_traced:

@@ -83,18 +83,16 @@ def in_layout(out: torch.Tensor, lse: torch.Tensor | None, layout: Layout) -> tu
 
 
 def taken(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, *, is_checked: bool = True
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inputs of a call as kernels take them: cast where autocast is on, `[batch, heads, length, dim]`.
 
     Raises:
-        SparsecError: As `check_kinds` and `check_agreement`, where `is_checked`.
+        SparsecError: As `check_kinds` and `check_agreement`.
     """
-    if is_checked:
-        check_kinds(q, k, v, layout)
+    check_kinds(q, k, v, layout)
     q, k, v = autocast(q, k, v)
-    if is_checked:
-        check_agreement(q, k, v, layout)
+    check_agreement(q, k, v, layout)
     return heads_first(q, layout), heads_first(k, layout), heads_first(v, layout)
 
 

@@ -261,6 +261,24 @@ def test_compiled_in_one_graph_for_any_batch(layout):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(2, 2, 20, 8), (1, 2, 20, 8), (2, 2, 20, 8)], "q has batch 2 and k has 1"),
+        ([(2, 2, 20, 8), (2, 2, 20, 8), (2, 2, 9, 8)], r"k has shape .* and v \(2, 2, 9, 8\)"),
+        ([(2, 2, 20, 8), (2, 2, 20, 4), (2, 2, 20, 8)], "q has head_dim 8 and k has 4"),
+    ],
+)
+def test_a_compiled_function_refuses_tensors_that_do_not_fit(shapes, message):
+    # A kernel that took them would read beyond the smaller one.
+    torch._dynamo.reset()
+    attn = sparsec.compile(m.window(3, 3), 20)
+    compiled = torch.compile(attn, backend="eager")
+    with pytest.raises(sparsec.errors.SparsecError, match=message):
+        compiled(*(torch.randn(shape) for shape in shapes))
+    torch._dynamo.reset()
+
+
 def test_compiled_by_aot_eager_without_gradients():
     torch._dynamo.reset()
     made = sparsec.compile(m.window(40, 10), 100)
