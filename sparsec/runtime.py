@@ -299,7 +299,8 @@ class Attention:
 
         Raises:
             MaskError: The mask has not as many queries as keys, or `q_len ≤ n ≤ seq_len` does not hold.
-            UnsupportedError: Inputs that require gradients, or a template other than `row_traversal` was named.
+            UnsupportedError: Inputs that require gradients; or `compile` was told another template than
+                `row_traversal`, or `reorder="force"`.
             SparsecError: Shapes, dtypes or devices that do not fit.
         """
         request = self._request
@@ -313,6 +314,10 @@ class Attention:
         if request.template not in (None, "row_traversal"):
             raise UnsupportedError(
                 f"compile was told template={request.template!r}, and steps run on row_traversal: leave template out"
+            )
+        if request.reorder == "force":
+            raise UnsupportedError(
+                "compile was told reorder='force', and steps keep the tokens' own order: leave reorder out"
             )
         stepper = self._stepper
         stepper.check(q.shape[2], k.shape[2])
@@ -535,21 +540,22 @@ class Attention:
 
     def _made(self, bound: BoundMask, problem: Problem, device_name: str) -> Specialisation:
         request = self._request
-        planned = self._planned(bound, problem, device_name, request.template)
+        planned = self._planned(bound, problem, device_name)
         may_measure = request.tune in ("auto", "quick", "full")
         if may_measure and _tuner().improve(planned, request, device_name):
-            planned = self._planned(bound, problem, device_name, request.template)
+            planned = self._planned(bound, problem, device_name)
         return Specialisation(planned)
 
-    def _planned(self, bound: BoundMask, problem: Problem, device_name: str, template: str | None) -> Plan:
+    def _planned(self, bound: BoundMask, problem: Problem, device_name: str, *, in_rows: bool = False) -> Plan:
+        """What should run as the caller asked; `in_rows`: row by row, in the tokens' own order."""
         request = self._request
         return plan(
             bound,
             problem,
             torch_device(device_name),
-            template=template,
+            template="row_traversal" if in_rows else request.template,
             backend=request.backend,
-            reorder=request.reorder,
+            reorder="off" if in_rows else request.reorder,
             scale=request.scale,
             score=request.score,
             tune="off" if request.tune == "off" else "cached",

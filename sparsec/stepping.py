@@ -8,10 +8,10 @@ know how that was done, nor any kernel.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -37,8 +37,12 @@ _MIN_PIECE = 512
 _PROMPTS_KEPT = 8
 
 
-# Plans a mask for a problem on a device (by its torch name), with a template or any.
-Planner = Callable[[BoundMask, Problem, str, str | None], Plan]
+class Planner(Protocol):
+    """Plans a mask for a problem on a device (by its torch name)."""
+
+    def __call__(self, bound: BoundMask, problem: Problem, device_name: str, *, in_rows: bool = False) -> Plan:
+        """`in_rows`: for `row_traversal`, in the tokens' own order."""
+        ...
 
 
 class Stepper:
@@ -105,7 +109,7 @@ class Stepper:
         key = replace(problem, kv_len=square.kv_len), device
         if key not in self._few:
             last = square[square.q_len - problem.q_len :, :]
-            made = self._planned(last, key[0], device, "row_traversal")
+            made = self._planned(last, key[0], device, in_rows=True)
             self._few[key] = [
                 _Part(launch, kernel, _member(square, launch.batch[0], launch.heads[0]))
                 for launch, kernel in Specialisation(made).kernels()
@@ -118,7 +122,7 @@ class Stepper:
         found = self._many.get(key)
         if found is None:
             first, n = problem.kv_len - problem.q_len, problem.kv_len
-            made = self._planned(self._square[first:n, :n], problem, device, None)
+            made = self._planned(self._square[first:n, :n], problem, device)
             found = self._many[key] = Specialisation(_moved(made, first))
             # Another thread's prompts may push this one out before it has run.
             while len(self._many) > _PROMPTS_KEPT:

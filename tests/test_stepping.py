@@ -162,6 +162,9 @@ def test_what_is_no_step():
         attn.step(q[:, :, :1].requires_grad_(), k, v)
     with pytest.raises(UnsupportedError, match="steps run on row_traversal"):
         sparsec.compile(m.causal(), CAPACITY, template="block_sparse").step(q[:, :, :1], k, v)
+    # Rows in another order of tokens would be written where others belong.
+    with pytest.raises(UnsupportedError, match="steps keep the tokens' own order"):
+        sparsec.compile(m.dilated(40, 4), CAPACITY, reorder="force").step(q[:, :, :1], k, v)
     with pytest.raises(SparsecError, match="compile was told q_heads=8"):
         sparsec.compile(m.causal(), CAPACITY, q_heads=8).step(q[:, :, :1], k, v)
 
