@@ -1,6 +1,5 @@
 """A fresh process shows what importing sparsec brings with it."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -40,8 +39,6 @@ def _import_in_fresh_process(statement: str, home: Path) -> dict[str, object]:
 )
 def test_importing_is_light_and_leaves_nothing_behind(module, tmp_path):
     name = f"sparsec.{module}" if module else "sparsec"
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not there yet")
     report = _import_in_fresh_process(f"import {name}", tmp_path)
     assert not HEAVY.intersection(report["modules"])
     assert report["threads"] == 1

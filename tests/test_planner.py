@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 from cases import cases, scattered
+from test_cli import PROCESSOR
 
 import sparsec
 from sparsec import masks as m
@@ -18,6 +19,7 @@ from sparsec.analysis import analyse
 from sparsec.backends.base import DTYPES, Problem
 from sparsec.device import detect_cpu, devices
 from sparsec.errors import MaskError, SparsecError, UnsupportedError
+from sparsec.planner import search
 from sparsec.planner.parts import heavy_rows_apart, residue_part
 from sparsec.template import templates
 
@@ -34,6 +36,19 @@ def _told(made: sparsec.Plan) -> None:
     assert told["schema"] == 1
     assert len(told["groups"]) == len(made.groups)
     assert told["layout_bytes"] == made.layout_bytes == sum(step.launch.work.nbytes for step in made.steps)
+
+
+def test_of_what_the_cost_model_cannot_tell_apart_the_simplest_wins(monkeypatch):
+    def chosen(margin: float) -> sparsec.Plan:
+        monkeypatch.setattr(search, "_NEAR", margin)
+        return sparsec.plan(m.random_edges(8, 0) | WINDOW, PROBLEM, PROCESSOR, tune="off", reorder="off")
+
+    fastest = chosen(1.0)
+    assert [step.launch.template.name for step in fastest.steps] == ["hybrid"]
+    rows = next(each for each in fastest.groups[0].alternatives if each.template == "row_traversal")
+    behind = rows.us / fastest.estimate.us
+    assert chosen(0.99 * behind).steps[0].launch.template.name == "hybrid"
+    assert chosen(1.01 * behind).steps[0].launch.template.name == "row_traversal"
 
 
 # Every case, as a whole.
