@@ -45,15 +45,23 @@ class Executor(Protocol):
         """One that computes what this one does now, whatever this one is told later; the same until it is told."""
         ...
 
+    @property
+    def was_updated(self) -> bool:
+        """Whether it once computed something else than now."""
+        ...
+
 
 _executors: weakref.WeakValueDictionary[int, Executor] = weakref.WeakValueDictionary()
+_handles: weakref.WeakKeyDictionary[Executor, int] = weakref.WeakKeyDictionary()
 _numbers = itertools.count()
 
 
 def register(executor: Executor) -> int:
-    """A handle for an executor, good as long as the executor lives."""
-    handle = next(_numbers)
-    _executors[handle] = executor
+    """The handle of an executor, good as long as the executor lives."""
+    handle = _handles.get(executor)
+    if handle is None:
+        handle = _handles[executor] = next(_numbers)
+        _executors[handle] = executor
     return handle
 
 

@@ -195,6 +195,10 @@ class _ByLength:
     def held(self) -> _ByLength:
         return self
 
+    @property
+    def was_updated(self) -> bool:
+        return False
+
     def __getstate__(self) -> dict[str, Any]:
         # Nothing compiled is copied: it is made again when it is needed.
         return {"mask": self.mask, "_scale": self._scale, "_score": self._score, "_backend": self._backend}

@@ -28,7 +28,7 @@ from sparsec.score import ScoreFunction, ScoreMod, as_score_mod
 from sparsec.score_arguments import ScoreArgs, ScoreArguments, with_sinks
 from sparsec.specialisation import Specialisation
 from sparsec.stepping import Stepper
-from sparsec.tensors import Layout, given_back, requires_grad, taken
+from sparsec.tensors import Layout, check_tangents, given_back, requires_grad, taken
 
 if TYPE_CHECKING:
     import torch
@@ -159,6 +159,7 @@ class Attention:
         self._score_arguments = ScoreArguments(request.score)
         self._is_step_checked = False
         self._held: Attention | None = None
+        self._was_updated = False
         self._handle = register(self)
 
     @overload
@@ -224,6 +225,7 @@ class Attention:
         is_traced = torch.compiler.is_compiling()
         q, k, v = taken(q, k, v, self._request.layout)
         tables, sinks = self._score_arguments.of_call(score_args)
+        check_tangents(q, k, v, *tables, sinks)
         needs_grad = requires_grad(q, k, v, *tables, *(() if sinks is None else (sinks,)))
         if needs_grad and not is_traced:
             self._check_gradients()
@@ -306,6 +308,7 @@ class Attention:
         request = self._request
         q, k, v = taken(q, k, v, request.layout)
         tables, sinks = self._score_arguments.of_call(score_args)
+        check_tangents(q, k, v, *tables, sinks)
         if requires_grad(q, k, v, *tables):
             raise UnsupportedError(
                 "step was given inputs that require gradients, and has no backward pass: call it under "
@@ -379,9 +382,14 @@ class Attention:
                 held = self._held
                 if held is None:
                     held = object.__new__(Attention)
-                    held.__dict__.update(self.__dict__, _held=held)
+                    held.__dict__.update(self.__dict__, _held=held, _was_updated=False)
                     self._held = held
         return held
+
+    @property
+    def was_updated(self) -> bool:
+        """Whether `update` gave it another mask since it was made."""
+        return self._was_updated
 
     def __reduce__(self) -> tuple[object, ...]:
         # Nothing compiled is copied: it is made again when it is needed.
@@ -436,7 +444,7 @@ class Attention:
             for key, old in self._specialised.items():
                 made[key].take_over(old)
             # A backward pass that is still to come goes on with what it holds.
-            self._bound, self._specialised, self._held = bound, made, None
+            self._bound, self._specialised, self._held, self._was_updated = bound, made, None, True
             self._stepper = Stepper(bound, self._planned)
             self._latest = next(reversed(made.values()), None)
 

@@ -6,7 +6,7 @@ where `torch.autocast` is on. It must not know masks, plans or kernels, and impo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsec.errors import SparsecError, UnsupportedError
 
@@ -123,6 +123,27 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     import torch
 
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def check_tangents(*tensors: torch.Tensor | None) -> None:
+    """Raises where one carries a derivative forward, which would be lost: kernels see values alone.
+
+    Raises:
+        UnsupportedError: It is a dual tensor, or this is within `torch.func.jvp`.
+    """
+    from torch.autograd import forward_ad
+
+    unpack: Any = forward_ad.unpack_dual  # torch gives it no types
+    try:
+        has_tangent = any(t is not None and unpack(t).tangent is not None for t in tensors)
+    except RuntimeError:
+        # In a compiled graph torch cannot tell dual tensors from others, and there are some: a dual level is entered.
+        has_tangent = True
+    if has_tangent:
+        raise UnsupportedError(
+            "sparsec's attention was given tensors with forward-mode derivatives (torch.func.jvp, jacfwd or dual "
+            "tensors), and only reverse mode is computed: use backward() or torch.autograd.grad, or dense attention"
+        )
 
 
 def requires_grad(*tensors: torch.Tensor) -> bool:

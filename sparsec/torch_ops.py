@@ -7,12 +7,18 @@ torch, and is imported only when tensors are at hand. It must not know what an e
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 
 from sparsec.errors import UnsupportedError
-from sparsec.handles import executor, register
+from sparsec.handles import Executor, executor, register
+from sparsec.tensors import check_tangents
+
+# Who computed a log-sum-exp, for as long as it is somewhere: the backward pass is that of the same mask, also in a
+# compiled graph, which knows a number alone.
+_computed_by: weakref.WeakKeyDictionary[torch.UntypedStorage, Executor] = weakref.WeakKeyDictionary()
 
 
 def new_output(q: torch.Tensor, v_dim: int, empty: Callable[[Sequence[int]], torch.Tensor]) -> torch.Tensor:
@@ -27,7 +33,13 @@ def new_output(q: torch.Tensor, v_dim: int, empty: Callable[[Sequence[int]], tor
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Sequence[torch.Tensor], handle: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return executor(handle).forward(q, k, v, tables)
+    # Who calls the attention itself is checked there; a compiled graph comes here alone.
+    check_tangents(q, k, v, *tables)
+    computing = executor(handle)
+    held = computing.held()
+    out, lse = computing.forward(q, k, v, tables)
+    _computed_by[lse.untyped_storage()] = held
+    return out, lse
 
 
 @forward.register_fake
@@ -51,7 +63,15 @@ def backward(
     handle: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Gradients of q, k, v and the tables; an empty tensor for a table whose gradient is not wanted."""
-    dq, dk, dv, *d_tables = executor(handle).backward(q, k, v, out, lse, d_out, d_lse, tables, is_wanted)
+    computing = _computed_by.get(lse.untyped_storage())
+    if computing is None:
+        computing = executor(handle)
+        if computing.was_updated:
+            raise UnsupportedError(
+                "a backward pass was given a copy of its forward pass's log-sum-exp, which does not tell whether "
+                "update changed the mask in between: keep that tensor where it is, or compile an attention a mask"
+            )
+    dq, dk, dv, *d_tables = computing.backward(q, k, v, out, lse, d_out, d_lse, tables, is_wanted)
     return dq, dk, dv, d_tables
 
 
@@ -74,19 +94,16 @@ def _backward_shapes(
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's autograd context
     q, k, v, tables, ctx.handle = inputs
-    # The graph keeps who computed it. In a trace a handle may be a symbol, which stands for nobody yet.
-    ctx.executor = executor(ctx.handle) if isinstance(ctx.handle, int) else None
-    ctx.held = None if ctx.executor is None else ctx.executor.held()
+    # The graph keeps who computed it. In a trace nobody did yet, and a handle may be a symbol.
+    ctx.held = executor(ctx.handle).held() if type(output[1]) is torch.Tensor else None
     ctx.save_for_backward(q, k, v, *output, *tables)
 
 
 def _differentiate(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]  # torch's autograd context
     q, k, v, out, lse, *tables = ctx.saved_tensors
     is_wanted = [bool(wanted) for wanted in ctx.needs_input_grad[3]]
-    handle = ctx.handle
-    if ctx.executor is not None and ctx.executor.held() is not ctx.held:
-        # Another mask came in between: the gradient is that of the mask of the forward pass.
-        handle = register(ctx.held)
+    # Another mask may have come in between: the gradient is that of the mask of the forward pass.
+    handle = ctx.handle if ctx.held is None else register(ctx.held)
     dq, dk, dv, d_tables = backward(q, k, v, out, lse, d_out, d_lse, tables, is_wanted, handle)
     found = [d_table if wanted else None for d_table, wanted in zip(d_tables, is_wanted, strict=True)]
     return dq, dk, dv, found, None

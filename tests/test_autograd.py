@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import sparsec
@@ -212,6 +213,47 @@ def test_opcheck_of_turned_tensors():
     made = sparsec.compile(m.window(9, 3), 60)
     q, k, v = (t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in _inputs(length=60))
     torch.library.opcheck(torch.ops.sparsec.forward.default, (q, k, v, [], made._handle))
+
+
+# Forward mode.
+
+
+def _tangents_dropped_by():
+    def dual(f, x):
+        with forward_ad.dual_level():
+            return f(forward_ad.make_dual(x, torch.ones_like(x)))
+
+    return {
+        "dual": dual,
+        "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+        "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+        "compiled": lambda f, x: dual(torch.compile(f, backend="aot_eager"), x),
+    }
+
+
+@pytest.mark.parametrize("way", [*_tangents_dropped_by()])
+@pytest.mark.parametrize("of", ["q", "v", "table", "sinks", "step"])
+def test_forward_mode_is_refused(way, of):
+    """Kernels see values alone: a derivative that comes along with them would be lost without a word."""
+    if way == "compiled" and of not in ("q", "table"):
+        pytest.skip("one operator takes all of them")
+    torch._dynamo.reset()
+    q, k, v = (t.detach() for t in _inputs(length=60))
+    slopes, sinks = torch.rand(4), torch.rand(4)
+    made = sparsec.compile(m.window(9, 3), 60, score_mod=score.chain(score.alibi(slopes), score.sinks(sinks)))
+    call = {
+        "q": (lambda x: made(x, k, v), q),
+        "v": (lambda x: made(q, k, x), v),
+        "table": (lambda x: made(q, k, v, score_args=[x, sinks]), slopes),
+        "sinks": (lambda x: made(q, k, v, score_args=[slopes, x]), sinks),
+        "step": (lambda x: made.step(x[:, :, -1:], k, v), q),
+    }[of]
+    call[0](call[1])
+    with pytest.raises(UnsupportedError, match="only reverse mode"):
+        _tangents_dropped_by()[way](*call)
+    # An open level changes nothing for tensors without derivatives.
+    with forward_ad.dual_level():
+        call[0](call[1])
 
 
 # torch.compile.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 
@@ -17,7 +18,7 @@ from sparsec.analysis import analyse
 from sparsec.backends import cpu, reference
 from sparsec.backends.base import Problem, backend
 from sparsec.device import detect_cpu
-from sparsec.errors import MaskError
+from sparsec.errors import MaskError, UnsupportedError
 from sparsec.planner import plans, search
 from sparsec.planner.shortlist import shortlist
 from sparsec.records import RecordKey, TuningRecord, Workload
@@ -194,6 +195,42 @@ def test_a_gradient_is_that_of_the_mask_of_its_forward_pass(name):
     for out, expected in ((second, wanted_second), (first, wanted)):
         found = torch.autograd.grad(out.square().sum(), (q, k, v))
         torch.testing.assert_close(found, expected, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("with_copies", [False, True], ids=["kept", "copied"])
+def test_a_compiled_gradient_is_that_of_the_mask_of_its_forward_pass(with_copies):
+    """A compiled graph knows the attention's number alone; where it cannot be right, it says so."""
+    torch._dynamo.reset()
+    before, after, _ = PAIRS["csr"]
+    generator = torch.Generator().manual_seed(9)
+    q, k, v = (torch.randn(1, 2, 600, 24, generator=generator).requires_grad_() for _ in "qkv")
+    attn = sparsec.compile(before, 600)
+
+    def loss(q, k, v):
+        return (attn(q, k, v) * 2.0).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    wanted = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    found = torch.autograd.grad(compiled(q, k, v), (q, k, v))
+    torch.testing.assert_close(found, wanted)
+    hooks = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t)
+    with hooks if with_copies else contextlib.nullcontext():
+        first = compiled(q, k, v)
+    attn.update(after)
+    if with_copies:
+        with pytest.raises(UnsupportedError, match="copy of its forward pass's log-sum-exp"):
+            torch.autograd.grad(first, (q, k, v))
+        # Without a graph in between, who computed it is kept beside what was saved.
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+            eager = loss(q, k, v)
+        attn.update(before)
+        wanted = torch.autograd.grad(sparsec.compile(after, 600)(q, k, v).mul(2.0).square().sum(), (q, k, v))
+        torch.testing.assert_close(torch.autograd.grad(eager, (q, k, v)), wanted, atol=3e-5, rtol=3e-5)
+        return
+    second = compiled(q, k, v)
+    torch.testing.assert_close(torch.autograd.grad(first, (q, k, v)), wanted)
+    wanted = torch.autograd.grad(sparsec.compile(after, 600)(q, k, v).mul(2.0).square().sum(), (q, k, v))
+    torch.testing.assert_close(torch.autograd.grad(second, (q, k, v)), wanted, atol=3e-5, rtol=3e-5)
 
 
 def test_steps_follow_the_new_mask():
