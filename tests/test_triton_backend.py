@@ -195,15 +195,47 @@ def test_a_decoding_step_packs_the_heads_of_a_group_and_splits_the_keys():
     assert several.steps[0].launch.config["pack_gqa"] == 1
 
 
-def test_low_tiles_are_for_forward_passes():
+def test_low_tiles_are_filled_by_packed_heads():
     config = Config.of(**{**template("block_sparse").default("triton").to_dict(), "block_q": 8, "pack_gqa": 8})
     problem, h100 = Problem(64, 64, 8, 1), device("nvidia-h100")
     refusal = triton.backend().config_refusal
-    assert refusal(template("block_sparse"), config, problem, h100) is None
-    assert "16 rows" in refusal(template("block_sparse"), config, replace(problem, needs_grad=True), h100)
+    for needs_grad in (False, True):
+        assert refusal(template("block_sparse"), config, replace(problem, needs_grad=needs_grad), h100) is None
     assert "16 rows" in template("block_sparse").violation("triton", Config.of(**{**config.to_dict(), "pack_gqa": 1}))
-    with pytest.raises(sparsec.errors.CompileError, match="forward pass alone"):
-        triton.backend().lower_backward(launch("block_sparse", "nvidia-h100", problem, block_q=8, pack_gqa=8))
+
+
+def test_packed_heads_are_rows_of_dq_and_columns_of_dkv():
+    """Keys and values are fetched once for a pack, and the grid over queries is as many times smaller."""
+    problem = Problem(100, 130, 8, 2, dtype="bf16", needs_grad=True)
+    made = launch("block_sparse", "nvidia-h100", problem, block_q=16, block_kv=32, pack_gqa=4, descriptors=1)
+    by_queries, by_keys = (call for call in triton.gradient_calls_of(made) if call.name == "backward")
+    assert by_queries.arrays["heads"].tolist() == [0, 4]
+    assert by_queries.arrays["stream_heads"].tolist() == [0, 1]
+    assert by_queries.grid(1) == made.work.schedule.n_items * 2
+    assert by_keys.arrays["heads"].tolist() == [0, 1]
+    assert by_keys.arrays["stream_heads"].tolist() == [0, 4]
+    assert (by_queries.constants["BLOCK"], by_queries.constants["STREAM"], by_queries.constants["PACK"]) == (16, 32, 4)
+    assert (by_keys.constants["BLOCK"], by_keys.constants["STREAM"], by_keys.constants["PACK"]) == (32, 16, 4)
+    # The copy engine takes no rows of several heads as one tile.
+    assert (by_queries.constants["DESCRIBED"], by_keys.constants["DESCRIBED"]) == (True, False)
+    apart = replace(made, heads=(1, 2))
+    assert [call.constants["PACK"] for call in triton.gradient_calls_of(apart) if call.name == "backward"] == [1, 1]
+
+
+def test_more_programs_than_32_bits_count_are_refused():
+    made = launch("block_sparse", "nvidia-h100", Problem(100, 130, 8, 2), block_q=16, persistent=1)
+    for call in triton.calls_of(made):
+        per_element = call.programs * len(call.arrays["heads"])
+        assert call.grid(2**31 // per_element - 1) <= 2 * device("nvidia-h100").units
+        with pytest.raises(sparsec.errors.UnsupportedError, match=r"a grid counts to 2,147,483,647"):
+            call.grid(2**31 // per_element + 1)
+
+
+def test_heads_that_share_keys_walk_side_by_side_where_they_are_not_packed():
+    problem = Problem(100, 130, 8, 2, dtype="bf16", needs_grad=True)
+    for pack, abreast in ((1, 4), (2, 2), (4, 1)):
+        calls = triton.gradient_calls_of(launch("block_sparse", "nvidia-h100", problem, block_q=16, pack_gqa=pack))
+        assert [call.numbers["abreast"] for call in calls if call.name == "backward"] == [abreast, 1]
 
 
 def test_tiles_are_walked_full_ones_first_and_ragged_ones_by_pattern():

@@ -26,7 +26,6 @@ from sparsec.backends.base import Launch, Problem
 from sparsec.backends.table_gradients import add_sums, zero_sums
 from sparsec.backends.triton_calls import (
     ALIGNMENT_BYTES,
-    LEAST_ROWS,
     Array,
     Call,
     calls_of,
@@ -290,10 +289,11 @@ class TritonGradient(_Calls):
         words = 0
         for call in self._calls:
             if call.name == "backward":
-                block = call.constants["BLOCK"]
+                block, pack, is_dq = (call.constants[name] for name in ("BLOCK", "PACK", "IS_DQ"))
                 assert isinstance(block, int), "a block is a number of rows"
-                dims = problem.head_dim + (0 if call.constants["IS_DQ"] else problem.v_dim)
-                words = max(words, int(call.numbers["n_slots"]) * int(call.numbers["n_heads"]) * block * dims)
+                assert isinstance(pack, int), "a pack is a number of heads"
+                rows, dims = (block * pack, problem.head_dim) if is_dq else (block, problem.head_dim + problem.v_dim)
+                words = max(words, int(call.numbers["n_slots"]) * int(call.numbers["n_heads"]) * rows * dims)
         return words * batch
 
 
@@ -417,9 +417,6 @@ class TritonBackend:
 
     def lower_backward(self, launch: Launch) -> TritonGradient:
         self._check(launch)
-        if launch.work.tiles is not None and launch.work.block_q < LEAST_ROWS:
-            reason = f"{launch.config} is for a forward pass alone; plan with needs_grad=True"
-            raise CompileError(reason, launch.template.kernel_path("triton"))
         return TritonGradient(launch)
 
     def _check(self, launch: Launch) -> None:

@@ -18,6 +18,7 @@ from sparsec.backends.base import Launch, Problem, Work
 from sparsec.backends.tile_lists import tile_arrays
 from sparsec.backends.triton_printed import Printed, printed_predicate, printed_score
 from sparsec.device import Device
+from sparsec.errors import UnsupportedError
 from sparsec.layout import Ordering
 from sparsec.template import Config, Template
 
@@ -26,6 +27,8 @@ Array = npt.NDArray[Any]
 LOG2_E: Final = 1.4426950408889634
 # Of tensors that the copy engine reads: of their address and of every stride but the last.
 ALIGNMENT_BYTES: Final = 16
+# Kernels count programs, whether each is one of the grid or a turn of one that stays, in 32 bits.
+_MOST_PROGRAMS: Final = 2**31
 # Of a tile on matrix units; fewer are filled up with rows that nobody reads.
 LEAST_ROWS: Final = 16
 # Rows a merge program joins: few, so that 256 columns of fp32 stay in registers.
@@ -49,7 +52,7 @@ class Shape:
     """What a launch's kernel is specialised on beyond its problem; follows from launch and device alone.
 
     Attributes:
-        dims: `(head_dim, head_width, v_dim, v_width)`; a width is a power of two, at least 16, that holds a dimension.
+        dims: As `dims_of` has them.
         pack: Query heads packed into the query tile.
         step_kv: Keys that go to the matrix units at a time.
         chunk: Dimensions of q and k that go at a time; head_width on matrix units.
@@ -72,8 +75,8 @@ class Shape:
 def shape_of(launch: Launch) -> Shape:
     """The shape of a launch's kernel."""
     config, problem = launch.config, launch.problem
-    pack = _packed_heads(launch)
-    dims = (problem.head_dim, width(problem.head_dim), problem.v_dim, width(problem.v_dim))
+    pack = packed_heads(launch)
+    dims = dims_of(problem)
     rows = max(config["block_q"] * pack, LEAST_ROWS)
     warp = 64 if launch.device.kind == "amd" else 32
     warps = config["num_warps"]
@@ -140,15 +143,13 @@ def too_large(template: Template, config: Config, problem: Problem, device: Devi
     reason = _undescribable(problem, device) if config.get("descriptors", 0) else None
     if reason is not None:
         return f"{config}: {reason}"
-    dims = (problem.head_dim, width(problem.head_dim), problem.v_dim, width(problem.v_dim))
+    dims = dims_of(problem)
     warp, most = (64, _AMD_VALUES) if device.kind == "amd" else (32, _NVIDIA_VALUES)
     if template.layout == "rows":
         # Queries, accumulators and the keys at hand; in the backward pass two of each.
         values = config["block_q"] * (dims[1] + dims[3]) * (3 if problem.needs_grad else 2)
         held, what = values // (warp * config["num_warps"]), "queries and keys"
     else:
-        if problem.needs_grad and config["block_q"] < LEAST_ROWS:
-            return f"{config}: gradients of queries are made {LEAST_ROWS} rows at a time at least"
         rows = max(config["block_q"] * _packed_at_most(config, problem), LEAST_ROWS)
         staying = config.get("persistent", 0)
         least, limit = shared_bytes(device, rows, 16, dims, 1, problem.itemsize), shared_limit(config, device)
@@ -177,11 +178,16 @@ def _packed_at_most(config: Config, problem: Problem) -> int:
     return math.gcd(config.get("pack_gqa", 1), problem.q_heads // problem.kv_heads)
 
 
+def dims_of(problem: Problem) -> tuple[int, int, int, int]:
+    """`(head_dim, head_width, v_dim, v_width)`: a width is a power of two, at least 16, that holds a dimension."""
+    return problem.head_dim, width(problem.head_dim), problem.v_dim, width(problem.v_dim)
+
+
 def width(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _packed_heads(launch: Launch) -> int:
+def packed_heads(launch: Launch) -> int:
     """Heads that go together: at most what the configuration says, and whole runs of heads of one group."""
     group = launch.problem.q_heads // launch.problem.kv_heads
     pack = launch.config.get("pack_gqa", 1)
@@ -240,6 +246,11 @@ class Call:
         heads = self.arrays["heads"]
         assert heads is not None, "every kernel runs over heads"
         programs = self.programs * batch * len(heads)
+        if programs >= _MOST_PROGRAMS:
+            raise UnsupportedError(
+                f"{self.name} is asked for {programs:,} items of all heads and batch elements, and a grid counts to "
+                f"{_MOST_PROGRAMS - 1:,}: give it fewer batch elements at a time, or larger tiles"
+            )
         return programs if self.most_programs is None else min(programs, self.most_programs)
 
 
@@ -343,7 +354,8 @@ def functions_of(launch: Launch, work: Work, *, with_slope: bool = False, with_s
         q_len, kv_len = launch.work.bound.shape
         n_edges = 0 if launch.work.numbers is None else launch.work.numbers.mask.nnz
         lengths = (launch.first_query + q_len, kv_len)
-        score = printed_score(launch.score, lengths, launch.problem.q_heads, n_edges)
+        is_packed = packed_heads(launch) > 1
+        score = printed_score(launch.score, lengths, launch.problem.q_heads, n_edges, is_packed=is_packed)
     functions: dict[str, tuple[Printed, str] | None] = {"MODIFY": None if score is None else (score, "value")}
     if with_slope:
         functions["SLOPE"] = None if score is None else (score, "slope")

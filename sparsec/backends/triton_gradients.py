@@ -6,6 +6,7 @@ must not know how kernels are compiled or run, and imports neither torch nor Tri
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,14 +16,17 @@ from sparsec.backends.table_gradients import sum_types
 from sparsec.backends.tile_lists import tile_arrays
 from sparsec.backends.triton_calls import (
     ACCUMULATOR_PER_THREAD,
+    LEAST_ROWS,
     MERGE_ROWS,
     ROW_REGISTERS,
     Array,
     Call,
+    dims_of,
     functions_of,
     is_described,
     kernel_scale,
     most_programs,
+    packed_heads,
     row_edges,
     shared_limit,
     width,
@@ -32,6 +36,8 @@ from sparsec.layout.hybrid import HybridItems, HybridLayout
 
 # Queries that one program of the pre-pass takes.
 _PREPARED_ROWS = 16
+# Of a tile that Hopper's matrix units read from shared memory; of lower ones, threads hold the operands.
+_WGMMA_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +49,9 @@ class _Side:
         work: Lists by those rows.
         length: Of the sequence that owns rows.
         stream_length: Of the other.
-        heads: Own heads.
-        stream_heads: For each of them, the heads that meet it.
+        heads: Own heads; of query heads, the first of each pack.
+        stream_heads: For each of them, the heads that meet it; likewise.
+        pack: Query heads that go together.
     """
 
     is_dq: bool
@@ -53,6 +60,23 @@ class _Side:
     stream_length: int
     heads: tuple[int, ...]
     stream_heads: tuple[tuple[int, ...], ...]
+    pack: int
+
+    @property
+    def own_pack(self) -> int:
+        """Heads in the tile that owns rows."""
+        return self.pack if self.is_dq else 1
+
+    @property
+    def stream_pack(self) -> int:
+        """Heads in each step of the stream."""
+        return 1 if self.is_dq else self.pack
+
+    @property
+    def rows(self) -> int:
+        """Of the tile that owns gradients."""
+        rows = self.work.block_q * self.own_pack
+        return rows if self.work.tiles is None else max(rows, LEAST_ROWS)
 
 
 def gradient_calls_of(launch: Launch) -> tuple[Call, ...]:
@@ -61,10 +85,19 @@ def gradient_calls_of(launch: Launch) -> tuple[Call, ...]:
     q_len, kv_len = work.bound.shape
     group = problem.q_heads // problem.kv_heads
     kv_heads = tuple(sorted({head // group for head in launch.heads}))
-    meeting = tuple(tuple(h for h in launch.heads if h // group == kv_head) for kv_head in kv_heads)
-    by_queries = _Side(True, work, q_len, kv_len, launch.heads, tuple((h // group,) for h in launch.heads))
-    by_keys = _Side(False, transposed_work(launch), kv_len, q_len, kv_heads, meeting)
-    return (_prepare(launch), *_side_calls(launch, by_queries), *_side_calls(launch, by_keys))
+    pack = packed_heads(launch)
+    first_heads = launch.heads[::pack]
+    by_queries = _Side(True, work, q_len, kv_len, first_heads, tuple((h // group,) for h in first_heads), pack)
+    turned = transposed_work(launch)
+
+    def by_keys(pack: int) -> _Side:
+        meeting = tuple(tuple(h for h in launch.heads[::pack] if h // group == kv_head) for kv_head in kv_heads)
+        return _Side(False, turned, kv_len, q_len, kv_heads, meeting, pack)
+
+    # A step of the stream has all packed heads of a query: where there is no room for them, fewer are packed.
+    step = _steps(launch, by_keys(pack))[0]["STEP"]
+    assert isinstance(step, int), "a step is a number of rows"
+    return (_prepare(launch), *_side_calls(launch, by_queries), *_side_calls(launch, by_keys(min(pack, step))))
 
 
 def transposed_work(launch: Launch) -> Work:
@@ -133,7 +166,7 @@ def _prepare(launch: Launch) -> Call:
 def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
     problem, work, is_dq = launch.problem, side.work, side.is_dq
     planned = work.schedule
-    dims = (problem.head_dim, width(problem.head_dim), problem.v_dim, width(problem.v_dim))
+    dims = dims_of(problem)
     into: dict[str, str | None] = {"into_1": "dq" if is_dq else "dk", "into_2": None if is_dq else "dv"}
     q_side, kv_side = ("q", "d_out"), ("k", "v")
     own, stream = (q_side, kv_side) if is_dq else (kv_side, q_side)
@@ -144,7 +177,10 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
         "length": side.length,
     }
     rows = work.rows
-    steps, warps, stages = _steps(launch, side, dims)
+    # Query heads of one key head walk an item side by side, so that what they share is found in the cache.
+    group = problem.q_heads // problem.kv_heads
+    abreast = max(1, math.gcd(len(side.heads), group // side.pack)) if is_dq else 1
+    steps, warps, stages = _steps(launch, side)
     # Kernels that need more than tiles on matrix units: the assembler is not to save registers for occupancy.
     is_crowded = work.tiles is None or work.gathered is not None or problem.dtype == "fp32"
     # Queries own what a score modifier's tables are given: each edge is met once.
@@ -178,6 +214,7 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
             **numbers,
             "n_items": planned.n_items,
             "n_batches": len(launch.batch),
+            "abreast": abreast,
             "stream_length": side.stream_length,
             "n_offsets": len(rows.start) if rows is not None and rows.form == "offsets" else 0,
             "scale": kernel_scale(launch),
@@ -188,8 +225,10 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
             "IS_DQ": is_dq,
             "NEGATE": launch.scale < 0 and launch.score is None,
             "BLOCK": work.block_q,
+            "PACK": side.pack,
             "DIMS": dims,
-            "DESCRIBED": is_described(launch, work.ordering),
+            # Rows of several heads are no tile of the copy engine's.
+            "DESCRIBED": side.stream_pack == 1 and is_described(launch, work.ordering),
             "PERSISTENT": most_programs(launch) is not None,
             **steps,
         },
@@ -203,24 +242,31 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
     )
     if not len(planned.merge_unit):
         return (backward,)
-    merged_rows = min(MERGE_ROWS, work.block_q)
+    merged_rows = min(MERGE_ROWS, work.block_q * side.own_pack)
     add_up = Call(
         name="add_up",
-        programs=len(planned.merge_unit) * (work.block_q // merged_rows),
+        programs=len(planned.merge_unit) * (work.block_q * side.own_pack // merged_rows),
         tensors={**into, "partial": "partial"},
         arrays={**arrays, "merge_unit": planned.merge_unit, "merge_indptr": planned.merge_indptr},
         numbers={**numbers, "n_merges": len(planned.merge_unit)},
-        constants={"IS_DQ": is_dq, "BLOCK": work.block_q, "ROWS": merged_rows, "DIMS": dims},
+        constants={
+            "IS_DQ": is_dq,
+            "BLOCK": work.block_q,
+            "PACK": side.own_pack,
+            "ROWS": merged_rows,
+            "DIMS": dims,
+        },
         num_warps=4,
         num_stages=1,
     )
     return backward, add_up
 
 
-def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tuple[dict[str, object], int, int]:
+def _steps(launch: Launch, side: _Side) -> tuple[dict[str, object], int, int]:
     """Constants, warps and stages that fit the registers and the shared memory."""
     config, device, itemsize = launch.config, launch.device, launch.problem.itemsize
-    tiles, block = side.work.tiles, side.work.block_q
+    dims = dims_of(launch.problem)
+    tiles, block = side.work.tiles, side.rows
     accumulated = dims[1] if side.is_dq else dims[1] + dims[3]
     threads_a_warp = 64 if device.kind == "amd" else 32
     warps = config["num_warps"]
@@ -235,18 +281,19 @@ def _steps(launch: Launch, side: _Side, dims: tuple[int, int, int, int]) -> tupl
         # Operands held by threads; or two accumulators beside three kinds of lists, or beside tensor memory's copies.
         warps = 8
     row_bytes = max(dims[1], dims[3]) * itemsize
-    keys = max(1, config.get("fetch", 64) * threads_a_warp * warps // (2 * block * row_bytes))
+    keys = max(side.stream_pack, config.get("fetch", 64) * threads_a_warp * warps // (2 * block * row_bytes))
     constants: dict[str, object] = {"KEYS": keys, "CHUNK": dims[1], "CHUNK_2": dims[3], "STREAM": 16, "STEP": 16}
     if tiles is None:
         return constants, warps, 1
-    stream = tiles.tile_map.block_kv
-    constants["STREAM"] = stream
+    stream = max(tiles.tile_map.block_kv * side.stream_pack, LEAST_ROWS)
+    constants["STREAM"] = tiles.tile_map.block_kv
     if is_without_matrix_units:
         return constants | {"CHUNK": 16, "CHUNK_2": 16}, warps, 1
     # Both operands of the own rows and of a step of the stream, and the weights and score gradients between.
     # Where a thread holds operands too, or copies of tensor memory beside them, it has room for half of the scores.
-    # So it has where a modifier holds its own values beside them.
-    is_roomy = "tcgen05" not in device.features and (side.is_dq or "wgmma" in device.features) and launch.score is None
+    # So it has where a modifier holds its own values beside them, or packed heads the places of their rows.
+    is_held_elsewhere = side.is_dq or ("wgmma" in device.features and block >= _WGMMA_ROWS)
+    is_roomy = is_held_elsewhere and "tcgen05" not in device.features and launch.score is None and side.own_pack == 1
     step, stages = min(stream, 64 if block * accumulated <= 64 * (128 if is_roomy else 64) else 32), 2
     while step > 16 and (block * (dims[1] + dims[3]) + step * (dims[1] + dims[3]) + 2 * block * step) * itemsize > (
         shared_limit(config, device) - 4096

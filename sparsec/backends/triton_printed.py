@@ -117,7 +117,9 @@ class Printed:
         return getattr(module, name)
 
 
-def printed_score(score: ScoreMod, lengths: tuple[int, int], q_heads: int, n_edges: int) -> Printed:
+def printed_score(
+    score: ScoreMod, lengths: tuple[int, int], q_heads: int, n_edges: int, *, is_packed: bool = False
+) -> Printed:
     """`value` and `slope` of `(score, b, h, q_idx, kv_idx, edge, tables)`, and `scatter` where it has live tables.
 
     `value` and `slope` are in natural units, in the shape of `score`. `scatter` adds what `table_gradients.py` sums up.
@@ -127,6 +129,7 @@ def printed_score(score: ScoreMod, lengths: tuple[int, int], q_heads: int, n_edg
         lengths: Queries and keys it may be asked for.
         q_heads: Query heads.
         n_edges: Edges of the mask whose edges are numbered, or 0.
+        is_packed: Whether `scatter` is told several heads at once, each row's.
     """
     names, ranges = _names(score.tables), _ranges(lengths, n_edges)
     source = _HEAD.format(what="a score modifier and its derivative by the score")
@@ -140,13 +143,13 @@ def printed_score(score: ScoreMod, lengths: tuple[int, int], q_heads: int, n_edg
             result=code.results[0],
         )
     if score.live_tables:
-        source += _SCATTER_FUNCTION.format(body="".join(_scatters(score, names, ranges, q_heads, n_edges)))
+        source += _SCATTER_FUNCTION.format(body="".join(_scatters(score, names, ranges, q_heads, n_edges, is_packed)))
     tables = (np.zeros(1, np.float32) if table.is_live else _passed(table.array) for table in names)
     return Printed(source, tuple(tables))
 
 
 def _scatters(
-    score: ScoreMod, names: Mapping[Captured, str], ranges: Ranges, q_heads: int, n_edges: int
+    score: ScoreMod, names: Mapping[Captured, str], ranges: Ranges, q_heads: int, n_edges: int, is_packed: bool
 ) -> Iterator[str]:
     for place, (number, look_up, factor) in enumerate(score.look_ups):
         index = Const(0) if is_by_edge(score, number) else offset_of(look_up)
@@ -155,12 +158,14 @@ def _scatters(
         lines = (line.strip() for line in (*casts.splitlines(), *code.statements))
         statements = "".join(f"        {line}\n" for line in lines)
         template = _SCATTER_BY_EDGE if is_by_edge(score, number) else _SCATTER
+        # Packed heads lie along the axis of the queries.
+        along = {"q_idx" if name == "h" and is_packed else name for name in index.variables()} - {"b", "h"}
         yield template.format(
             number=number,
             statements=statements,
             factor=code.results[1],
             index=code.results[0],
-            reduced=_REDUCED.get(index.variables() - {"b", "h"}, ""),
+            reduced=_REDUCED.get(frozenset(along), ""),
             q_heads=q_heads,
             n_edges=n_edges,
         )

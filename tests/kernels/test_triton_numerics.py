@@ -240,6 +240,21 @@ def _run_gradient(name: str, tried: Case, values: dict[str, int] | None = None, 
     _check_gradient(replace(made, work=split(made.work)) if is_split else made, tried)
 
 
+def _run_gradient_packed(tried: Case, values: dict[str, int], is_split: bool) -> None:
+    made = _launch("block_sparse", tried, values)
+    sides = [call for call in triton_backend.gradient_calls_of(made) if call.name == "backward"]
+    assert [call.constants["PACK"] for call in sides] == [values["pack_gqa"]] * 2
+    _check_gradient(replace(made, work=split(made.work)) if is_split else made, tried)
+
+
+def _run_gradient_of_heads(tried: Case, heads: tuple[int, ...]) -> None:
+    """Heads that make no whole pack leave rows and columns of low tiles empty."""
+    made = replace(_launch("block_sparse", tried, {"block_q": 8, "pack_gqa": 2}), heads=heads)
+    sides = [call for call in triton_backend.gradient_calls_of(made) if call.name == "backward"]
+    assert {call.constants["PACK"] for call in sides} == {1 + (heads[0] % 2 == 0)}
+    _check_gradient(made, tried)
+
+
 def modifiers() -> dict[str, ScoreMod]:
     """What a modifier may do: look up by head and distance, bend scores, depend on everything, or forbid pairs."""
     rng = np.random.default_rng(4)
@@ -635,6 +650,31 @@ def test_gradients_in_tiles_of_other_sizes(interpreter, values):
     interpreter(_run_gradient, "block_sparse", GROUPED.with_dtype("fp32"), values)
 
 
+TALL = case("tall", scattered(150, 20, 0.3), 150, 20, 16, v_dim=8, heads=(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("tried", "values", "is_split"),
+    [
+        (GROUPED, {"block_q": 16, "pack_gqa": 2}, True),
+        # Eight queries of two heads: as few rows, and as few columns, as matrix units take.
+        (GROUPED, {"block_q": 8, "pack_gqa": 2}, True),
+        (replace(GROUPED, problem=replace(GROUPED.problem, q_heads=8)), {"block_q": 8, "pack_gqa": 4}, False),
+        # Keys whose queries are cut into pieces, each of all heads.
+        (TALL, {"block_q": 8, "pack_gqa": 2}, False),
+        spread((TALL, {"block_q": 32, "pack_gqa": 4}, True)),
+    ],
+    ids=str,
+)
+def test_gradients_of_packed_heads(interpreter, tried, values, is_split):
+    interpreter(_run_gradient_packed, tried.with_dtype("fp32"), values, is_split)
+
+
+@pytest.mark.parametrize("heads", [(0, 1), (1, 2)], ids=["packed", "apart"])
+def test_gradients_of_heads_that_are_packed_or_not(interpreter, heads):
+    interpreter(_run_gradient_of_heads, TALL.with_dtype("fp32"), heads)
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("modifier", [name if name == "everything" else spread(name) for name in modifiers()])
@@ -648,6 +688,11 @@ def test_modifiers(interpreter, modifier, name, direction):
 @pytest.mark.parametrize("modifier", ["by-places", "by-edges"])
 def test_captured_tensors_and_their_gradients(interpreter, modifier, name, dtype):
     interpreter(_run_live, name, GROUPED.with_dtype(dtype), modifier)
+
+
+@pytest.mark.parametrize("modifier", ["by-places", "by-edges"])
+def test_captured_tensors_of_packed_heads_and_their_gradients(interpreter, modifier):
+    interpreter(_run_live, "block_sparse", GROUPED.with_dtype("fp32"), modifier, {"block_q": 8, "pack_gqa": 2})
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
