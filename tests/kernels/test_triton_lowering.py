@@ -26,7 +26,7 @@ from sparsec.backends.triton import LoweredSource
 from sparsec.device import device
 from sparsec.layout import EdgeOrder
 from sparsec.planner import plan
-from sparsec.score import alibi, as_score_mod, edge_bias, relative_bias, soft_cap
+from sparsec.score import alibi, as_score_mod, chain, edge_bias, relative_bias, soft_cap
 from sparsec.template import Config, template
 
 # sm_80, sm_90, sm_100, gfx90a, gfx942.
@@ -149,6 +149,27 @@ def test_programs_that_stay_hold_nothing_over(name, gpu, direction):
             assert each.shared_bytes * 2 <= device(gpu).shared_bytes_per_block
 
 
+@cache
+def grouped_at(head_dim: int) -> Case:
+    return case("lowered", scattered(150, 300, 0.05), 150, 300, head_dim, heads=(8, 1))
+
+
+def _packed():
+    for gpu, block_q in itertools.product(DEVICES, (8, 16)):
+        is_quick = (gpu, block_q) == ("nvidia-h100", 16)
+        yield pytest.param(gpu, block_q, 64 // block_q, marks=() if is_quick else pytest.mark.spread)
+
+
+@pytest.mark.parametrize(("gpu", "block_q", "pack"), [*_packed()])
+def test_gradients_of_packed_heads_do_not_spill(gpu, block_q, pack):
+    """Sixty-four rows of a few queries each use the same matrix instructions as those of one head."""
+    values = (("block_q", block_q), ("pack_gqa", pack))
+    lowered = _lowered("block_sparse", gpu, "bf16", grouped_at(128), values, "backward")
+    for each in (each for each in lowered if each.name == "backward"):
+        assert each.spilled_bytes <= SPILLED_BY_OLDER, each
+        assert each.instructions.get(MATRIX_INSTRUCTION[gpu, "bf16"], 0) > 0, each
+
+
 @pytest.mark.parametrize("gpu", ["nvidia-rtx4090", pytest.param("amd-mi300x", marks=pytest.mark.spread)])
 def test_the_widest_heads_fit_the_smallest_devices(gpu):
     for dtype in ("fp32", "bf16"):
@@ -196,17 +217,44 @@ def test_forms_of_rows(form):
     assert _lowered("row_traversal", "nvidia-h100", "bf16", tried)[0].spilled_bytes == 0
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+def _addressing():
+    for name, direction in itertools.product(TEMPLATES, ("forward", "backward")):
+        is_quick = (name, direction) in (("block_sparse", "backward"), ("row_traversal", "forward"))
+        yield pytest.param(name, direction, marks=() if is_quick else pytest.mark.spread)
+
+
+# The only 32-bit numbers that are multiplied: positions of a sequence, which are below 2³¹ like its length; places in
+# tables, which are 64-bit where 32 would not do (`test_score.py`); and numbers of programs, which a grid bounds.
+_TIMES_A_CONSTANT = {"position", "first", "row", "scores", "weights"}
+_TIMES_ANOTHER = {"copy"}
+
+
+@pytest.mark.parametrize(("name", "direction"), [*_addressing()])
 def test_offsets_are_64_bit(name, direction):
-    """No stride is ever multiplied in 32 bits."""
-    for each in _lowered(name, "nvidia-h100", "bf16", tried_at(128), direction=direction):
+    """Of every kernel of a split launch with live tables: no stride, and no number of a copy, slot, tile or edge, is
+    multiplied in 32 bits."""
+    tried = tried_at(32).with_dtype("bf16")
+    tables = (torch.zeros(shape, requires_grad=True) for shape in ((4, 65), (4, tried.bound.nnz), (4,)))
+    score = chain(*(made(table) for made, table in zip((relative_bias, edge_bias, alibi), tables, strict=True)))
+    values = {"row_traversal": {}}.get(name, {"block_q": 16, "block_kv": 16})
+    config = Config.of(**{**template(name).default("triton").to_dict(), **values})
+    gpu, edges = device("nvidia-h100"), EdgeOrder(tried.bound)
+    made = running.launch(template(name), "triton", tried, config=config, device=gpu, edges=edges)
+    lowered = triton_backend.lower_source(replace(made, work=split(made.work), score=score), direction)
+    wanted = ["forward", "merge"] if direction == "forward" else ["prepare", "backward", "add_up", "backward"]
+    assert [each.name for each in lowered][: len(wanted)] == wanted
+    for each in lowered:
         text = each.texts["ttgir"]
         strides = [name for name in re.findall(r"%(\w+_(?:batch|head|row)): i32", text) if f"%{name} " in text]
         assert strides
         for stride in strides:
             assert re.search(rf"arith\.extsi %{stride} : i32 to i64", text), f"{stride} is not widened"
-            assert not re.search(rf"(muli|splat) [^:]*%{stride}\b[^:]*: [^:]*i32", text), f"{stride} in 32 bits"
+            assert not re.search(rf"splat [^:]*%{stride}\b[^:]*: [^:]*i32", text), f"{stride} in 32 bits"
+        constants = {*re.findall(r"(%[\w$#-]+) = arith\.constant", text)}
+        products = re.findall(r"%(\S+) = arith\.(?:muli|shli) (%[\w$#-]+), (%[\w$#-]+)[^:]*: \S*i32", text)
+        for product, *factors in products:
+            known = _TIMES_A_CONSTANT if constants & {*factors} else _TIMES_ANOTHER
+            assert re.sub(r"_\d+$", "", product) in known, f"{each.name}: {product} = {factors}"
 
 
 def test_a_split_unit_has_its_merge_kernel():
