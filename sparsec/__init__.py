@@ -9,7 +9,7 @@ Layers, from the top; imports go down only:
     tuning
     functional  module  saving   a function of tensors; a layer of a model; attentions as files
     runtime                      compile, Attention
-    stepping                     steps of generation, over a cache that grows
+    stepping  request            steps of generation, over a cache that grows; what compile was told, checked
     specialisation               a plan with its kernels
     gate  torch_ops              no kernel serves before it passed; operators in torch's registry
     planner                      which template takes which edges, and why

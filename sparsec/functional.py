@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal, get_args, overload
 from sparsec.errors import MaskError
 from sparsec.masks.mask import Mask
 from sparsec.packing import packed
-from sparsec.runtime import Attention, check_choice, check_mask, compile
+from sparsec.request import check_choice, check_mask
+from sparsec.runtime import Attention, compile
 from sparsec.tensors import Layout, check_kinds, length_of
 
 if TYPE_CHECKING:

@@ -10,13 +10,10 @@ import importlib
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from sparsec import data
-from sparsec.backends.base import DTYPES, Dtype, Problem
-from sparsec.device import Device, detect_cpu, detect_gpu
-from sparsec.device import device as named_device
+from sparsec.backends.base import MAX_HEAD_DIM, Dtype, Problem
 from sparsec.errors import MaskError, SparsecError, UnsupportedError
 from sparsec.expr import Expr
 from sparsec.handles import register
@@ -24,6 +21,17 @@ from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner import Plan, plan, renewed
 from sparsec.planner.plans import Reorder
 from sparsec.planner.renewal import check_structure
+from sparsec.request import (
+    Request,
+    Tune,
+    bound_mask,
+    check_mask,
+    count,
+    device_name,
+    dtype_name,
+    finite_scale,
+    torch_device,
+)
 from sparsec.score import ScoreFunction, ScoreMod, as_score_mod
 from sparsec.score_arguments import ScoreArgs, ScoreArguments, with_sinks
 from sparsec.specialisation import Specialisation
@@ -32,30 +40,6 @@ from sparsec.tensors import Layout, check_tangents, given_back, requires_grad, t
 
 if TYPE_CHECKING:
     import torch
-
-Tune = Literal["off", "cached", "auto", "quick", "full"]
-
-_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the caller of `compile` fixed; None is taken from the first tensors."""
-
-    q_heads: int | None
-    kv_heads: int | None
-    head_dim: int | None
-    v_dim: int | None
-    dtype: Dtype | None
-    device: str | None
-    backend: str | None
-    template: str | None
-    needs_grad: bool | None
-    scale: float | None
-    score: ScoreMod | None
-    layout: Layout
-    tune: Tune
-    reorder: Reorder
 
 
 def compile(
@@ -116,27 +100,24 @@ def compile(
         BackendMissingError: The back end that was named, or the only one that could serve, lacks something.
         CompileError: The kernel does not compile or fails its check.
     """
-    chosen_tune = tune or data.forced_tune_mode() or "auto"
-    check_choice("layout", layout, get_args(Layout))
-    check_choice("tune", chosen_tune, get_args(Tune))
-    check_choice("reorder", reorder, get_args(Reorder))
-    bound = _bound(mask, seq_len, kv_len)
+    bound = bound_mask(mask, seq_len, kv_len)
     request = Request(
-        q_heads,
-        kv_heads,
-        head_dim,
-        v_dim,
-        None if dtype is None else _dtype_name(dtype),
-        None if device is None else str(device),
+        count("q_heads", q_heads),
+        count("kv_heads", kv_heads),
+        count("head_dim", head_dim, MAX_HEAD_DIM),
+        count("v_dim", v_dim, MAX_HEAD_DIM),
+        None if dtype is None else dtype_name(dtype),
+        device_name(device),
         backend,
         template,
         needs_grad,
-        scale,
+        finite_scale(scale),
         None if score_mod is None else as_score_mod(score_mod),
         layout,
-        chosen_tune,  # type: ignore[arg-type]  # checked above
+        tune or data.forced_tune_mode() or "auto",  # type: ignore[arg-type]  # checked below
         reorder,
     )
+    request.check(bound)
     made = Attention(bound, request)
     if q_heads is not None and head_dim is not None and dtype is not None:
         made.specialise()
@@ -434,6 +415,7 @@ class Attention:
         Raises:
             MaskError: Its lengths or its structure are others; the mask before stays.
         """
+        check_mask(mask)
         bound = mask if isinstance(mask, BoundMask) else mask.bind(*self._bound.shape)
         if bound.shape != self._bound.shape:
             raise MaskError(f"update takes a mask of shape {self._bound.shape}; this one has {bound.shape}")
@@ -512,9 +494,13 @@ class Attention:
     def _for(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs_grad: bool) -> Specialisation:
         bound = self._bound
         if (q.shape[2], k.shape[2]) != bound.shape:
+            is_swapped = (q.shape[1], k.shape[1]) == bound.shape and self._request.layout != "thd"
+            others = "bshd" if self._request.layout == "bhsd" else "bhsd"
+            hint = f"; or is it layout={others!r}?" if is_swapped else ""
             raise MaskError(
                 f"the mask is bound to {bound.q_len} queries and {bound.kv_len} keys, and the tensors have "
-                f"{q.shape[2]} and {k.shape[2]}: compile another for these lengths"
+                f"{q.shape[2]} and {k.shape[2]} (layout {self._request.layout!r}): compile another for these lengths"
+                + hint
             )
         problem = self._problem(q, k, v, needs_grad)
         found = self._specialised.get((problem, str(q.device)))
@@ -528,7 +514,7 @@ class Attention:
         _check_device(request.device, q.device)
         # One plan serves every batch size, unless the mask has a member for each element.
         batch = q.shape[0] if self._bound.varies_by_batch else 1
-        dtype = _dtype_name(q.dtype)
+        dtype = dtype_name(q.dtype)
         lengths, heads = (q.shape[2], k.shape[2]), (q.shape[1], k.shape[1])
         problem = Problem(*lengths, *heads, q.shape[3], v.shape[3], dtype, batch, needs_grad)
         for name in ("q_heads", "kv_heads", "head_dim", "v_dim", "dtype"):
@@ -584,33 +570,6 @@ def _tuner() -> Tuner:
     return made
 
 
-def _bound(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None, kv_len: int | None) -> BoundMask:
-    check_mask(mask)
-    if isinstance(seq_len, tuple):
-        if len(seq_len) != 2:
-            raise MaskError(f"seq_len={seq_len}: give one length, or (q_len, kv_len)")
-        q_len: int | None = seq_len[0]
-        if kv_len not in (None, seq_len[1]):
-            raise MaskError(f"seq_len={seq_len} and kv_len={kv_len} disagree: give the number of keys once")
-        kv_len = seq_len[1]
-    else:
-        q_len = seq_len
-    if isinstance(mask, Mask):
-        return mask.bind(q_len, kv_len)
-    # A bound mask knows its lengths; those given must agree, and a single length stands for the queries.
-    if q_len not in (None, mask.q_len) or kv_len not in (None, mask.kv_len):
-        raise MaskError(f"the mask is bound to {mask.shape}, and compile was asked for {(q_len, kv_len)}")
-    return mask
-
-
-def check_mask(mask: object) -> None:
-    if not isinstance(mask, (Mask, BoundMask)):
-        raise MaskError(
-            f"sparsec takes a mask of sparsec.masks; got {type(mask).__name__}: "
-            "use masks.from_dense, from_csr, from_mask_mod or from_block_mask"
-        )
-
-
 def _check_device(told: str | None, found: torch.device) -> None:
     """Raises where tensors are elsewhere than `compile` was told; a name of `devices.yaml` stands for any GPU here."""
     if told is None:
@@ -619,25 +578,3 @@ def _check_device(told: str | None, found: torch.device) -> None:
     is_family = found.type == ("cpu" if family == "cpu" else "cuda")
     if not is_family or (found.type == "cuda" and index not in ("", str(found.index))):
         raise SparsecError(f"compile was told device={told}, and the tensors are on {found}")
-
-
-def torch_device(name: str) -> Device:
-    """The device a torch device string or a name of `devices.yaml` stands for."""
-    if name.split(":", maxsplit=1)[0] == "cpu":
-        return detect_cpu()
-    if name.split(":", maxsplit=1)[0] == "cuda":
-        index = int(name.split(":")[1]) if ":" in name else None
-        return detect_gpu(index)
-    return named_device(name)
-
-
-def _dtype_name(dtype: torch.dtype | str) -> Dtype:
-    for name in DTYPES:
-        if dtype == name or str(dtype) == f"torch.{_TORCH_NAMES[name]}":
-            return name
-    raise UnsupportedError(f"dtype {dtype}: sparsec takes {', '.join(DTYPES)}")
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SparsecError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")

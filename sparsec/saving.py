@@ -32,7 +32,8 @@ from sparsec.masks.mask import BoundMask, Mask
 from sparsec.planner import Group, Plan, Step, plan
 from sparsec.planner.plans import Reorder
 from sparsec.planner.works import build_work, span_of
-from sparsec.runtime import Attention, Request, Tune, torch_device
+from sparsec.request import Request, Tune, torch_device
+from sparsec.runtime import Attention
 from sparsec.score import ScoreMod, as_score_mod
 from sparsec.template import Config, templates
 from sparsec.tensors import Layout
@@ -118,19 +119,28 @@ def load(path: str | os.PathLike[str], *, score_mod: ScoreMod | Expr | ScoreFunc
         bound = _mask_of(header["mask"], arrays).bind(q_len, kv_len)
         attention = Attention(bound, _request_of(header["request"], score))
         entries = [_checked_plan(entry) for entry in header["plans"]]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        made = [
+            (problem, where, _taken_up(entry, bound, problem, device, attention.request))
+            for problem, where, entry in entries
+            if (device := _found(file, where)) is not None
+        ]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         # MaskError is a ValueError too: a mask that cannot be is a damaged file.
         if isinstance(error, RecordError):
             raise
         _refuse(file, f"its content makes no sense ({type(error).__name__}: {error})")
-    for problem, device_name, entry in entries:
-        try:
-            device = torch_device(device_name)
-        except SparsecError as error:
-            logger.warning("%s holds a plan for %s, which is not here (%s); it is left out", file, device_name, error)
-            continue
-        attention.install(problem, device_name, _taken_up(entry, bound, problem, device, attention.request))
+    for each in made:
+        attention.install(*each)
     return attention
+
+
+def _found(file: Path, name: str) -> Device | None:
+    """The device of that name, where there is one."""
+    try:
+        return torch_device(name)
+    except SparsecError as error:
+        logger.warning("%s holds a plan for %s, which is not here (%s); it is left out", file, name, error)
+        return None
 
 
 # The archive.
@@ -160,7 +170,9 @@ def _read(file: Path) -> tuple[Json, Arrays]:
             f"load({str(file)!r}): it is {kind!r} of schema {schema!r}, and this sparsec reads {FORMAT!r} of schema "
             f"{SCHEMA}: compile and save again with this version"
         )
-    expected = {"header.json", "digest", *header.get("arrays", {})}
+    if not isinstance(header.get("arrays"), dict):
+        _refuse(file, f"its header lists no arrays (arrays = {header.get('arrays')!r})")
+    expected = {"header.json", "digest", *header["arrays"]}
     if members.keys() != expected or len(infos) != len(expected):
         _refuse(file, f"its members are {', '.join(sorted(members))} where {', '.join(sorted(expected))} belong")
     found = {name: _sha256(content) for name, content in members.items()}
@@ -321,6 +333,8 @@ def _checked_plan(entry: Json) -> tuple[Problem, str, Json]:
     for group in entry["groups"]:
         for step in group["steps"]:
             _check("step", step, isinstance(step, dict) and isinstance(step["config"], dict))
+            for key in ("template", "backend", "ordering"):
+                _check(key, step[key], isinstance(step[key], str))
             _check("config", step["config"], all(_is_int(value) for value in step["config"].values()))
             _check(
                 "keys", sorted(step), {"template", "source_digest", "backend", "ordering", "is_partial"} <= step.keys()

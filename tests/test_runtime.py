@@ -217,9 +217,9 @@ def test_the_device_told(device):
         ({"template": "dense"}, UnsupportedError, "neither full nor causal"),
         ({"backend": "torch"}, UnsupportedError, "neither full nor causal"),
         ({"device": "nvidia-h10"}, SparsecError, "did you mean nvidia-h100"),
-        ({"q_heads": 3, "kv_heads": 2}, UnsupportedError, "3 query heads over 2 key heads"),
-        ({"kv_heads": 0}, UnsupportedError, "4 query heads over 0 key heads"),
-        ({"q_heads": 0}, UnsupportedError, "0 query heads"),
+        ({"q_heads": 3, "kv_heads": 2}, UnsupportedError, "q_heads=3 and kv_heads=2"),
+        ({"kv_heads": 0}, UnsupportedError, "kv_heads=0"),
+        ({"q_heads": 0}, UnsupportedError, "q_heads=0"),
         ({"head_dim": 0}, UnsupportedError, "head_dim=0.*1 to 256"),
         ({"head_dim": 257}, UnsupportedError, "head_dim=257.*1 to 256"),
         ({"v_dim": 0}, UnsupportedError, "v_dim=0.*1 to 256"),
@@ -276,9 +276,9 @@ def test_lengths_that_can():
     ids=["none", "text", "array", "function"],
 )
 def test_what_is_no_mask(mask):
-    with pytest.raises(MaskError, match=r"takes a mask of sparsec\.masks; got .*from_"):
+    with pytest.raises(MaskError, match=r"takes a mask of sparsec\.masks; got .*(from_|parse)"):
         sparsec.compile(mask, 20)
-    with pytest.raises(MaskError, match=r"takes a mask of sparsec\.masks; got .*from_"):
+    with pytest.raises(MaskError, match=r"takes a mask of sparsec\.masks; got .*(from_|parse)"):
         sparsec.attention(*_qkv(), mask)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -9,6 +10,7 @@ import re
 import stat
 import zipfile
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -63,7 +65,7 @@ def test_what_was_saved_comes_back(mask, tmp_path):
     found, found_lse = again(q, k, v, return_lse=True)
     assert torch.equal(found, out)
     assert torch.equal(found_lse, lse)
-    assert "configuration from the saved file" in again.explain()
+    assert "configuration from the saved file" in " ".join(again.explain().split())
 
 
 def test_every_signature_is_there_with_its_gradients(tmp_path):
@@ -334,3 +336,69 @@ def test_nothing_is_unpickled(saved, tmp_path):
 
 def test_config_items_keep_their_order():
     assert Config(tuple(json.loads(json.dumps({"b": 1, "a": 2})).items())) == Config.of(b=1, a=2)
+
+
+def rewritten(path, header):
+    """The file with another header, its digest right."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["header.json"] = json.dumps(header).encode()
+    members["digest"] = hashlib.sha256(members["header.json"]).hexdigest().encode()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as writer:
+        for name, content in members.items():
+            writer.writestr(zipfile.ZipInfo(name), content)
+
+
+def places(value, path=()):
+    """Every place in a JSON document."""
+    if path:
+        yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from places(item, (*path, key))
+
+
+def replaced(value, path, other):
+    copy = json.loads(json.dumps(value))
+    at = copy
+    for key in path[:-1]:
+        at = at[key]
+    if other is _GONE:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = other
+    return copy
+
+
+_GONE = object()
+
+
+def test_any_other_value_in_a_header_is_refused_or_means_something(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "_MAX_TEXT", 10)
+    path = tmp_path / "attention.sparsec"
+    sparsec.compile(scattered(24, 24, 0.3), 24, q_heads=2, head_dim=8, dtype="fp32", tune="off").save(path)
+    with zipfile.ZipFile(path) as archive:
+        header = json.loads(archive.read("header.json"))
+    assert header["arrays"]
+    content = path.read_bytes()
+    refused = 0
+    for place in places(header):
+        for other in (None, -7, "x", [1], {"x": 1}, _GONE):
+            path.write_bytes(content)
+            rewritten(path, replaced(header, place, other))
+            try:
+                sparsec.load(path)
+            except SparsecError:
+                refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.3), np.float64(0.3), np.int64(2), Fraction(1, 3), 1], ids=repr)
+def test_a_scale_of_any_kind_is_saved(scale, tmp_path):
+    made = sparsec.compile(m.causal(), 40, q_heads=2, head_dim=8, dtype="fp32", scale=scale, tune="off")
+    made.save(tmp_path / "attention.sparsec")
+    again = sparsec.load(tmp_path / "attention.sparsec")
+    assert type(again.request.scale) is float
+    assert again.request.scale == float(scale)
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    assert torch.equal(again(q, k, v), made(q, k, v))

@@ -15,6 +15,7 @@ import numpy as np
 
 from sparsec.analysis.fill import FILL_BLOCKS, TileFill, toeplitz_fill
 from sparsec.analysis.sampling import UNIT, Run, n_units, sample_runs, units_of
+from sparsec.errors import MaskError
 from sparsec.masks import ranges
 from sparsec.masks.mask import BoundMask, Mask
 from sparsec.masks.ranges import IntArray, RowRanges
@@ -108,6 +109,8 @@ def analyse(mask: Mask | BoundMask, seq_len: int | tuple[int, int] | None = None
     if isinstance(mask, BoundMask):
         bound = mask
     else:
+        if not isinstance(mask, Mask):
+            raise MaskError(f"analyse takes a mask of sparsec.masks; got {type(mask).__name__}")
         q_len, kv_len = seq_len if isinstance(seq_len, tuple) else (seq_len, None)
         bound = mask.bind(q_len, kv_len)
     offsets = bound.offsets

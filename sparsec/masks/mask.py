@@ -172,7 +172,7 @@ class Mask(Leaf):
             kv_len = known_kv if known_kv is not None else q_len
         kv_len = None if kv_len is None else checked_int(kv_len, "bind", "kv_len")
         if q_len is None or kv_len is None:
-            raise MaskError(f"bind of {self}: the mask does not know its length; give one: mask.bind(q_len, kv_len)")
+            raise MaskError(f"{self} does not know its length: give one, as seq_len or by mask.bind(q_len, kv_len)")
         for name, known, given in (("q_len", known_q, q_len), ("kv_len", known_kv, kv_len)):
             if known is not None and known != given:
                 raise MaskError(

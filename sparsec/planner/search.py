@@ -102,6 +102,8 @@ def plan(
     asked = Asked(template, backend, reorder, scale, score, tune, records)
     if not isinstance(mask, (Mask, BoundMask)):
         raise MaskError(f"plan takes a mask of sparsec.masks; got {type(mask).__name__}")
+    if not isinstance(problem, Problem):
+        raise SparsecError(f"plan takes a sparsec.Problem; got {type(problem).__name__}")
     if reorder not in get_args(Reorder):
         raise SparsecError(f"reorder={reorder!r} is none of {', '.join(map(repr, get_args(Reorder)))}")
     if scale is not None and not math.isfinite(scale):

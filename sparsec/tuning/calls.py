@@ -13,7 +13,7 @@ from sparsec.tuning import first_call
 
 if TYPE_CHECKING:
     from sparsec.planner import Plan
-    from sparsec.runtime import Request
+    from sparsec.request import Request
 
 
 class Tuner:

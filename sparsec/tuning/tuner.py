@@ -172,7 +172,7 @@ def check_is_here(device: Device, where: str) -> None:
     Raises:
         BackendMissingError: The device, or everything that compiles for it, is not here.
     """
-    from sparsec.runtime import torch_device
+    from sparsec.request import torch_device
 
     found = torch_device(where)
     if found.key != device.key:

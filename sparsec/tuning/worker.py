@@ -270,7 +270,7 @@ def main() -> None:
 def _started(told: Json) -> LocalMeasurer:
     import torch
 
-    from sparsec.runtime import torch_device
+    from sparsec.request import torch_device
     from sparsec.saving import load
 
     if told["threads"]:
