@@ -360,6 +360,30 @@ def test_the_page_says_verified_only_where_every_case_passed(gpu_gate, record):
     assert "failed" in said["fp16"]
 
 
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        ("raise AssertionError('head 0: the output is off by nan where 1 is allowed')", None),
+        ("raise AssertionError('a message of another kind')", "another kind"),
+        ("raise ValueError('no such kernel')", "ValueError: no such kernel"),
+        ("pass", "nothing was launched"),
+    ],
+)
+def test_a_rehearsal_expects_that_nothing_was_written(gpu_gate, task, told):
+    found = gpu_gate.rehearsed(lambda: exec(task))
+    assert found is None if told is None else told in found
+
+
+def test_a_task_can_be_rehearsed_without_a_gpu(gpu_gate):
+    pytest.importorskip("triton")
+    pytest.importorskip("cuda.bindings.nvrtc")
+    tasks = ["verify/row_traversal/triton/bf16/forward/empty", "verify/block_sparse/cuda/bf16/forward/long-rows"]
+    for key in tasks:
+        command = [sys.executable, str(TOOLS / "gpu_gate.py"), "rehearse", "--part", "verify", "--only", key]
+        done = subprocess.run(command, cwd=TOOLS.parent, capture_output=True, text=True, check=False)
+        assert "1 of 1 tasks rehearsed for nvidia-h200, 0 would fail" in done.stdout, done.stdout + done.stderr
+
+
 def test_the_page_on_gpus_lists_the_parts_with_their_shares(gpu_gate):
     page = (TOOLS.parent / "docs" / "gpus.md").read_text()
     for name, part in gpu_gate.PARTS.items():

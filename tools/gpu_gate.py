@@ -2,14 +2,16 @@
 """Verifies, tests, tunes and times the GPU kernels on the machine at hand, and writes down what was seen.
 
     tools/gpu_gate.py list
+    tools/gpu_gate.py rehearse [--device nvidia-h200] [--minutes 5]
     tools/gpu_gate.py run [--minutes 25] [--results DIR] [--part verify ...]
     tools/gpu_gate.py report
 
-`run` needs a GPU. It does the most valuable things first, each part within a share of the time, writes every result as
-it comes, and goes on where it was when started again with the same sources and toolchain, however it ended. A process
-of its own does the work: a kernel that hangs or ruins the device costs its own check, and the rest goes on; a package
-that does so costs its own row. `report` makes GPU.md from those results and from the list of what the tests lower.
-docs/gpus.md says what to do in which order. This file decides the order, the shares and the limits.
+`list` and `rehearse` need no GPU: the one says what there is to do, the other goes through it with launches that only
+compile. `run` needs one. It does the most valuable things first, each part within a share of the time, writes every
+result as it comes, and goes on where it was when started again with the same sources and toolchain, however it ended. A
+process of its own does the work: a kernel that hangs or ruins the device costs its own check, and the rest goes on; a
+package that does so costs its own row. `report` makes GPU.md from those results and from the list of what the tests
+lower. docs/gpus.md says what to do in which order. This file decides the order, the shares and the limits.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -36,7 +39,7 @@ from typing import Any, NoReturn
 import click
 from bench.protocol import device_answers
 from gate import checks, timing
-from gate.ahead import Ahead, compile_for
+from gate.ahead import Ahead, compile_for, only_compile, pretend_device, rehearsed
 from gate.record import ROOT, Record, Result, Running
 from gate.report import gpu_md, summary
 
@@ -175,6 +178,36 @@ def list_tasks(name: str) -> None:
         click.echo(f"{part}: {sum(counts.values())} tasks, {each.share:.0%} of the time")
         for what, count in counts.items():
             click.echo(f"  {count:4} {what}")
+
+
+# Parts whose tasks can be gone through on the tensors of a CPU.
+REHEARSED = ("verify", "tunables", "modified")
+
+
+@main.command()
+@click.option("--device", "name", default="nvidia-h200", show_default=True, help="As if this device were here.")
+@click.option("--minutes", default=5.0, show_default=True, help="For everything.")
+@click.option("--part", "parts", multiple=True, type=click.Choice(REHEARSED), default=REHEARSED, help="Only this part.")
+@click.option("--only", default="", metavar="TEXT", help="Only tasks whose key has this in it.")
+def rehearse(name: str, minutes: float, parts: tuple[str, ...], only: str) -> None:
+    """Goes through tasks in shuffled order with launches that only compile; needs no GPU."""
+    device, until = named_device(name), time.time() + 60 * minutes
+    checks.pretend()
+    only_compile()
+    pretend_device(device)
+    tasks = [item for part in parts for item in PARTS[part].tasks(device) if only in item[0]]
+    random.Random(0).shuffle(tasks)
+    wrong, done = 0, 0
+    for key, task in tasks:
+        if time.time() > until:
+            break
+        error = rehearsed(task)
+        done, wrong = done + 1, wrong + (error is not None)
+        if error is not None:
+            click.echo(f"{key}: {error[:500]}")
+    click.echo(f"{done} of {len(tasks)} tasks rehearsed for {device.name}, {wrong} would fail")
+    if wrong:
+        raise SystemExit(1)
 
 
 @main.command()
