@@ -46,6 +46,33 @@ def test_results_count_for_the_same_sources_only(gpu_gate, record, monkeypatch):
     assert not record.results
 
 
+def test_results_of_another_toolchain_are_set_aside_and_not_lost(gpu_gate, record, monkeypatch):
+    from gate import record as module
+
+    from sparsec.device import device
+    from sparsec.template import template
+
+    record.write("verify/a/triton/bf16/forward/empty", {"status": "passed"})
+    before = record.path.read_text()
+    monkeypatch.setattr(module, "own_kernels", lambda device: [(template("hybrid"), "triton")])
+    for number in (1, 2):
+        other = gpu_gate.Record(device("nvidia-h200"), record.path.parent)
+        assert other.about["toolchain"] != record.about["toolchain"]
+        assert not other.results
+        assert record.path.with_suffix(".1.old").read_text() == before
+        assert not record.path.exists()
+        record.path.write_text(before)
+        assert len([*record.path.parent.glob("*.old")]) == number
+
+
+def test_a_back_end_that_is_not_here_is_told(gpu_gate, record, monkeypatch):
+    from gate.report import summary
+
+    assert record.about["absent"].keys() >= {"triton"}
+    content = {**record.about, "results": {}, "absent": {"cuda": "cuda-python is not installed"}}
+    assert "- cuda: nothing was run: cuda-python is not installed" in [*summary(content)]
+
+
 def test_what_passed_or_was_tried_in_this_run_is_left_alone(gpu_gate):
     assert not gpu_gate.is_settled({"status": "passed", "goes_on": True, "run": "earlier"}, "now")
     assert gpu_gate.is_settled({"status": "passed", "goes_on": True, "run": "now"}, "now")

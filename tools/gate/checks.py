@@ -90,6 +90,13 @@ def own_kernels(device: Device) -> list[tuple[Template, str]]:
     ]
 
 
+def absent_kernels(device: Device) -> dict[str, str]:
+    """The back ends for such a device that cannot run here, and why."""
+    names = [name for name in KERNEL_FILES if name != "cpu" and backend(name).serves(device)]
+    found = {name: backend(name).missing(device) for name in names}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
 def computes(each: Template, name: str, dtype: Dtype, direction: str, device: Device, **asked: Any) -> bool:
     """Whether a back end computes this at all: some have no fp32, or no backward pass."""
     if direction == "backward" and not each.has_backward(name):
@@ -225,6 +232,7 @@ def many_tokens(each: Template, name: str, device: Device) -> None:
     lse = torch.full((1, 1, length), float("nan"), device=_where)
     backend(launch.backend).lower(launch)(q, k, v, out, lse)
     assert not torch.isnan(lse).any()
+    assert not torch.isnan(out).any()
     for first in (0, 2**31 // dim - 100, length - 200):
         piece = slice(first, first + 200)
         heads = tuple(t[0, 0, piece].double().cpu().numpy() for t in (q, k, v))

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gate.checks import own_kernels
+from gate.checks import absent_kernels, own_kernels
 from sparsec.backends.base import backend
 from sparsec.device import Device
 
@@ -43,7 +43,11 @@ class Running:
 
 
 class Record:
-    """Results of one device with one toolchain at one state of the sources; written whole, by rename."""
+    """Results of one device with one toolchain at one state of the sources; written whole, by rename.
+
+    Results of others are kept beside under another name: a machine that lacks a package must not cost what one that
+    has it has shown.
+    """
 
     def __init__(self, device: Device, folder: Path) -> None:
         import torch
@@ -57,9 +61,13 @@ class Record:
             "commit": commit() or f"unknown (sources {sources_digest()})",
             "sources": sources_digest(),
             "toolchain": ", ".join([*(backend(name).toolchain() for name in names), f"torch {torch.__version__}"]),
+            "absent": absent_kernels(device),
         }
         self.results: dict[str, Result] = {}
         self.read()
+        if self.path.is_file() and not self.results:
+            number = len([*folder.glob(f"{self.path.stem}.*.old")]) + 1
+            os.replace(self.path, self.path.with_suffix(f".{number}.old"))
 
     def read(self) -> None:
         """Takes up what the file holds; nothing where other sources or another toolchain wrote it."""

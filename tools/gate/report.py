@@ -184,6 +184,7 @@ def summary(record: Result) -> Iterator[str]:
 
 def measured_lines(record: Result) -> Iterator[str]:
     results = record["results"]
+    yield from (f"- {name}: nothing was run: {why}" for name, why in record.get("absent", {}).items())
     others: dict[str, list[str]] = {}
     for key in results:
         if not key.startswith(("verify/", "bench/")):
