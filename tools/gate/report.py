@@ -134,7 +134,13 @@ def aimed_lines(records: list[Result]) -> Iterator[str]:
     yield "The choice of the planner without records, against the best of what was measured (`tools/eval_cost.py`):"
     yield "; ".join(f"{record['label']}: {_choice(record)}" for record in records) or NOT_RUN
     yield ""
-    yield "Compile time by NVRTC needs no GPU: `tools/bench_compile.py`."
+    yield from ("What needs no GPU:", "")
+    for path in sorted((ROOT / "benchmarks" / "results" / "scripts").glob("compile-*.json")):
+        found = json.loads(path.read_text())
+        for aim in found["aims"]:
+            limit, value = aim["form"].format(aim["at_most"]), aim["form"].format(aim["value"])
+            met = "met" if aim["is_met"] else "missed"
+            yield f"- {found['compiler']}, {aim['what']} {value}, ≤ {limit}: {met} (`tools/bench_compile.py`)."
 
 
 NOT_RUN = "not run"
