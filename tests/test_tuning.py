@@ -280,6 +280,21 @@ def test_a_configuration_with_wrong_results_is_not_timed(monkeypatch):
 # Processes that fail.
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_other_heads_and_batch_elements_hold_is_nobodys_fault(direction, no_records):
+    problem = Problem(100, 100, 4, 2, 16, 16, batch=3)
+    task = Task(
+        m.window(9, 0).bind(100), problem, detect_cpu(), direction, heads=(2, 3), batch=(0, 2), template="row_traversal"
+    )
+    tried = Space(task)
+    measurer = LocalMeasurer(tried, "cpu")
+    # The other's results are held to the default's as a whole.
+    for choice in (tried.default, next(each for each in tried.choices() if each != tried.default)):
+        found = measurer.measure(choice, Look(runs=2, seconds=0.0))
+        assert (found.failure, found.reason) == (None, "")
+        assert len(found.timings_us) >= 2
+
+
 def test_a_crash_a_hang_and_too_much_memory_cost_one_trial_each(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEC_CACHE_DIR", str(tmp_path / "cache"))
     tried = space()
