@@ -349,3 +349,22 @@ def test_derivative_with_respect_to_a_table():
 def test_derivative_of_soft_cap():
     expr = apply("tanh", score / 20) * 20
     assert str(expr.derivative("score")) == "1.0 - tanh(score / 20.0) * tanh(score / 20.0)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "kv_idx * 0.1 * 10.0 <= q_idx",
+        "kv_idx * 1e30 * 1e30 <= q_idx * 1e38",
+        "q_idx * (h * 0.9) >= kv_idx",
+        "kv_idx * 0.3 * 4.0 <= q_idx * 1.1",
+    ],
+)
+def test_simplifying_rounds_nothing_otherwise(text):
+    # Positions compared as floats: an ulp decides which pairs are attended.
+    expr = parse_expr(text)
+    q, kv = np.arange(600)[:, None], np.arange(600)
+    known = {"h": 3} if "h" in expr.variables() else {}
+    expected = np.broadcast_to(expr.evaluate(q_idx=q, kv_idx=kv, **known), (600, 600))
+    found = expr.substitute(known).simplify()
+    assert np.array_equal(np.broadcast_to(found.evaluate(q_idx=q, kv_idx=kv), (600, 600)), expected)

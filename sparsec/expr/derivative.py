@@ -15,6 +15,8 @@ from sparsec.errors import MaskError
 from sparsec.expr.tree import VARIABLES, Apply, Const, Expr, Table, Var, apply
 
 _ZERO = Const(0.0)
+# Factors further from 1 than this are left as they are: their product might leave the range of fp32.
+_SMALL = 1e-30
 # A partial derivative with respect to each operand, given the node; None where it is zero.
 _Rule = Callable[[Apply], tuple[Expr | None, ...]]
 
@@ -45,7 +47,26 @@ def derivative(expr: Expr, wrt: str | Table) -> Expr:
                 slope = _chain(node, inner)
                 if slope is not None:
                     slopes[node] = slope
-    return slopes.get(expr, _ZERO).simplify()
+    return slopes.get(expr, _ZERO).simplify().replace(_with_one_factor).simplify()
+
+
+def _with_one_factor(node: Expr) -> Expr | None:
+    """Constants combined and `(x * c) * d` as `x * (c * d)`: rounded otherwise, which a derivative may be."""
+    if not (isinstance(node, Apply) and node.kind == "float" and node.op in ("mul", "div")):
+        return None
+    a, b = node.args
+    if isinstance(a, Const) and node.op == "mul":
+        a, b = b, a
+    if not isinstance(b, Const) or not b.value:
+        return None
+    factor = float(b.value) if node.op == "mul" else 1.0 / float(b.value)
+    if isinstance(a, Const):
+        return Const(float(a.value) * factor)
+    if isinstance(a, Apply) and a.op == "mul" and isinstance(a.args[1], Const):
+        joined = float(a.args[1].value) * factor
+        if _SMALL < abs(joined) < 1.0 / _SMALL:
+            return apply("mul", a.args[0], joined)
+    return apply(node.op, a, b)
 
 
 def _chain(node: Apply, inner: list[Expr | None]) -> Expr | None:

@@ -2,8 +2,9 @@
 
 Constants are folded, identities removed, sums of integers brought to `Σ coefficient × atom + constant`, and integer
 comparisons to such a sum against a constant, so that `q_idx >= kv_idx` and `q_idx - kv_idx >= 0` become one expression.
-This file decides the normal form; what it returns has the same value everywhere (floats included, nan and signed zeros
-apart), and it must not know what the expression is for.
+This file decides the normal form; what it returns has the same value everywhere, to the last bit of a float in whatever
+precision it is computed (nan, signed zeros and what leaves the range of fp32 apart), and it must not know what the
+expression is for.
 """
 
 from __future__ import annotations
@@ -178,6 +179,11 @@ def _folded(node: Apply) -> Expr | None:
     values = [np.asarray(cast(Const, arg).value) for arg in node.args]
     with np.errstate(all="ignore"):
         value = np.asarray(OPS[node.op].numpy(*values)).item()
+        if any(each.dtype.kind == "f" for each in values):
+            # What fp32 would round is left to be computed in the precision of the rest.
+            in_fp32 = [each.astype(np.float32) if each.dtype.kind == "f" else each for each in values]
+            if np.asarray(OPS[node.op].numpy(*in_fp32)).item() != value:
+                return None
     if node.kind == "int" and abs(value) > _LARGEST_COEFFICIENT:
         return None
     return Const({"bool": bool, "int": int, "float": float}[node.kind](value))
@@ -370,14 +376,21 @@ def _float_product(node: Apply) -> Expr | None:
             # Constants last, so that nested ones meet.
             return apply("mul", b, a)
         if isinstance(b, Const) and isinstance(a, Apply) and a.op == "mul" and isinstance(a.args[1], Const):
-            return apply("mul", a.args[0], float(a.args[1].value * b.value))
+            first, second = float(a.args[1].value), float(b.value)
+            # Two factors are one where a product with either is exact.
+            if _is_power_of_two(first) or _is_power_of_two(second):
+                return apply("mul", a.args[0], first * second)
         for x, y in ((a, b), (b, a)):
             if isinstance(x, Apply) and x.op == "neg":
                 return apply("neg", apply("mul", x.args[0], y))
-    elif isinstance(b, Const) and b.value and math.frexp(b.value)[0] in (0.5, -0.5):
+    elif isinstance(b, Const) and _is_power_of_two(b.value):
         # The reciprocal of a power of two is exact.
         return apply("mul", a, 1.0 / b.value)
     return None
+
+
+def _is_power_of_two(value: float) -> bool:
+    return math.frexp(value)[0] in (0.5, -0.5)
 
 
 def _negation(node: Apply) -> Expr | None:
