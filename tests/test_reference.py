@@ -8,6 +8,7 @@ import torch
 from cases import every_constructor, scattered
 
 from sparsec import masks as m
+from sparsec import score
 from sparsec.backends import reference
 from sparsec.backends.base import DTYPES
 from sparsec.score import as_score_mod
@@ -131,6 +132,29 @@ def test_tolerances_tell_right_from_wrong(dtype):
     other, other_lse = reference.attention(q, k, v, m.from_dense(dense).bind(65, 67), 0.125)
     assert np.abs(other - out).max() > allowed
     assert abs(other_lse[row] - lse[row]) > allowed_lse
+
+
+class _Inexact(reference.Modifier):
+    """A modifier whose scores are some units in the last place off, now up and now down."""
+
+    def value(self, scaled, rows):
+        signs = np.random.default_rng(99).choice([-1.0, 1.0], scaled.shape)
+        return super().value(scaled, rows) * (1.0 + _Inexact.units * signs * 2.0**-24)
+
+
+def test_tolerances_of_a_function_no_processor_rounds_correctly():
+    bound = scattered(65, 67, 0.3).bind(65, 67)
+    q, k, v = (reference.rounded(array, "fp32") for array in _inputs(65, 67, 64, 64))
+    cap = as_score_mod(score.soft_cap(5.0))
+    places = (cap, 0, 0)
+    allowed = reference.tolerances(q, k, v, bound, 1.0, "fp32", reference.Modifier(*places))
+    exact = reference.attention(q, k, v, bound, 1.0, modifier=reference.Modifier(*places))
+    for units, is_right in ((4.0, True), (100.0, False)):
+        _Inexact.units = units
+        found = reference.attention(q, k, v, bound, 1.0, modifier=_Inexact(*places))
+        assert (np.abs(found[0] - exact[0]).max() <= allowed[0]) == is_right
+    # What only multiplies and adds is rounded as NumPy rounds it.
+    assert not reference.Modifier(as_score_mod(score.alibi([1.0])), 0, 0).has_functions
 
 
 def test_tolerances_of_an_empty_mask():

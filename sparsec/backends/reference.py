@@ -6,7 +6,7 @@ purpose: it walks the rows of a mask and computes each by the textbook.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from sparsec.backends.base import Dtype, Launch, Problem
 from sparsec.device import Device
+from sparsec.expr.tree import Apply
 from sparsec.masks.mask import BoundMask
 from sparsec.score import Places, ScoreMod
 from sparsec.template import Config, Template
@@ -31,6 +32,10 @@ Integers = npt.NDArray[np.integer]
 _ROWS = 256
 # Of the dimensions, in which a plain computation is done to see what it may lose.
 _ORDERS_OF_SUMMATION = 4
+# Operations that are a series or an approximation on a processor, and how many units in the last place they may be off:
+# tanh is 5 at most on a CPU, and half a unit on average.
+_FUNCTIONS = frozenset({"exp", "exp2", "log", "log2", "tanh", "rsqrt", "sigmoid", "sin", "cos", "pow"})
+_FUNCTION_UNITS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,11 @@ class Modifier:
     q_tokens: Integers | None = None
     kv_tokens: Integers | None = None
     numbered: BoundMask | None = None
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether it has elementary functions, such as tanh."""
+        return any(isinstance(node, Apply) and node.op in _FUNCTIONS for node in self.score.expr.walk())
 
     def value(self, scaled: Floats, rows: Integers) -> Floats:
         return self.score.value(scaled, self._places(scaled, rows))
@@ -228,7 +238,9 @@ def tolerances(
 
     Twice the sum of what a plain attention in that dtype loses against fp64 (scores and sums in fp32, one term after
     the other; weights and output rounded to the dtype) and one rounding unit of the largest result. The log-sum-exp is
-    fp32 whatever the dtype: its errors are those of fp32 dot products.
+    fp32 whatever the dtype: its errors are those of fp32 dot products. Where a score modifier has elementary functions,
+    which NumPy rounds nearly correctly and kernels do not, it is done with several such functions, and what the worst
+    loses counts.
 
     Source: the same-dtype reference of FlashAttention's tests, with the rounding emulated where NumPy lacks the type.
     """
@@ -237,25 +249,38 @@ def tolerances(
     q32, k32, v32 = (array.astype(np.float32) for array in (q, k, v))
     scaled = summed_in_order(q32, k32.T) * np.float32(scale)
     modified = scaled if modifier is None else modifier.value(scaled, np.arange(bound.q_len))
-    scores = np.where(attended, modified, np.float32(-np.inf))
-    peak = scores.max(axis=1, initial=-np.inf, keepdims=True)
-    weights = np.exp(scores - np.where(np.isneginf(peak), np.float32(0.0), peak))
-    total = summed_in_order(weights, np.ones((len(k), 1), np.float32))
-    attends = attended.any(axis=1)
-    sums = summed_in_order(rounded(weights, dtype).astype(np.float32), v32)
-    plain = sums / np.where(total > 0, total, np.float32(1.0))
-    plain_error = np.abs(rounded(plain, dtype) - exact)[attends].max(initial=0.0)
     largest = float(np.abs(exact).max(initial=0.0))
-    with np.errstate(divide="ignore"):
-        plain_lse = np.log(total[:, 0]) + np.where(np.isneginf(peak), np.float32(0.0), peak)[:, 0]
-    lse_error = np.abs(plain_lse[attends] - exact_lse[attends]).max(initial=0.0)
+    attends = attended.any(axis=1)
+    plain_error = lse_error = 0.0
+    for each in _as_functions_are(modified, modifier):
+        scores = np.where(attended, each, np.float32(-np.inf))
+        peak = scores.max(axis=1, initial=-np.inf, keepdims=True)
+        base = np.where(np.isneginf(peak), np.float32(0.0), peak)
+        weights = np.exp(scores - base)
+        total = summed_in_order(weights, np.ones((len(k), 1), np.float32))
+        sums = summed_in_order(rounded(weights, dtype).astype(np.float32), v32)
+        plain = sums / np.where(total > 0, total, np.float32(1.0))
+        plain_error = max(plain_error, np.abs(rounded(plain, dtype) - exact)[attends].max(initial=0.0))
+        with np.errstate(divide="ignore"):
+            plain_lse = np.log(total[:, 0]) + base[:, 0]
+        lse_error = max(lse_error, np.abs(plain_lse[attends] - exact_lse[attends]).max(initial=0.0))
     # Scores are summed in another order than NumPy's: their own size bounds what that can change.
-    largest_score = float(np.abs(np.where(attended, scores, 0.0)).max(initial=0.0)) + 1.0
+    largest_score = float(np.abs(np.where(attended, modified, 0.0)).max(initial=0.0)) + 1.0
     fp32 = unit_roundoff("fp32")
     return (
         2.0 * (plain_error + unit_roundoff(dtype) * largest),
         2.0 * (lse_error + 8.0 * fp32 * largest_score),
     )
+
+
+def _as_functions_are(modified: Floats, modifier: Modifier | None) -> Iterator[Floats]:
+    """Modified scores in fp32, and as functions that round less well would have them: some units off."""
+    yield modified
+    if modifier is None or not modifier.has_functions:
+        return
+    for seed in range(_ORDERS_OF_SUMMATION):
+        units = np.random.default_rng(seed).uniform(-_FUNCTION_UNITS, _FUNCTION_UNITS, modified.shape)
+        yield modified * (1.0 + units * unit_roundoff("fp32")).astype(np.float32)
 
 
 def summed_in_order(a: Floats, b: Floats) -> Floats:
