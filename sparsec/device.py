@@ -48,6 +48,8 @@ class Device:
         launch_us: Cost of one kernel launch, or of one parallel region.
         sources: Where the figures come from.
         factors: Measured over estimated time by name (`tiles_fp32`, `rows_bf16`, …), where it was calibrated.
+        model: CPU: which design it is, by the vendor's own numbers (`amd-26-2`); "" where it does not tell, and on a
+            GPU, whose architecture says it. Rates may differ twice between processors of one key: calibrations name it.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Device:
     launch_us: float
     sources: tuple[str, ...]
     factors: tuple[tuple[str, float], ...] = ()
+    model: str = ""
 
     def factor(self, name: str) -> float:
         """What an estimate of that kind is to be multiplied by; 1 where it was not calibrated."""
@@ -311,6 +314,8 @@ _EXTRA_FEATURES: Final = frozenset({"avx512_fp16", "amx_tile", "amx_bf16", "amx_
 # What Linux on Arm calls them in /proc/cpuinfo.
 _ARM_FLAGS: Final = {"asimd": "neon", "asimdhp": "fp16"}
 
+_VENDORS: Final = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
+
 _ARCHES: Final = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "aarch64", "arm64": "aarch64"}
 
 # Every x86-64 and every aarch64 processor has these, whatever else cannot be read.
@@ -368,6 +373,7 @@ def _read_cpu(root: Path, machine: str, forced_isa: str | None, affinity: frozen
         matrix_flops={"fp32": vector_flops, "fp16": vector_flops, "bf16": units * clock_hz * max(vector, bf16_dot)},
         launch_us=5.0,
         sources=(f"{root / 'proc/cpuinfo'} and {root / 'sys/devices/system/cpu'}; rates estimated from them",),
+        model=_model(info),
     )
 
 
@@ -388,6 +394,15 @@ def _cpu_features(arch: str, info: Mapping[str, str]) -> frozenset[str]:
     flags = (info.get("flags") or info.get("Features") or "").split()
     known = _EXTRA_FEATURES.union(*_ISA_LEVELS[arch].values())
     return _BASELINE[arch] | known.intersection(_ARM_FLAGS.get(flag, flag) for flag in flags)
+
+
+def _model(info: Mapping[str, str]) -> str:
+    """Vendor, family and model of an x86-64 processor, implementer and part of an Arm one; "" where it does not say."""
+    vendor = _VENDORS.get(info.get("vendor_id", ""), info.get("vendor_id", ""))
+    named = (vendor, info.get("cpu family"), info.get("model"))
+    if not all(named):
+        named = ("arm", info.get("CPU implementer"), info.get("CPU part"))
+    return "-".join(part for part in named if part) if all(named) else ""
 
 
 def _lower_features(arch: str, features: frozenset[str], forced_isa: str | None) -> frozenset[str]:

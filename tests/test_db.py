@@ -148,6 +148,11 @@ def test_prune_keeps_the_last_calibration_of_todays_cost_model(own):
     assert in_json("verify", file_of(own))["files"] == [{"path": str(file_of(own)), "usable": 2, "stale": 1}]
     assert in_json("prune")[0]["dropped"] == {"stale": 2}
     assert [dict(each.values)["launch_us"] for each in RecordBase([], own.own_folder).calibrations(KEY.device)] == [3.0]
+    # Processors of one key that are other designs keep one each.
+    own.extend(Calibration(KEY.device, model_digest(), (("launch_us", us),), model="amd-26-2") for us in (4.0, 5.0))
+    assert in_json("prune")[0]["dropped"] == {"stale": 1}
+    kept = RecordBase([], own.own_folder).calibrations(KEY.device)
+    assert [(each.model, dict(each.values)["launch_us"]) for each in kept] == [("", 3.0), ("amd-26-2", 5.0)]
 
 
 def test_an_unknown_command_names_the_nearest(own):

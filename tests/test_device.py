@@ -89,7 +89,8 @@ def _machine(root: Path, files: dict[str, str]) -> Path:
 
 def _zen4(root: Path, extra: dict[str, str] | None = None) -> Path:
     cpuinfo = "".join(
-        f"processor\t: {cpu}\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel name\t: AMD EPYC 9654\n"
+        f"processor\t: {cpu}\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
+        f"model name\t: AMD EPYC 9654\n"
         f"cpu MHz\t\t: {2400 + cpu}.0\nflags\t\t: {ZEN4_FLAGS}\n\n"
         for cpu in range(8)
     )
@@ -121,7 +122,7 @@ def test_this_machine_is_detected():
 def test_a_zen4_server_is_read(tmp_path):
     cpu = _read(_zen4(tmp_path))
     assert cpu.key == "cpu-x86-64-avx512-bf16-4c"
-    assert cpu.label == "AMD EPYC 9654"
+    assert (cpu.label, cpu.model) == ("AMD EPYC 9654", "amd-25-17")
     assert cpu.units == 4
     assert cpu.clock_hz == 2407e6
     assert (cpu.l1_bytes, cpu.l2_bytes, cpu.l3_bytes) == (2**15, 2**20, 2**25)
@@ -192,8 +193,12 @@ def test_control_groups_limit_the_memory(tmp_path):
 
 
 def test_an_arm_server_is_read(tmp_path):
-    root = _machine(tmp_path, {"proc/cpuinfo": "Features\t: fp asimd asimdhp bf16 sve\n"})
+    root = _machine(
+        tmp_path,
+        {"proc/cpuinfo": "Features\t: fp asimd asimdhp bf16 sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd49\n"},
+    )
     cpu = _read(root, cpus=64, machine="aarch64")
+    assert cpu.model == "arm-0x41-0xd49"
     assert cpu.features == {"neon", "fp16", "bf16", "sve"}
     assert cpu.key == "cpu-aarch64-neon-bf16-64c"
     assert _read(root, isa="neon", machine="arm64").features == {"neon"}
@@ -202,6 +207,7 @@ def test_an_arm_server_is_read(tmp_path):
 def test_a_machine_that_tells_nothing_still_has_a_description(tmp_path):
     cpu = _read(tmp_path, cpus=2)
     assert cpu.features == {"sse2"}
+    assert cpu.model == ""
     assert cpu.units == 2
     assert (cpu.l1_bytes, cpu.l2_bytes, cpu.l3_bytes) == (2**15, 2**19, 0)
     assert _read(tmp_path, machine="arm64").isa == "neon"

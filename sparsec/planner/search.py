@@ -145,9 +145,16 @@ def again(made: Plan, mask: Mask | BoundMask, problem: Problem) -> Plan:
 
 
 def _calibrated(found: Device, records: RecordBase | None) -> Device:
-    """With its own rates and factors, where they were measured of this cost model; the latest count."""
+    """With its own rates and factors, where they were measured of this cost model; the latest count.
+
+    Those of another processor that has the same key are not its own.
+    """
     base = database() if records is None else records
-    known = [each for each in base.calibrations(found.key) if each.source == model_digest()]
+    known = [
+        each
+        for each in base.calibrations(found.key)
+        if each.source == model_digest() and each.model in ("", found.model)
+    ]
     return calibrated(found, dict(known[-1].values)) if known and not found.factors else found
 
 

@@ -240,6 +240,7 @@ class Calibration:
         toolchain: What compiled the probes, with versions.
         device_label: The product's name.
         date: ISO 8601, UTC.
+        model: `Device.model`; "" where it was not told.
     """
 
     device: str
@@ -248,6 +249,7 @@ class Calibration:
     toolchain: str = ""
     device_label: str = ""
     date: str = ""
+    model: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The line, as JSON values."""
@@ -271,6 +273,7 @@ class Calibration:
             _text(row, "toolchain", ""),
             _text(row, "device_label", ""),
             _text(row, "date", ""),
+            _text(row, "model", ""),
         )
 
 

@@ -193,7 +193,7 @@ class Pruned:
 
 def prune(path: Path, *, is_dry_run: bool = False) -> Pruned:
     """Drops what can never be served again: garbage, other sources, illegal configurations, repeated lines, and every
-    calibration of a device but the last.
+    calibration of a device and model but the last.
 
     Lines of a newer schema stay. The file appears anew, whole or not at all.
 
@@ -215,18 +215,19 @@ def prune(path: Path, *, is_dry_run: bool = False) -> Pruned:
 def _pruned(path: Path) -> tuple[Pruned, list[bytes]]:
     kept: dict[bytes, None] = {}
     dropped: dict[Worth, int] = defaultdict(int)
-    calibrated: dict[str, bytes] = {}
+    calibrated: dict[tuple[str, str], bytes] = {}
     for entry in entries(path):
         if entry.worth not in ("usable", "newer", "misplaced") or entry.text in kept:
             dropped[entry.worth] += 1
             continue
         kept[entry.text] = None
         if isinstance(entry.record, Calibration):
-            earlier = calibrated.get(entry.device)
+            silicon = entry.device, entry.record.model
+            earlier = calibrated.get(silicon)
             if earlier is not None:
                 del kept[earlier]
                 dropped["stale"] += 1
-            calibrated[entry.device] = entry.text
+            calibrated[silicon] = entry.text
     return Pruned(path, dict(dropped), len(kept)), list(kept)
 
 
@@ -237,10 +238,11 @@ def worth_shipping(base: RecordBase, device: str) -> list[TuningRecord | Calibra
     """What of a device's records others should have, in order.
 
     Of each case that has a winner: the measurements of the winner, the default and the next best; failures that hold
-    for every mask, once for each configuration; and the device's last calibration of today's cost model.
+    for every mask, once for each configuration; and the last calibration by today's cost model of each model of the
+    device.
     """
-    calibrations = [each for each in base.calibrations(device) if each.source == model_digest()]
-    chosen: list[TuningRecord | Calibration] = [*calibrations[-1:]]
+    calibrations = {each.model: each for each in base.calibrations(device) if each.source == model_digest()}
+    chosen: list[TuningRecord | Calibration] = [*calibrations.values()]
     seen: set[object] = set()
     for case in base.cases(device):
         for record in case.records:

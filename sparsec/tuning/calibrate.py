@@ -71,7 +71,9 @@ def calibrate(device: Device, where: str, tell: Callable[[str], None] = lambda w
                 values[f"{kind}_{dtype}"] = factor
     if not values:
         raise SparsecError(f"nothing of {device.name} could be measured; see `sparsec doctor`")
-    return Calibration(device.key, model_digest(), tuple(values.items()), _toolchain(device), device.label)
+    return Calibration(
+        device.key, model_digest(), tuple(values.items()), _toolchain(device), device.label, model=device.model
+    )
 
 
 def _toolchain(device: Device) -> str:
