@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import naive_masks as naive
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from sparsec import masks as m
 from sparsec.errors import MaskError
+from sparsec.masks import random, ranges
+from sparsec.masks.random import permuted
 
 
 @st.composite
@@ -77,6 +80,48 @@ def test_no_random_blocks_beyond_the_window():
     bound = m.bigbird(3, 1, 0, 0, 3).bind(33, 15)
     assert np.array_equal(bound.to_dense(), naive.blocks((33, 15), np.eye(11, 5, dtype=bool), 3))
     assert bound.rows(20, 33).nnz == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 2**64 - 1), st.data())
+def test_permutations_are_the_network_as_it_is_defined(length, seed, data):
+    """In Python's own integers, one position at a time."""
+    count = data.draw(st.integers(0, length))
+    rows = data.draw(st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
+    found = permuted(seed, np.array(rows), count, length)
+    a = math.isqrt(length - 1) + 1
+    b = -(-length // a)
+
+    def mix(z):
+        z = (z + 0x9E3779B97F4A7C15) % 2**64
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        return z ^ (z >> 31)
+
+    def walk(row, position):
+        x, y = divmod(position, b)
+        for i in range(6):
+            key = mix(mix((seed + i) % 2**64) ^ row)
+            if i % 2 == 0:
+                x = (x + mix(y ^ key) % a) % a
+            else:
+                y = (y + mix(x ^ key) % b) % b
+        position = x * b + y
+        return position if position < length else walk(row, position)
+
+    assert found.tolist() == [[walk(row, position) for position in range(count)] for row in rows]
+
+
+def test_random_edges_of_many_chunks(monkeypatch):
+    """Degrees and CSR are drawn without rows being made, some rows at a time and on several threads."""
+    bound = m.random_edges(5, 11).bind(300, 90)
+    rows = bound.rows()
+    monkeypatch.setattr(random, "KEYS_A_CHUNK", 64)
+    monkeypatch.setattr(random, "WALKED_AT_ONCE", 32)
+    csr = bound.to_csr()
+    assert np.array_equal(csr.indices, ranges.to_edges(rows)[1])
+    assert np.array_equal(bound.degrees("kv"), csr.sum(axis=0))
+    assert np.array_equal(bound.rows().start, rows.start)
 
 
 def test_random_edges_are_drawn_evenly():

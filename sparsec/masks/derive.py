@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsec.masks import ranges, tilemap
+from sparsec.masks.ahead import in_order
 from sparsec.masks.ranges import IntArray, RowRanges
 from sparsec.masks.tilemap import EMPTY, FULL, Grid, TileBits, TileMap, TilePatterns
 
@@ -41,8 +42,11 @@ def _chunk_rows(mask: HasRows, shape: Shape) -> int:
 
 def _chunks(mask: HasRows, shape: Shape) -> Iterator[tuple[int, RowRanges]]:
     size = _chunk_rows(mask, shape)
-    for start in range(0, shape[0], size):
-        yield start, mask._rows(shape, start, min(start + size, shape[0]))
+
+    def read(start: int) -> tuple[int, RowRanges]:
+        return start, mask._rows(shape, start, min(start + size, shape[0]))
+
+    return in_order(read, range(0, shape[0], size))
 
 
 def nnz(mask: HasRows, shape: Shape) -> int:
@@ -87,18 +91,27 @@ def _add_at(total: IntArray, place: IntArray, weight: IntArray | None, sign: int
 
 
 def to_csr(mask: HasRows, shape: Shape) -> scipy.sparse.csr_array:
-    import scipy.sparse
-
     indptr, columns = [np.zeros(1, np.int64)], []
+    # Columns fit the smaller type chunk by chunk; whether all offsets do is only known at the end.
+    column_type = index_type(0, shape[1])
     for _, rows in _chunks(mask, shape):
         indptr.append(np.cumsum(ranges.degrees(rows)) + indptr[-1][-1])
-        columns.append(ranges.to_edges(rows)[1])
-    indices = np.concatenate(columns)
-    small = max(len(indices), shape[1]) < 2**31
-    index_type = np.int32 if small else np.int64
+        columns.append(ranges.to_edges(rows)[1].astype(column_type))
+    return csr_of(np.concatenate(indptr), np.concatenate(columns), shape)
+
+
+def index_type(nnz: int, kv_len: int) -> type[np.signedinteger[Any]]:
+    """Of the offsets and columns of a CSR array, which SciPy wants alike."""
+    return np.int32 if max(nnz, kv_len) < 2**31 else np.int64
+
+
+def csr_of(indptr: IntArray, columns: npt.NDArray[np.signedinteger[Any]], shape: Shape) -> scipy.sparse.csr_array:
+    """A CSR array of bool; columns ascend within each row."""
+    import scipy.sparse
+
+    own_type = index_type(len(columns), shape[1])
     result = scipy.sparse.csr_array(
-        (np.ones(len(indices), np.bool_), indices.astype(index_type), np.concatenate(indptr).astype(index_type)),
-        shape=shape,
+        (np.ones(len(columns), np.bool_), columns.astype(own_type, copy=False), indptr.astype(own_type)), shape=shape
     )
     result.has_sorted_indices = True
     return result

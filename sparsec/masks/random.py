@@ -7,23 +7,31 @@ random mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsec.errors import MaskError
-from sparsec.masks import ranges
+from sparsec.masks import derive, ranges
+from sparsec.masks.ahead import in_order
 from sparsec.masks.arguments import checked_int
 from sparsec.masks.mask import Axis, Mask, Shape, call_text
 from sparsec.masks.ranges import IntArray, RowRanges
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 UIntArray = npt.NDArray[np.uint64]
 # Rounds of the Feistel network: each mixes one half of the position into the other.
 ROUNDS = 6
 POSITIONS_A_CHUNK = 2**20
+KEYS_A_CHUNK = 2**18
+# Positions walked together: what they need stays in a core's second-level cache.
+WALKED_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,9 +67,33 @@ class RandomEdges(Mask):
         return super()._nnz(shape) if self.avoiding is not None else self.degree * shape[0]
 
     def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
-        if axis == "q" and self.avoiding is None:
+        if self.avoiding is not None:
+            return super()._degrees(shape, axis)
+        if axis == "q":
             return np.full(shape[0], self.degree, np.int64)
-        return super()._degrees(shape, axis)
+        degrees = np.zeros(shape[1], np.int64)
+        for _, keys in self._drawn(shape):
+            np.add.at(degrees, keys.reshape(-1), 1)
+        return degrees
+
+    def _to_csr(self, shape: Shape) -> scipy.sparse.csr_array:
+        if self.avoiding is not None:
+            return super()._to_csr(shape)
+        columns = np.empty(self.degree * shape[0], derive.index_type(self.degree * shape[0], shape[1]))
+        for start, keys in self._drawn(shape):
+            keys.sort(axis=1)
+            columns[start * self.degree : start * self.degree + keys.size] = keys.reshape(-1)
+        return derive.csr_of(np.arange(shape[0] + 1, dtype=np.int64) * self.degree, columns, shape)
+
+    def _drawn(self, shape: Shape) -> Iterator[tuple[int, IntArray]]:
+        """The keys of all rows, in no order within a row: `(first row, keys)`, a bounded number at a time."""
+        step = max(1, KEYS_A_CHUNK // max(self.degree, 1))
+
+        def draw(start: int) -> tuple[int, IntArray]:
+            row = np.arange(start, min(start + step, shape[0]), dtype=np.int64)
+            return start, permuted(self.seed, row, self.degree, shape[1])
+
+        return in_order(draw, range(0, shape[0], step))
 
     def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
         if not self.degree:
@@ -95,10 +127,15 @@ class RandomEdges(Mask):
 
 
 def _sorted_rows(keys: IntArray) -> RowRanges:
-    keys = np.sort(keys, axis=1)
-    row = np.repeat(np.arange(len(keys), dtype=np.int64), keys.shape[1])
-    flat = keys.reshape(-1)
-    return ranges.from_rows(len(keys), row, flat, flat + 1, is_sorted=True)
+    """Rows of as many different keys each, in any order; sorts `keys`."""
+    keys.sort(axis=1)
+    begins, ends = np.ones((2, *keys.shape), np.bool_)
+    np.not_equal(keys[:, 1:], keys[:, :-1] + 1, out=begins[:, 1:])
+    ends[:, :-1] = begins[:, 1:]
+    indptr = np.zeros(len(keys) + 1, np.int64)
+    np.cumsum(np.count_nonzero(begins, axis=1), out=indptr[1:])
+    start = keys[begins]
+    return RowRanges(indptr, start, keys[ends] + 1, np.ones_like(start))
 
 
 def permuted(seed: int, row: IntArray, count: int, length: int) -> IntArray:
@@ -108,36 +145,58 @@ def permuted(seed: int, row: IntArray, count: int, length: int) -> IntArray:
     """
     a = isqrt(length - 1) + 1
     b = -(-length // a)
-    with np.errstate(over="ignore"):
-        keys = [_mix(_mix(_seed_word(seed) + np.uint64(i)) ^ row.astype(np.uint64))[:, None] for i in range(ROUNDS)]
-    position = np.broadcast_to(np.arange(count, dtype=np.int64), (len(row), count)).copy()
-    result = _walk(position, keys, a, b)
-    outside = np.nonzero(result >= length)
-    while len(outside[0]):
-        walked = _walk(result[outside], [key[outside[0], 0] for key in keys], a, b)
-        result[outside] = walked
-        still = walked >= length
-        outside = (outside[0][still], outside[1][still])
+    result = np.empty((len(row), count), np.int64)
+    # Positions by rows, so that the longer run of numbers is the inner one.
+    position = np.arange(count, dtype=np.uint64)[:, None]
+    step = max(1, WALKED_AT_ONCE // max(count, 1))
+    for start in range(0, len(row), step):
+        some = row[start : start + step].astype(np.uint64)
+        keys = _round_keys(seed, some)
+        walked = _walk(np.broadcast_to(position, (count, len(some))), keys, a, b)
+        outside = np.nonzero(walked >= length)
+        while len(outside[0]):
+            again = _walk(walked[outside], [key[outside[1]] for key in keys], a, b)
+            walked[outside] = again
+            still = again >= length
+            outside = (outside[0][still], outside[1][still])
+        result[start : start + step] = walked.T
     return result
 
 
-def _walk(position: IntArray, keys: list[UIntArray], a: int, b: int) -> IntArray:
-    x, y = (part.astype(np.uint64) for part in np.divmod(position, b))
+def _round_keys(seed: int, row: UIntArray) -> list[UIntArray]:
+    """What each round mixes into the positions of each row."""
+    with np.errstate(over="ignore"):
+        word = _seed_word(seed)
+        return [_mix(_mix(word + np.uint64(i)) ^ row) for i in range(ROUNDS)]
+
+
+def _walk(position: UIntArray, keys: list[UIntArray], a: int, b: int) -> UIntArray:
+    columns = np.uint64(b)
+    x = position // columns
+    y = position - x * columns
     with np.errstate(over="ignore"):
         for i, key in enumerate(keys):
-            if i % 2 == 0:
-                x = (x + _mix(y ^ key) % np.uint64(a)) % np.uint64(a)
-            else:
-                y = (y + _mix(x ^ key) % np.uint64(b)) % np.uint64(b)
-    return x.astype(np.int64) * b + y.astype(np.int64)
+            moved, other, size = (x, y, np.uint64(a)) if i % 2 == 0 else (y, x, columns)
+            mixed = _mix(other ^ key)
+            # The remainder by a product: numpy divides by one number much faster than it takes remainders.
+            mixed -= mixed // size * size
+            moved += mixed
+            # Below twice the size: what is less than the size wraps to far above it.
+            np.minimum(moved, moved - size, out=moved)
+    x *= columns
+    x += y
+    return x
 
 
 def _mix(x: UIntArray | np.uint64) -> UIntArray:
     """Source: the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
-    z = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z: UIntArray = np.asarray(x + np.uint64(0x9E3779B97F4A7C15))
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
 
 
 def _seed_word(seed: int) -> np.uint64:
