@@ -13,6 +13,7 @@ from mask_strategies import bound_masks, leaves, masks, shapes
 
 from sparsec import masks as m
 from sparsec.errors import MaskError
+from sparsec.masks import derive
 
 
 @settings(max_examples=200, deadline=None)
@@ -167,6 +168,25 @@ def test_digest_is_the_same_in_another_process():
     code = f"from sparsec.masks import *; print(parse({str(repr(mask))!r}).bind(16).digest)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other == mask.bind(16).digest
+
+
+@pytest.mark.parametrize("shape", [(90, 90), (90, 71), (71, 90)], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        m.window(5, 3) | m.global_tokens(4),
+        m.dilated(20, 4) | m.global_tokens([0, 9, 10, 69]),
+        m.window(3, 0) | m.strided(11) | m.prefix(3),
+        m.causal("bottom_right") | m.prefix(5).T,
+    ],
+    ids=str,
+)
+def test_degrees_of_unions_with_tokens_need_no_rows(mask, shape, monkeypatch):
+    bound = mask.bind(*shape)
+    dense = bound.to_dense()
+    monkeypatch.setattr(derive, "degrees", None)
+    assert bound.degrees("q").tolist() == dense.sum(axis=1).tolist()
+    assert bound.degrees("kv").tolist() == dense.sum(axis=0).tolist()
 
 
 def test_slices():

@@ -108,6 +108,100 @@ def test_tiles_of_middling_masks(mask):
         check_patterns(dense, tile_map, bound.patterns(tile_map))
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        m.neighborhood(1000, 7),
+        m.neighborhood(999, 9, stride=4, dilation=3, causal=True),
+        m.neighborhood((60, 20), (5, 7)),
+        m.neighborhood((61, 16), (6, 5), stride=(3, 2), dilation=(2, 3), causal=(True, False)).T,
+        m.neighborhood((40, 5, 6), (3, 3, 3)),
+        m.neighborhood((64, 16), (3, 16), causal=(False, True)) | m.global_tokens(3),
+    ],
+    ids=str,
+)
+def test_tiles_of_masks_with_a_period(mask):
+    bound = mask.bind()
+    dense = bound.to_csr().toarray()
+    for block_q, block_kv in ((8, 16), (16, 8), (32, 32)):
+        tile_map = bound.tiles(block_q, block_kv)
+        check_tiles(bound, dense, tile_map)
+        check_patterns(dense, tile_map, bound.patterns(tile_map))
+        some = range(5, 5 + len(tile_map.indptr) // 2)
+        part = bound.tiles(block_q, block_kv, some)
+        check_tiles(bound, dense, part, some)
+        grid = tilemap.Grid(bound.shape, block_q, block_kv)
+        keys = np.arange(0, grid.n_q_tiles * grid.n_kv_tiles, 3)
+        counts = tilemap.look_up(keys, tilemap.keys_of(tile_map), tile_map.count)
+        assert np.array_equal(bound._body._counts_at(grid, keys), counts)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        m.documents([3, 90, 40, 17, 60]),
+        m.window(9, 2) | m.global_tokens([5, 70, 130]),
+        m.neighborhood((21, 10), (3, 5)),
+        m.blocks(m.window(1, 0), 24),
+        ~m.strided(7),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [(32, 96), (64, 210), (48, 112), (0, 40)], ids=str)
+def test_tiles_of_rows_of_a_mask(mask, rows):
+    """Whole rows of tiles are the mask's own; others are cut."""
+    whole = mask.bind(210)
+    part = whole[rows[0] : rows[1], 0:210]
+    dense = whole.to_dense()[rows[0] : rows[1]]
+    for block_q, block_kv in ((16, 32), (32, 16), (64, 64)):
+        tile_map = part.tiles(block_q, block_kv)
+        check_tiles(part, dense, tile_map)
+        check_patterns(dense, tile_map, part.patterns(tile_map))
+        some = range(1, len(tile_map.indptr) - 1)
+        check_tiles(part, dense, part.tiles(block_q, block_kv, some), some)
+        grid = tilemap.Grid(part.shape, block_q, block_kv)
+        keys = np.arange(grid.n_q_tiles * grid.n_kv_tiles)
+        counts = tilemap.look_up(keys, tilemap.keys_of(tile_map), tile_map.count)
+        assert np.array_equal(part._body._counts_at(grid, keys), counts)
+
+
+def test_a_period_spares_reading_rows():
+    bound = m.neighborhood((2000, 32), (3, 5)).bind()
+    read = []
+    own_rows = type(bound._body)._rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(bound._body),
+            "_rows",
+            lambda self, shape, start, stop: read.append(stop - start) or own_rows(self, shape, start, stop),
+        )
+        bound.patterns(bound.tiles(64, 64))
+    assert sum(read) < bound.q_len / 50
+
+
+def test_tiles_of_the_same_strips_and_another_area_differ():
+    """Ten queries of ten keys are all of a ragged tile, and a corner of a whole one."""
+    over = np.zeros((37, 37), np.bool_)
+    over[:5, :5] = over[32:, 32:] = True
+    bound = m.blocks(over, 2).bind(74)
+    found = bound._body._bits_at(tilemap.Grid(bound.shape, 64, 64), np.arange(4))
+    assert found.index[1:].tolist() == [tilemap.EMPTY, tilemap.EMPTY, tilemap.FULL]
+    assert found.index[0] >= 0
+    assert np.bitwise_count(found.bits[found.index[0]]).sum() == 100
+
+
+def test_equal_hashes_do_not_join_strips(monkeypatch):
+    class Zeros:
+        def integers(self, low, high, size, dtype):
+            # Of all but the last multiplier nothing is left.
+            return np.zeros(size, dtype)
+
+    bound = m.documents([3, 9, 1, 30, 40, 17]).bind(100)
+    tile_map = bound.tiles(16, 16)
+    monkeypatch.setattr(np.random, "Generator", lambda _: Zeros())
+    check_patterns(bound.to_dense(), tile_map, bound.patterns(tile_map))
+
+
 def test_chunks_join_without_a_seam(monkeypatch):
     from sparsec.masks import derive, runs
 

@@ -117,6 +117,9 @@ class _Rewriter:
             return None
         if not len(offsets.start):
             return ~masks.full()
+        class_sizes = -(-(self._shape[0] - np.arange(period)) // period)
+        classes = masks.documents(class_sizes[class_sizes > 0].tolist())
+        furthest = int(class_sizes.max()) - 1
         parts: list[Mask] = []
         for start, stop, step in zip(offsets.start.tolist(), offsets.stop.tolist(), offsets.step.tolist(), strict=True):
             if start % period or (step % period and stop - start > 1):
@@ -124,10 +127,11 @@ class _Rewriter:
             first, last, step = start // period, (stop - 1) // period, max(step // period, 1)
             if first % step:
                 return None
+            if step == 1 and first <= -furthest and last >= furthest:
+                return classes
             within = masks.window(-first, last)
             parts.append(within & masks.strided(step) if step > 1 else within)
-        class_sizes = -(-(self._shape[0] - np.arange(period)) // period)
-        return masks.documents(class_sizes[class_sizes > 0].tolist()) & reduce(or_, parts)
+        return classes & reduce(or_, parts)
 
     def _by_edges(self, bound: BoundMask) -> Mask:
         q_order, kv_order = self._ordering.q_order, self._ordering.kv_order

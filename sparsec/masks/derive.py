@@ -188,9 +188,11 @@ def bits_at(mask: HasRows, grid: Grid, keys: IntArray) -> TileBits:
     for first, stop in _tile_row_runs(mask, grid, np.unique(keys // grid.n_kv_tiles)):
         low, high = (int(x) for x in np.searchsorted(keys, (first * grid.n_kv_tiles, stop * grid.n_kv_tiles)))
         rows = _rows_of_tile_rows(mask, grid, first, stop)
+        tile_row, lane = np.divmod(np.arange(rows.n_rows) + first * grid.block_q, grid.block_q)
         for begin in range(low, high, limit):
             some = keys[begin : min(begin + limit, high)]
-            parts.append(tilemap.classify(grid, some, tilemap.paint(grid, some, rows, first * grid.block_q)))
+            strips = tilemap.strips(grid, some, rows, tile_row, lane, lane + 1)
+            parts.append(tilemap.classify(grid, some, tilemap.paint(grid, len(some), strips)))
     return tilemap.gather(parts, grid)
 
 

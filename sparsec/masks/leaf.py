@@ -70,6 +70,10 @@ class Leaf:
     def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
         return derive.degrees(self, shape, axis)
 
+    def _union_degrees(self, other: Mask, shape: Shape, axis: Axis) -> IntArray | None:
+        """The degrees of the union with another mask, where they are had without its rows."""
+        return None
+
     def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
         return derive.tiles(self, Grid(shape, block_q, block_kv), tile_rows)
 

@@ -352,6 +352,15 @@ class Or(_Junction):
     def _nnz_bound(self, shape: Shape) -> int:
         return min(shape[0] * shape[1], sum(m._nnz_bound(shape) for m in self.operands))
 
+    def _degrees(self, shape: Shape, axis: Axis) -> IntArray:
+        for i, operand in enumerate(self.operands):
+            others = self.operands[:i] + self.operands[i + 1 :]
+            rest = others[0] if len(others) == 1 else Or(others)
+            degrees = operand._union_degrees(rest, shape, axis)
+            if degrees is not None:
+                return degrees
+        return super()._degrees(shape, axis)
+
     def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
         grid = Grid(shape, block_q, block_kv)
         if self._complemented is not None:
@@ -606,6 +615,37 @@ class Slice(_Wrapper):
     def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
         rows = self.operand._rows(self.within, self.q[0] + start, self.q[0] + stop)
         return ranges.shift(ranges.clip(rows, self.kv[0], self.kv[1]), -self.kv[0])
+
+    def _whole(self, block_q: int, block_kv: int) -> Grid | None:
+        """The operand's tiles, where those of the slice are some of them: whole rows of tiles."""
+        is_whole = (
+            self.q[0] % block_q == 0
+            and (self.q[1] % block_q == 0 or self.q[1] == self.within[0])
+            and self.kv == (0, self.within[1])
+        )
+        return Grid(self.within, block_q, block_kv) if is_whole else None
+
+    def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
+        if self._whole(block_q, block_kv) is None:
+            return super()._tiles(shape, block_q, block_kv, tile_rows)
+        first = self.q[0] // block_q
+        part = self.operand._tiles(
+            self.within, block_q, block_kv, range(first + tile_rows.start, first + tile_rows.stop)
+        )
+        n_rows = -(-shape[0] // block_q)
+        return replace(part, shape=shape, indptr=part.indptr[first : first + n_rows + 1])
+
+    def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
+        whole = self._whole(grid.block_q, grid.block_kv)
+        if whole is None:
+            return super()._counts_at(grid, keys)
+        return self.operand._counts_at(whole, keys + self.q[0] // grid.block_q * grid.n_kv_tiles)
+
+    def _bits_at(self, grid: Grid, keys: IntArray) -> TileBits:
+        whole = self._whole(grid.block_q, grid.block_kv)
+        if whole is None:
+            return super()._bits_at(grid, keys)
+        return self.operand._bits_at(whole, keys + self.q[0] // grid.block_q * grid.n_kv_tiles)
 
     def _predicate(self, shape: Shape) -> Expr | None:
         inner = self.operand._predicate(self.within)

@@ -23,13 +23,14 @@ from sparsec.expr.captured import Captured
 from sparsec.masks import ranges
 from sparsec.masks.arguments import checked_int
 from sparsec.masks.mask import Axis, Mask, Shape, call_text
+from sparsec.masks.periodic import PeriodicMask, Stretch
 from sparsec.masks.ranges import IntArray, RowRanges, expand
 
 Ints = int | Sequence[int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Neighborhood(Mask):
+class Neighborhood(PeriodicMask):
     """Tokens of a grid (the last dimension runs fastest) attend their neighbourhood, or are attended by it."""
 
     grid: tuple[int, ...]
@@ -83,6 +84,18 @@ class Neighborhood(Mask):
         if self.is_transposed:
             return [_inverted(window, step) for window, step in zip(windows, self.dilation, strict=True)]
         return windows
+
+    @cached_property
+    def _stretch(self) -> Stretch | None:
+        """Away from the edges, windows along the outermost dimension move on with their queries, a stride at a time."""
+        first, count = self._windows[0]
+        period = self.stride[0] * self.dilation[0]
+        goes_on = (first[period:] - first[:-period] == period) & (count[period:] == count[:-period])
+        breaks = np.flatnonzero(np.concatenate(([True], ~goes_on, [True])))
+        longest = int(np.argmax(np.diff(breaks)))
+        start, stop = int(breaks[longest]), int(breaks[longest + 1]) - 1 + period
+        inner = prod(self.grid[1:])
+        return Stretch(start * inner, stop * inner, period * inner) if stop - start > period else None
 
     def _rows(self, shape: Shape, start: int, stop: int) -> RowRanges:
         q = np.arange(start, stop, dtype=np.int64)

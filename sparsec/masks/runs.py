@@ -7,13 +7,14 @@ that they cost what the runs do and not what the rows would; it must not know wh
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from sparsec.masks import derive, ranges, tilemap
 from sparsec.masks.mask import Axis, Mask, Shape
 from sparsec.masks.ranges import IntArray, RowRanges
-from sparsec.masks.tilemap import Grid, TileMap
+from sparsec.masks.tilemap import Grid, TileBits, TileMap
 
 ROWS_A_STEP = 2**22
 
@@ -61,9 +62,7 @@ class RunMask(Mask):
 
     def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
         grid = Grid(shape, block_q, block_kv)
-        # Whole tile rows a step, a power of two of them.
-        weight = max(self._run_weight(shape), 1.0 / block_q)
-        step = max(1, min(ROWS_A_STEP, int(derive.RANGES_PER_CHUNK / weight)) // block_q)
+        step = self._tile_rows_a_step(grid)
         parts = []
         for first in range(tile_rows.start, tile_rows.stop, step):
             parts.append(self._run_counts(grid, first, min(first + step, tile_rows.stop)))
@@ -72,14 +71,52 @@ class RunMask(Mask):
     def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
         return derive.counts_at(self, grid, keys, self._run_counts)
 
-    def _run_counts(self, grid: Grid, first: int, stop: int) -> tuple[IntArray, IntArray]:
-        """`(keys, counts)` of the tile rows `first:stop`."""
+    def _bits_at(self, grid: Grid, keys: IntArray) -> TileBits:
+        parts = []
+        wanted = np.unique(keys // grid.n_kv_tiles)
+        step = self._tile_rows_a_step(grid)
+        at = 0
+        while at < len(wanted):
+            end = int(np.searchsorted(wanted, wanted[at] + step))
+            low, high = np.searchsorted(keys, (wanted[at] * grid.n_kv_tiles, (wanted[end - 1] + 1) * grid.n_kv_tiles))
+            parts.append(self._run_bits(grid, keys[low:high]))
+            at = end
+        return tilemap.gather(parts, grid)
+
+    def _run_bits(self, grid: Grid, keys: IntArray) -> TileBits:
+        """Tiles of few tile rows: each kind of tile is painted once."""
+        first, stop = int(keys[0] // grid.n_kv_tiles), int(keys[-1] // grid.n_kv_tiles) + 1
+        cuts, pieces = self._pieces(grid, first, stop)
+        tile_row, lane = np.divmod(cuts[:-1], grid.block_q)
+        strips = tilemap.strips(grid, keys, pieces, tile_row, lane, lane + np.diff(cuts))
+        strips, kinds, kind = tilemap.alike(strips, grid.areas(keys))
+        before = np.searchsorted(strips.tile, kinds), np.searchsorted(strips.tile, kinds, side="right")
+        limit = max(1, tilemap.PAINT_BYTES * 8 // (grid.block_q * grid.block_kv))
+        parts = []
+        for begin in range(0, len(kinds), limit):
+            some = kinds[begin : begin + limit]
+            low, high = (each[begin : begin + limit] for each in before)
+            item, nth = ranges.expand(high - low)
+            own = replace(strips.of(low[item] + nth), tile=item)
+            parts.append(tilemap.classify(grid, keys[some], tilemap.paint(grid, len(some), own)))
+        painted = tilemap.gather(parts, grid)
+        return TileBits(painted.index[kind], painted.bits, painted.is_distinct)
+
+    def _tile_rows_a_step(self, grid: Grid) -> int:
+        weight = max(self._run_weight(grid.shape), 1.0 / grid.block_q)
+        return max(1, min(ROWS_A_STEP, int(derive.RANGES_PER_CHUNK / weight)) // grid.block_q)
+
+    def _pieces(self, grid: Grid, first: int, stop: int) -> tuple[IntArray, RowRanges]:
+        """The runs of the tile rows `first:stop`, cut where tile rows begin: where pieces begin, and their keys."""
         start, end = first * grid.block_q, min(stop * grid.block_q, grid.shape[0])
         bounds, rows = self._runs(grid.shape, start, end)
-        # Cut the runs where tile rows begin: each piece is one row of ranges, as heavy as it is high.
         cuts = np.union1d(bounds, np.append(np.arange(start, end, grid.block_q), end))
-        run = np.searchsorted(bounds, cuts[:-1], side="right") - 1
-        pieces = ranges.pick_rows(rows, run)
+        return cuts, ranges.pick_rows(rows, np.searchsorted(bounds, cuts[:-1], side="right") - 1)
+
+    def _run_counts(self, grid: Grid, first: int, stop: int) -> tuple[IntArray, IntArray]:
+        """`(keys, counts)` of the tile rows `first:stop`."""
+        cuts, pieces = self._pieces(grid, first, stop)
+        # Each piece is one row of ranges, as heavy as it is high.
         return tilemap.counts_from_weighted_rows(
             grid, pieces, cuts[:-1] // grid.block_q - first, np.diff(cuts), range(first, stop)
         )

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from sparsec.errors import MaskError
 from sparsec.expr import Const, Expr, Table, Var
 from sparsec.expr.captured import Captured
-from sparsec.masks import ranges, tilemap
+from sparsec.masks import derive, ranges, tilemap
 from sparsec.masks.arguments import checked_int, int_array, is_int
 from sparsec.masks.mask import Axis, Mask, Shape, call_text
 from sparsec.masks.ranges import IntArray, RowRanges, expand
@@ -109,6 +109,31 @@ class Tokens(RunMask):
         if axis == "kv":
             return self._transpose(None)._degrees((shape[1], shape[0]), "q")
         degrees = np.full(shape[0], self.keys.nnz, np.int64)
+        degrees[self._query_list] = shape[1]
+        return degrees
+
+    def _union_degrees(self, other: Mask, shape: Shape, axis: Axis) -> IntArray | None:
+        offsets = other._offsets(shape)
+        if offsets is None or self.keys.nnz * len(offsets.start) > shape[0] or self.queries.nnz > shape[0]:
+            return None
+        if axis == "kv":
+            transposed = other._transpose(shape)
+            swapped = (shape[1], shape[0])
+            return None if transposed is None else self._transpose(None)._union_degrees(transposed, swapped, "q")
+        degrees = other._degrees(shape, "q") + self.keys.nnz
+        # A key that all attend is counted once by those that attend it by offset as well.
+        key = np.repeat(self._key_list, len(offsets.start))
+        n_keys = len(self._key_list)
+        first = key - np.tile(offsets.stop - 1, n_keys)
+        both = RowRanges(
+            np.arange(n_keys + 1) * len(offsets.start),
+            first,
+            key + 1 - np.tile(offsets.start, n_keys),
+            np.tile(offsets.step, n_keys),
+        )
+        twice = np.zeros(shape[0] + 1, np.int64)
+        derive.add_key_degrees(twice, ranges.clip(both, 0, shape[0]), None)
+        degrees -= np.cumsum(twice[:-1])
         degrees[self._query_list] = shape[1]
         return degrees
 

@@ -252,13 +252,35 @@ def look_up(keys: IntArray, found: IntArray, values: IntArray) -> IntArray:
     return np.where(found[at] == keys, values[at], 0)
 
 
-def paint(grid: Grid, keys: IntArray, rows: RowRanges, first_row: int) -> npt.NDArray[np.uint8]:
-    """Bits uint8 `[n, block_q, block_kv // 8]` of the tiles `keys` (ascending), all within the tile rows of `rows`."""
-    word = min(grid.block_kv, 64)
-    words = np.zeros(len(keys) * grid.block_q * (grid.block_kv // word), np.uint64)
-    n_kv_tiles, words_a_row = grid.n_kv_tiles, grid.block_kv // word
-    query = row_of_range(rows)
-    row_key = (query + first_row) // grid.block_q * n_kv_tiles
+@dataclass(frozen=True, slots=True)
+class Strips:
+    """Parts of tiles: neighbouring queries that attend the same progression of a tile's keys. int64 `[n]` each.
+
+    Attributes:
+        tile: Which of the tiles asked for.
+        first: The first query, counted from the tile's own.
+        last: One past the last.
+        start: The first key, counted from the tile's own.
+        stop: One past the last key, or further (not as far as the next one, within the tile).
+        step: At least 1.
+    """
+
+    tile: IntArray
+    first: IntArray
+    last: IntArray
+    start: IntArray
+    stop: IntArray
+    step: IntArray
+
+    def of(self, which: IntArray) -> Strips:
+        """Some of them, in that order."""
+        return Strips(*(getattr(self, name)[which] for name in self.__slots__))
+
+
+def strips(grid: Grid, keys: IntArray, rows: RowRanges, tile_row: IntArray, first: IntArray, last: IntArray) -> Strips:
+    """What rows hold of the tiles `keys` (ascending); row `i` is the queries `first[i]:last[i]` of `tile_row[i]`."""
+    row = row_of_range(rows)
+    row_key = tile_row[row] * grid.n_kv_tiles
     # Which of the tiles each range reaches: a run of `keys`.
     low = np.searchsorted(keys, row_key + rows.start // grid.block_kv)
     high = np.searchsorted(keys, row_key + (rows.stop - 1) // grid.block_kv, side="right")
@@ -268,7 +290,20 @@ def paint(grid: Grid, keys: IntArray, rows: RowRanges, first_row: int) -> npt.ND
     start, stop, step = rows.start[item], rows.stop[item], rows.step[item]
     start = start + np.maximum(0, -((start - first_key) // step)) * step - first_key
     stop = np.minimum(stop - first_key, grid.block_kv)
-    place = (tile * grid.block_q + query[item] % grid.block_q) * words_a_row
+    query = row[item]
+    return Strips(tile, first[query], last[query], start, stop, step)
+
+
+def paint(grid: Grid, n_tiles: int, parts: Strips) -> npt.NDArray[np.uint8]:
+    """Bits uint8 `[n_tiles, block_q, block_kv // 8]` of the tiles that `parts` make up."""
+    word = min(grid.block_kv, 64)
+    words_a_row = grid.block_kv // word
+    words = np.zeros(n_tiles * grid.block_q * words_a_row, np.uint64)
+    start, stop, step = parts.start, parts.stop, parts.step
+    place = (parts.tile * grid.block_q + parts.first) * words_a_row
+    if (parts.last - parts.first != 1).any():
+        item, nth = expand(parts.last - parts.first)
+        start, stop, step, place = start[item], stop[item], step[item], place[item] + nth * words_a_row
     single = step == 1
     # Intervals fill words from `start` to `stop`; progressions set bits one by one.
     _fill_words(words, word, place[single], start[single], stop[single])
@@ -278,7 +313,39 @@ def paint(grid: Grid, keys: IntArray, rows: RowRanges, first_row: int) -> npt.ND
         bit = start[bit_of] + nth * step[bit_of]
         np.bitwise_or.at(words, place[bit_of] + bit // word, np.uint64(1) << (bit % word).astype(np.uint64))
     as_bytes = words.astype("<u8").view(np.uint8).reshape(-1, 8)[:, : word // 8]
-    return np.ascontiguousarray(as_bytes).reshape(len(keys), grid.block_q, grid.block_kv // 8)
+    return np.ascontiguousarray(as_bytes).reshape(n_tiles, grid.block_q, grid.block_kv // 8)
+
+
+def alike(parts: Strips, areas: IntArray) -> tuple[Strips, IntArray, IntArray]:
+    """Tiles of the same area that are made up of the same strips.
+
+    Tiles of different kinds may still look the same.
+
+    Returns:
+        The strips by tile, the first tile of each kind, and the kind of each tile.
+    """
+    n_tiles = len(areas)
+    parts = parts.of(np.argsort(parts.tile, kind="stable"))
+    n_strips = np.bincount(parts.tile, minlength=n_tiles)
+    # Odd multipliers from a fixed generator; equal hashes are compared strip by strip below.
+    factors = np.random.Generator(np.random.PCG64(1)).integers(0, 2**63, 5, dtype=np.uint64) * 2 + 1
+    fields = (parts.first, parts.last, parts.start, parts.stop, parts.step)
+    hashes = np.zeros(len(parts.tile), np.uint64)
+    for field, factor in zip(fields, factors, strict=True):
+        hashes = (hashes ^ field.astype(np.uint64)) * factor
+        hashes ^= hashes >> np.uint64(29)
+    before = np.concatenate(([0], np.cumsum(n_strips)))
+    sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(hashes)))
+    of_tile = sums[before[1:]] - sums[before[:-1]] + areas.astype(np.uint64)
+    _, first, kind = np.unique(of_tile, return_index=True, return_inverse=True)
+    model = first[kind]
+    is_same = (n_strips == n_strips[model]) & (areas == areas[model])
+    if is_same.all():
+        theirs = before[model][parts.tile] + np.arange(len(parts.tile)) - before[parts.tile]
+        is_same = np.logical_and.reduce([field == field[theirs] for field in fields])
+    if not is_same.all():
+        first = kind = np.arange(n_tiles, dtype=np.int64)
+    return parts, first, kind
 
 
 def _fill_words(words: npt.NDArray[np.uint64], word: int, place: IntArray, start: IntArray, stop: IntArray) -> None:
