@@ -10,7 +10,7 @@ from mask_strategies import SHAPES, bound_masks, leaves
 
 from sparsec import masks as m
 from sparsec.errors import MaskError
-from sparsec.masks import tilemap
+from sparsec.masks import derive, periodic, tilemap
 
 blocks = st.sampled_from([8, 16, 32, 64, 128])
 
@@ -163,6 +163,18 @@ def test_tiles_of_rows_of_a_mask(mask, rows):
         keys = np.arange(grid.n_q_tiles * grid.n_kv_tiles)
         counts = tilemap.look_up(keys, tilemap.keys_of(tile_map), tile_map.count)
         assert np.array_equal(part._body._counts_at(grid, keys), counts)
+
+
+def test_large_tiles_of_masks_with_a_period_are_put_together_from_small_ones(monkeypatch):
+    sizes = []
+    own = derive.tiles
+    monkeypatch.setattr(periodic, "_FINE", 8)
+    monkeypatch.setattr(derive, "tiles", lambda mask, grid, rows: sizes.append(grid.block_q) or own(mask, grid, rows))
+    for mask in (m.neighborhood((60, 19), (5, 7)), m.neighborhood((60, 19), (5, 7), causal=True).T):
+        bound = mask.bind()
+        for block_q, block_kv in ((64, 64), (128, 64)):
+            check_tiles(bound, bound.to_dense(), bound.tiles(block_q, block_kv))
+    assert set(sizes) == {8}
 
 
 def test_a_period_spares_reading_rows():

@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsec.analysis.profile import MaskProfile
-from sparsec.layout.edges import run_starts
 from sparsec.layout.ordering import Ordering, inverse, residue_order
 from sparsec.layout.rows import MIN_KEYS_PER_RANGE
 from sparsec.masks.mask import BoundMask
-from sparsec.masks.ranges import IntArray
+from sparsec.masks.ranges import IntArray, run_starts
 
 # A node with more neighbours than this many times the mean says nothing about which cluster its neighbours belong to.
 _HUB_DEGREE = 32

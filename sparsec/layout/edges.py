@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from sparsec.masks import ranges
 from sparsec.masks.mask import BoundMask
@@ -59,10 +58,3 @@ def packed_edges(bound: BoundMask, start: int, stop: int, block_q: int) -> IntAr
     keys = pack(row, rows.start[item] + nth * rows.step[item], bound.kv_len, block_q)
     keys.sort()
     return keys
-
-
-def run_starts(values: npt.NDArray[np.signedinteger]) -> IntArray:
-    """Where each run of equal neighbours begins."""
-    if not len(values):
-        return np.zeros(0, np.int64)
-    return np.concatenate(([0], np.flatnonzero(values[1:] != values[:-1]) + 1))

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sparsec.layout.edges import CHUNK_EDGES, packed_edges, row_chunks, run_starts, unpack
+from sparsec.layout.edges import CHUNK_EDGES, packed_edges, row_chunks, unpack
 from sparsec.layout.rows import RowLists
 from sparsec.layout.scheduling import Schedule
 from sparsec.layout.tiles import BlockTiles, GatheredTiles, gathered_from_keys, pattern_keys
 from sparsec.masks import ranges
 from sparsec.masks.mask import BoundMask
-from sparsec.masks.ranges import IntArray
+from sparsec.masks.ranges import IntArray, run_starts
 from sparsec.masks.tilemap import TileMap
 
 # Gathered columns, and single edges, that make one entry of a schedule: a tile's worth, so that entries of all three

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sparsec.layout.edges import pack, run_starts
+from sparsec.layout.edges import pack
 from sparsec.masks import ranges
 from sparsec.masks.mask import BoundMask
-from sparsec.masks.ranges import IntArray
+from sparsec.masks.ranges import IntArray, run_starts
 from sparsec.masks.tilemap import TileMap, TilePatterns
 
 # Bits unpacked to bytes at a time while patterns are turned around.

@@ -158,11 +158,12 @@ def _rows_of_tile_rows(mask: HasRows, grid: Grid, first: int, stop: int) -> RowR
 
 
 def tiles(mask: HasRows, grid: Grid, tile_rows: range) -> TileMap:
-    parts = []
-    for first, stop in _tile_row_runs(mask, grid, np.arange(tile_rows.start, tile_rows.stop)):
-        rows = _rows_of_tile_rows(mask, grid, first, stop)
-        parts.append(tilemap.counts_from_rows(grid, rows, first * grid.block_q))
-    return tilemap.from_counts(grid, *tilemap.merge_counts(parts))
+    def counts(run: tuple[int, int]) -> tuple[IntArray, IntArray]:
+        first, stop = run
+        return tilemap.counts_from_rows(grid, _rows_of_tile_rows(mask, grid, first, stop), first * grid.block_q)
+
+    runs = _tile_row_runs(mask, grid, np.arange(tile_rows.start, tile_rows.stop))
+    return tilemap.from_parts(grid, in_order(counts, runs))
 
 
 CountRows = Callable[[Grid, int, int], tuple[IntArray, IntArray]]
@@ -171,7 +172,7 @@ CountRows = Callable[[Grid, int, int], tuple[IntArray, IntArray]]
 def counts_at(mask: HasRows, grid: Grid, keys: IntArray, count: CountRows | None = None) -> IntArray:
     """Edges in the tiles `keys`; `count(grid, first, stop)` counts whole tile rows where the mask knows how."""
     counts = np.zeros(len(keys), np.int64)
-    for first, stop in _tile_row_runs(mask, grid, np.unique(keys // grid.n_kv_tiles)):
+    for first, stop in _tile_row_runs(mask, grid, tilemap.distinct_rows(grid, keys)):
         low, high = np.searchsorted(keys, (first * grid.n_kv_tiles, stop * grid.n_kv_tiles))
         if count is None:
             rows = _rows_of_tile_rows(mask, grid, first, stop)
@@ -185,7 +186,7 @@ def counts_at(mask: HasRows, grid: Grid, keys: IntArray, count: CountRows | None
 def bits_at(mask: HasRows, grid: Grid, keys: IntArray) -> TileBits:
     parts = []
     limit = max(1, tilemap.PAINT_BYTES * 8 // (grid.block_q * grid.block_kv))
-    for first, stop in _tile_row_runs(mask, grid, np.unique(keys // grid.n_kv_tiles)):
+    for first, stop in _tile_row_runs(mask, grid, tilemap.distinct_rows(grid, keys)):
         low, high = (int(x) for x in np.searchsorted(keys, (first * grid.n_kv_tiles, stop * grid.n_kv_tiles)))
         rows = _rows_of_tile_rows(mask, grid, first, stop)
         tile_row, lane = np.divmod(np.arange(rows.n_rows) + first * grid.block_q, grid.block_q)

@@ -11,10 +11,13 @@ from functools import cached_property
 
 import numpy as np
 
-from sparsec.masks import derive, ranges, tilemap
+from sparsec.masks import derive, tilemap
 from sparsec.masks.mask import Mask, Shape
 from sparsec.masks.ranges import IntArray
 from sparsec.masks.tilemap import Grid, TileBits, TileMap
+
+# Tiles with more tokens a side are put together from tiles of so many, whose period is shorter.
+_FINE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,34 +39,61 @@ class PeriodicMask(Mask):
     def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
         grid = Grid(shape, block_q, block_kv)
         repeats = self._repeats(grid)
-        if repeats is None or len(tile_rows) <= repeats.n_rows:
-            return derive.tiles(self, grid, tile_rows)
+        if repeats is not None and len(tile_rows) > repeats.n_rows:
+            return self._repeated(repeats, tile_rows)
+        times_q, times_kv = -(-block_q // _FINE), -(-block_kv // _FINE)
+        if repeats is None and times_q * times_kv > 1 and len(tile_rows) == grid.n_q_tiles:
+            fine = Grid(shape, block_q // times_q, block_kv // times_kv)
+            repeats = self._repeats(fine)
+            if repeats is not None:
+                return tilemap.coarsened(self._repeated(repeats, range(fine.n_q_tiles)), times_q, times_kv)
+        return derive.tiles(self, grid, tile_rows)
+
+    def _repeated(self, repeats: _Repeats, tile_rows: range) -> TileMap:
+        """Each of `tile_rows` takes the tiles of its source, as many columns on as it is rows below."""
+        grid = repeats.grid
         wanted = np.arange(tile_rows.start, tile_rows.stop, dtype=np.int64)
         source = repeats.source_rows(wanted)
-        own = np.unique(source)
+        own = np.flatnonzero(np.bincount(source))
         parts = [
             derive.tiles(self, grid, range(int(run[0]), int(run[-1]) + 1))
             for run in np.split(own, np.flatnonzero(np.diff(own) > 1) + 1)
         ]
-        keys, counts = tilemap.merge_counts([(tilemap.keys_of(part), part.count.astype(np.int64)) for part in parts])
-        # Each wanted row of tiles takes those of its source, as many columns on as it is rows below.
-        first, last = (np.searchsorted(keys, (source + i) * grid.n_kv_tiles) for i in (0, 1))
-        row, nth = ranges.expand(last - first)
-        moved = (wanted - source) // repeats.n_rows * repeats.key_step
-        return tilemap.from_counts(grid, keys[first[row] + nth] + moved[row], counts[first[row] + nth])
+        first = np.zeros(grid.n_q_tiles, np.int64)
+        n_tiles = np.zeros(grid.n_q_tiles, np.int64)
+        before = 0
+        for part in parts:
+            n_tiles += np.diff(part.indptr)
+            first += np.where(np.diff(part.indptr) > 0, part.indptr[:-1] + before, 0)
+            before += part.n_tiles
+        indptr = np.zeros(grid.n_q_tiles + 1, np.int64)
+        indptr[wanted + 1] = n_tiles[source]
+        np.cumsum(indptr, out=indptr)
+        n_wanted = n_tiles[source]
+        at = np.arange(int(indptr[-1])) + np.repeat(first[source] - indptr[wanted], n_wanted)
+        moved = ((wanted - source) // repeats.n_rows * repeats.n_columns).astype(np.int32)
+        indices = np.concatenate([part.indices for part in parts])[at] + np.repeat(moved, n_wanted)
+        count = np.concatenate([part.count for part in parts])[at]
+        is_full = np.concatenate([part.is_full for part in parts])[at]
+        if grid.shape[1] % grid.block_kv:
+            # A ragged tile is full where a whole one is not.
+            ragged = np.flatnonzero(indices == grid.n_kv_tiles - 1)
+            row = np.searchsorted(indptr, ragged, side="right") - 1
+            is_full[ragged] = count[ragged] == grid.heights(row) * grid.widths(indices[ragged].astype(np.int64))
+        return TileMap(grid.shape, grid.block_q, grid.block_kv, indptr, indices, count, is_full)
 
     def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
         repeats = self._repeats(grid)
         if repeats is None:
             return derive.counts_at(self, grid, keys)
-        own, which = np.unique(repeats.source_keys(keys), return_inverse=True)
+        own, which = repeats.sources(keys)
         return derive.counts_at(self, grid, own)[which]
 
     def _bits_at(self, grid: Grid, keys: IntArray) -> TileBits:
         repeats = self._repeats(grid)
         if repeats is None:
             return derive.bits_at(self, grid, keys)
-        own, which = np.unique(repeats.source_keys(keys), return_inverse=True)
+        own, which = repeats.sources(keys)
         found = derive.bits_at(self, grid, own)
         return TileBits(found.index[which], found.bits, found.is_distinct)
 
@@ -98,12 +128,17 @@ class _Repeats:
         inside = (tile_rows >= self.first) & (tile_rows < self.stop)
         return np.where(inside, self.first + (tile_rows - self.first) % self.n_rows, tile_rows)
 
-    def source_keys(self, keys: IntArray) -> IntArray:
-        """The first tile that is the same, area included."""
+    def sources(self, keys: IntArray) -> tuple[IntArray, IntArray]:
+        """The first tile of each kind that is the same, area included, and which one each of `keys` (ascending) is."""
         row = keys // self.grid.n_kv_tiles
         periods = (row - self.source_rows(row)) // self.n_rows
         if self.grid.shape[1] % self.grid.block_kv:
             # A ragged tile is full where a whole one is not.
             periods[keys - row * self.grid.n_kv_tiles == self.grid.n_kv_tiles - 1] = 0
-        sources: IntArray = keys - periods * self.key_step
-        return sources
+        source = keys - periods * self.key_step
+        # Most often the sources are asked for as well.
+        own = keys[periods == 0]
+        which = np.searchsorted(own, source)
+        if len(own) and bool((own[np.minimum(which, len(own) - 1)] == source).all()):
+            return own, which
+        return np.unique(source, return_inverse=True)

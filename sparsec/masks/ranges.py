@@ -120,6 +120,13 @@ def expand(counts: IntArray) -> tuple[IntArray, IntArray]:
     return item, np.arange(len(item), dtype=np.int64) - np.repeat(first, counts)
 
 
+def run_starts(values: npt.NDArray[np.signedinteger[Any]]) -> IntArray:
+    """Where each run of equal neighbours begins."""
+    if not len(values):
+        return np.zeros(0, np.int64)
+    return np.concatenate(([0], np.flatnonzero(values[1:] != values[:-1]) + 1))
+
+
 def to_edges(rows: RowRanges) -> tuple[IntArray, IntArray]:
     """`(row, key)` of every edge, int64, ascending by row then key."""
     item, nth = expand(lengths(rows))

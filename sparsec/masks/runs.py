@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from sparsec.masks import derive, ranges, tilemap
+from sparsec.masks.ahead import in_order
 from sparsec.masks.mask import Axis, Mask, Shape
 from sparsec.masks.ranges import IntArray, RowRanges
 from sparsec.masks.tilemap import Grid, TileBits, TileMap
@@ -63,17 +64,18 @@ class RunMask(Mask):
     def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
         grid = Grid(shape, block_q, block_kv)
         step = self._tile_rows_a_step(grid)
-        parts = []
-        for first in range(tile_rows.start, tile_rows.stop, step):
-            parts.append(self._run_counts(grid, first, min(first + step, tile_rows.stop)))
-        return tilemap.from_counts(grid, *tilemap.merge_counts(parts))
+
+        def counts(first: int) -> tuple[IntArray, IntArray]:
+            return self._run_counts(grid, first, min(first + step, tile_rows.stop))
+
+        return tilemap.from_parts(grid, in_order(counts, range(tile_rows.start, tile_rows.stop, step)))
 
     def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
         return derive.counts_at(self, grid, keys, self._run_counts)
 
     def _bits_at(self, grid: Grid, keys: IntArray) -> TileBits:
         parts = []
-        wanted = np.unique(keys // grid.n_kv_tiles)
+        wanted = tilemap.distinct_rows(grid, keys)
         step = self._tile_rows_a_step(grid)
         at = 0
         while at < len(wanted):

@@ -302,10 +302,32 @@ class Documents(RunMask):
         return np.repeat(sizes, sizes)
 
     def _counts_at(self, grid: Grid, keys: IntArray) -> IntArray:
-        tile_row, tile_column = np.divmod(keys, grid.n_kv_tiles)
-        q, kv = tile_row * grid.block_q, tile_column * grid.block_kv
-        q_end, kv_end = q + grid.heights(tile_row), kv + grid.widths(tile_column)
-        return self._before(q_end, kv_end) - self._before(q, kv_end) - self._before(q_end, kv) + self._before(q, kv)
+        row = keys // grid.n_kv_tiles
+        column = keys - row * grid.n_kv_tiles
+        # Most tiles are within one document, or between documents that do not meet.
+        first_of_row, last_of_row = self._ends(grid.shape[0], grid.block_q)
+        first_of_column, last_of_column = self._ends(grid.shape[1], grid.block_kv)
+        low, high = first_of_row[row], last_of_row[row]
+        other_low, other_high = first_of_column[column], last_of_column[column]
+        counts = np.zeros(len(keys), np.int64)
+        is_within = (low == high) & (other_low == other_high)
+        within = np.flatnonzero(is_within & (low == other_low))
+        counts[within] = grid.areas(keys[within])
+        rest = np.flatnonzero(~is_within & (low <= other_high) & (other_low <= high))
+        row, column = row[rest], column[rest]
+        q, kv = row * grid.block_q, column * grid.block_kv
+        q_end, kv_end = q + grid.heights(row), kv + grid.widths(column)
+        counts[rest] = (
+            self._before(q_end, kv_end) - self._before(q, kv_end) - self._before(q_end, kv) + self._before(q, kv)
+        )
+        return counts
+
+    def _ends(self, length: int, block: int) -> tuple[IntArray, IntArray]:
+        """The documents of the first and of the last token of each block."""
+        first = np.arange(0, length, block, dtype=np.int64)
+        last = np.minimum(first + block, length) - 1
+        low, high = (np.searchsorted(self.bounds, token, side="right") - 1 for token in (first, last))
+        return low, high
 
     def _before(self, q: IntArray, kv: IntArray) -> IntArray:
         """Edges between the first `q` queries and the first `kv` keys."""

@@ -7,13 +7,13 @@ are built from rows, in time and memory of ranges and tiles; it must not know wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from sparsec.masks.ranges import IntArray, RowRanges, expand, row_of_range
+from sparsec.masks.ranges import IntArray, RowRanges, expand, row_of_range, run_starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,21 @@ class Grid:
 
     def areas(self, keys: IntArray) -> IntArray:
         """Pairs inside the shape, tile by tile."""
-        return self.heights(keys // self.n_kv_tiles) * self.widths(keys % self.n_kv_tiles)
+        areas = np.full(len(keys), self.block_q * self.block_kv, np.int64)
+        ragged = self.ragged(keys)
+        row = keys[ragged] // self.n_kv_tiles
+        areas[ragged] = self.heights(row) * self.widths(keys[ragged] - row * self.n_kv_tiles)
+        return areas
+
+    def ragged(self, keys: IntArray) -> IntArray:
+        """Which of the tiles reach over the shape's edge: int64, ascending."""
+        outside = np.zeros(len(keys), np.bool_)
+        if self.shape[0] % self.block_q:
+            outside |= keys >= (self.n_q_tiles - 1) * self.n_kv_tiles
+        if self.shape[1] % self.block_kv:
+            # Without a remainder, which numpy is slow to take.
+            outside |= (keys + 1) // self.n_kv_tiles * self.n_kv_tiles == keys + 1
+        return np.flatnonzero(outside)
 
     def keys(self, tile_rows: range) -> IntArray:
         """Every tile of these tile rows."""
@@ -124,22 +138,60 @@ def keys_of(tile_map: TileMap) -> IntArray:
 
 def from_counts(grid: Grid, keys: IntArray, counts: IntArray) -> TileMap:
     """The tile map of tiles `keys` (ascending) that hold `counts` edges; tiles without edges are dropped."""
-    keep = counts > 0
-    if not keep.all():
-        keys, counts = keys[keep], counts[keep]
-    row = keys // grid.n_kv_tiles
-    column = keys - row * grid.n_kv_tiles
-    indptr = np.searchsorted(row, np.arange(grid.n_q_tiles + 1)).astype(np.int64)
-    is_full = counts == grid.heights(row) * grid.widths(column)
+    return from_parts(grid, [(keys, counts)])
+
+
+def from_parts(grid: Grid, parts: Iterable[tuple[IntArray, IntArray]]) -> TileMap:
+    """The tile map of consecutive parts, `(keys, counts)` each as in `from_counts`.
+
+    A part is made as small as it will be before the next one is asked for.
+    """
+    indptr = np.zeros(grid.n_q_tiles + 1, np.int64)
+    indices, count, is_full = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
+    for keys, counts in parts:
+        keep = counts > 0
+        if not keep.all():
+            keys, counts = keys[keep], counts[keep]
+        if not len(keys):
+            continue
+        row = keys // grid.n_kv_tiles
+        first = int(row[0])
+        in_row = np.bincount(row - first)
+        indptr[first + 1 : first + 1 + len(in_row)] += in_row
+        indices.append((keys - row * grid.n_kv_tiles).astype(np.int32))
+        count.append(counts.astype(np.int32))
+        is_full.append(counts == grid.areas(keys))
+    np.cumsum(indptr, out=indptr)
     return TileMap(
         grid.shape,
         grid.block_q,
         grid.block_kv,
         indptr,
-        column.astype(np.int32),
-        counts.astype(np.int32),
-        is_full,
+        np.concatenate(indices),
+        np.concatenate(count),
+        np.concatenate(is_full),
     )
+
+
+def coarsened(tile_map: TileMap, times_q: int, times_kv: int) -> TileMap:
+    """The same mask in tiles of so many times the queries and keys, powers of two."""
+    fine = Grid(tile_map.shape, tile_map.block_q, tile_map.block_kv)
+    grid = Grid(fine.shape, fine.block_q * times_q, fine.block_kv * times_kv)
+    row = np.repeat(np.arange(fine.n_q_tiles, dtype=np.int64) // times_q, np.diff(tile_map.indptr))
+    key = row * grid.n_kv_tiles + tile_map.indices // times_kv
+    # Neighbours in a row often fall together: the rest is less to sort.
+    first = run_starts(key)
+    key, count = key[first], np.add.reduceat(tile_map.count, first, dtype=np.int64) if len(first) else first
+    order = np.argsort(key, kind="stable")
+    key, count = key[order], count[order]
+    first = run_starts(key)
+    return from_counts(grid, key[first], np.add.reduceat(count, first) if len(first) else first)
+
+
+def distinct_rows(grid: Grid, keys: IntArray) -> IntArray:
+    """The tile rows of `keys` (ascending), each once."""
+    row = keys // grid.n_kv_tiles
+    return row[run_starts(row)]
 
 
 def counts_from_rows(grid: Grid, rows: RowRanges, first_row: int) -> tuple[IntArray, IntArray]:
@@ -436,13 +488,6 @@ def only_used(tile_bits: TileBits) -> TileBits:
     index[named] = rank[tile_entry]
     in_order = bool((order[1:] > order[:-1]).all())
     return TileBits(index, patterns if in_order else patterns[order], is_distinct=True)
-
-
-def merge_counts(parts: Sequence[tuple[IntArray, IntArray]]) -> tuple[IntArray, IntArray]:
-    """`(keys, counts)` of consecutive parts joined."""
-    if not parts:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
 def full_bits(grid: Grid, keys: IntArray) -> npt.NDArray[np.uint8]:

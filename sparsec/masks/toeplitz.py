@@ -197,7 +197,7 @@ class Toeplitz(Mask):
             counts = table[shift_class - low]
         else:
             counts = self._counts_at(grid, keys)
-        ragged = _ragged(grid, tile_row, column)
+        ragged = grid.ragged(keys)
         if len(ragged):
             counts[ragged] = self._counts_at(grid, keys[ragged])
         return keys, counts
@@ -298,7 +298,7 @@ class Toeplitz(Mask):
             classes, entry = np.unique(shift_class, return_inverse=True)
         whole = self._paint(grid, classes * min(grid.block_q, grid.block_kv))
         index, bits, is_distinct = whole.index[entry], whole.bits, whole.is_distinct
-        ragged = _ragged(grid, row, column)
+        ragged = grid.ragged(keys)
         if len(ragged):
             # A ragged tile is its class's pattern cut to the shape; the few different cuts get entries of their own.
             own = tilemap.full_bits(grid, keys[ragged])
@@ -443,13 +443,3 @@ def _ratios(grid: Grid) -> tuple[int, int]:
     """block_q and block_kv in units of the smaller (both are powers of two)."""
     unit = min(grid.block_q, grid.block_kv)
     return grid.block_q // unit, grid.block_kv // unit
-
-
-def _ragged(grid: Grid, row: IntArray, column: IntArray) -> IntArray:
-    """Which of the tiles reach over the shape's edge."""
-    outside = np.zeros(len(row), np.bool_)
-    if grid.shape[0] % grid.block_q:
-        outside |= row == grid.n_q_tiles - 1
-    if grid.shape[1] % grid.block_kv:
-        outside |= column == grid.n_kv_tiles - 1
-    return np.flatnonzero(outside)
