@@ -158,10 +158,10 @@ def test_sizes_keep_their_digits():
 @pytest.mark.parametrize("device", ["nvidia-h100", PROCESSOR], ids=["h100", "cpu"])
 def test_a_sample_of_rows_does_not_change_what_wins(mask, device, monkeypatch):
     problem = Problem(16_384, 16_384, 2, 2, dtype="bf16")
-    for name in ("_MANY_TILES", "_MANY_EDGES"):
+    for name in ("_MANY_TILES", "_MANY_EDGES", "_MANY_RANGES"):
         monkeypatch.setattr(sampling, name, 1 << 60)
     exact = plan(mask, problem, device)
-    for name in ("_MANY_TILES", "_MANY_EDGES"):
+    for name in ("_MANY_TILES", "_MANY_EDGES", "_MANY_RANGES"):
         monkeypatch.setattr(sampling, name, 1)
     by_sample = plan(mask, problem, device)
     assert told(by_sample)["groups"][0]["steps"] == told(exact)["groups"][0]["steps"]

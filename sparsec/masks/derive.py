@@ -200,7 +200,7 @@ def bits_at(mask: HasRows, grid: Grid, keys: IntArray) -> TileBits:
 def patterns(mask: HasRows, tile_map: TileMap) -> TilePatterns:
     grid = Grid(tile_map.shape, tile_map.block_q, tile_map.block_kv)
     partial = np.flatnonzero(~tile_map.is_full)
-    found = tilemap.only_used(mask._bits_at(grid, tilemap.keys_of(tile_map)[partial]))
+    found = tilemap.only_used(mask._bits_at(grid, tilemap.keys_of(tile_map, partial)))
     index = np.full(tile_map.n_tiles, FULL, np.int32)
     index[partial] = found.index
     return TilePatterns(index, found.bits)

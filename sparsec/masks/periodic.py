@@ -38,15 +38,14 @@ class PeriodicMask(Mask):
 
     def _tiles(self, shape: Shape, block_q: int, block_kv: int, tile_rows: range) -> TileMap:
         grid = Grid(shape, block_q, block_kv)
+        times_q, times_kv = max(1, block_q // _FINE), max(1, block_kv // _FINE)
+        if times_q * times_kv > 1 and len(tile_rows) == grid.n_q_tiles:
+            fine = self._repeats(Grid(shape, block_q // times_q, block_kv // times_kv))
+            if fine is not None:
+                return tilemap.coarsened(self._repeated(fine, range(fine.grid.n_q_tiles)), times_q, times_kv)
         repeats = self._repeats(grid)
         if repeats is not None and len(tile_rows) > repeats.n_rows:
             return self._repeated(repeats, tile_rows)
-        times_q, times_kv = -(-block_q // _FINE), -(-block_kv // _FINE)
-        if repeats is None and times_q * times_kv > 1 and len(tile_rows) == grid.n_q_tiles:
-            fine = Grid(shape, block_q // times_q, block_kv // times_kv)
-            repeats = self._repeats(fine)
-            if repeats is not None:
-                return tilemap.coarsened(self._repeated(repeats, range(fine.n_q_tiles)), times_q, times_kv)
         return derive.tiles(self, grid, tile_rows)
 
     def _repeated(self, repeats: _Repeats, tile_rows: range) -> TileMap:

@@ -130,10 +130,15 @@ FULL, EMPTY = -1, -2
 PAINT_BYTES = 2**25
 
 
-def keys_of(tile_map: TileMap) -> IntArray:
-    """int64 `[n_tiles]`: the key of every tile."""
+def keys_of(tile_map: TileMap, which: IntArray | None = None) -> IntArray:
+    """int64: the key of every tile, or of the tiles `which`."""
+    n_kv_tiles = -(-tile_map.shape[1] // tile_map.block_kv)
+    if which is not None and len(which) * 8 < tile_map.n_tiles:
+        row = np.searchsorted(tile_map.indptr, which, side="right") - 1
+        return row * n_kv_tiles + tile_map.indices[which]
     row = np.repeat(np.arange(len(tile_map.indptr) - 1, dtype=np.int64), np.diff(tile_map.indptr))
-    return row * -(-tile_map.shape[1] // tile_map.block_kv) + tile_map.indices
+    keys: IntArray = row * n_kv_tiles + tile_map.indices
+    return keys if which is None else keys[which]
 
 
 def from_counts(grid: Grid, keys: IntArray, counts: IntArray) -> TileMap:

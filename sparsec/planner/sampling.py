@@ -17,8 +17,8 @@ from sparsec.masks.mask import BoundMask
 from sparsec.planner.works import build_work, span_of
 from sparsec.template import Config, Template
 
-# Index arrays of fewer tiles, or of fewer edges to sort, are built at once: in some 50 ms on one core.
-_MANY_TILES, _MANY_EDGES = 1 << 16, 1 << 19
+# Index arrays of fewer tiles, edges to sort, or ranges of keys are built at once: in some 50 ms on one core.
+_MANY_TILES, _MANY_EDGES, _MANY_RANGES = 1 << 16, 1 << 19, 1 << 21
 # Edges of a sample, about; and the units of rows it has at least.
 _SAMPLE_EDGES, _LEAST_UNITS = 1 << 18, 12
 
@@ -27,6 +27,8 @@ def is_long_to_build(each: Template, profile: MaskProfile) -> bool:
     """Whether a template's index arrays take long enough for a sample to pay."""
     if each.layout == "hybrid":
         return profile.nnz >= _MANY_EDGES
+    if each.layout == "rows":
+        return not profile.is_toeplitz and profile.nnz >= _MANY_RANGES * profile.keys_per_range
     return each.layout == "tiles" and profile.fill(64).n_tiles >= _MANY_TILES
 
 
@@ -43,6 +45,9 @@ class Sample:
 
     def us(self, each: Template, config: Config, problem: Problem, device: Device, heads: int) -> float:
         """Microseconds for so many heads of every batch element, idle workers and index arrays left out."""
+        if each.layout == "rows" and config.get("block_q", 0) > UNIT:
+            # A sampled run would be a short block, at the cost of a whole one.
+            config = Config.of(**{**config.to_dict(), "block_q": UNIT})
         ns = 0.0
         for part, stands_for in self._parts:
             work = build_work(

@@ -9,8 +9,9 @@ This file decides what is considered and what wins. The decision, in a user's wo
   without building its index arrays, but listed.
 - A template takes the configuration that records of this or the nearest mask name; without such records, the shortlist
   is costed. Measured times and estimates are made comparable by the ratio of those that have both.
-- Where index arrays would be large, those of a sample of the rows are costed first. What is behind the best by more
-  than a sample errs is passed over as well, and listed with the sample's figure.
+- Where index arrays would be large, those of a sample of the rows are costed first. Of one kernel in one order of
+  tokens only the configuration that is best by that sample goes on. What is behind the best by more than a sample errs
+  is passed over as well. Both are listed with the sample's figure.
 - The others' index arrays are built and costed exactly. The cheapest, by record where there is one and else by cost,
   wins; where two are nearer than the cost model can tell apart, the simpler one does.
 - An order of tokens (residue classes, clusters) competes like any other candidate, its index arrays' cost included.
@@ -52,6 +53,10 @@ from sparsec.template import Config, Template, template, templates
 _FAR_BEHIND = 2.5
 # One with more than a few index arrays is passed over when it is so many times the best by a sample of its rows.
 _SAMPLED_BEHIND = 1.1
+# Configurations of one kernel in one order, by one sample: what is nearer than this is told apart by tiles to store.
+_SAMPLED_NEAR = 1.01
+# With so many items a worker, uneven ones leave none idle for long.
+_MANY_ITEMS = 32
 # One whose measured time is so many times the best measured one is passed over as well.
 _MEASURED_FAR_BEHIND = 1.5
 # The cost model cannot tell apart what is nearer than this; the earlier of `drafts.SIMPLEST` wins.
@@ -502,17 +507,44 @@ class _Search:
             (draft.estimate.us for draft in drafts.values() if draft.is_reordered or not is_forced),
             default=float("inf"),
         )
-        sampled = [index for index, each in enumerate(contenders) if each.draft is None]
-        for index in sorted(sampled, key=lambda index: contenders[index].us):
-            each = contenders[index]
-            if is_forced and each.arm.ordering is IDENTITY:
-                self._refusals.append(Refusal(str(each.passed_over), _OWN_ORDER))
-            elif each.us > best * _SAMPLED_BEHIND:
+        sampled = {index: each for index, each in enumerate(contenders) if each.draft is None}
+        if is_forced:
+            own_order = [index for index, each in sampled.items() if each.arm.ordering is IDENTITY]
+            self._refusals += [Refusal(str(sampled.pop(index).passed_over), _OWN_ORDER) for index in own_order]
+        chosen = self._best_sampled(sampled)
+        of_sample: dict[tuple[str, str, str], float] = {}
+        for index in sorted(chosen, key=lambda index: sampled[index].us):
+            each = sampled[index]
+            if each.us > best * _SAMPLED_BEHIND:
                 self._passed_over.append(each.passed_over)
-            else:
-                drafts[index] = self._draft(each.arm, each.config, each.served, None)
-                best = min(best, drafts[index].estimate.us)
+                continue
+            drafts[index] = self._draft(each.arm, each.config, each.served, None)
+            best = min(best, drafts[index].estimate.us)
+            of_sample[each.arm.kernel] = drafts[index].estimate.us / each.us
+        for index, each in sampled.items():
+            if index not in chosen:
+                # To the one that was built they are as their figures of the same rows are.
+                told = each.passed_over
+                self._passed_over.append(replace(told, us=told.us * of_sample.get(each.arm.kernel, 1.0)))
         return [drafts[index] for index in sorted(drafts)]
+
+    def _best_sampled(self, sampled: dict[int, _Contender]) -> list[int]:
+        """Of each kernel in each order, the configuration that is best by the sample; the largest tiles of near ones.
+
+        Those whose items are so few that some workers could idle, which no sample tells, stay as well.
+        """
+        copies = len(self._heads) * self._problem.batch
+        chosen = []
+        for kernel in dict.fromkeys(each.arm.kernel for each in sampled.values()):
+            own = {index: each for index, each in sampled.items() if each.arm.kernel == kernel}
+            limit = min(each.us for each in own.values()) * _SAMPLED_NEAR
+            near = [index for index, each in own.items() if each.us <= limit]
+            best = max(near, key=lambda index: (_tile_area(own[index].config), -own[index].us))
+            for index, each in own.items():
+                items = self._problem.q_len / each.config.get("block_q", 1) * copies
+                if index == best or items < _MANY_ITEMS * self._model.workers:
+                    chosen.append(index)
+        return chosen
 
     def _draft(self, arm: Arm, config: Config, served: Served | None, measured_us: float | None) -> Draft:
         work = self._work(arm.template, config, arm.bound, arm.profile, arm.ordering)
@@ -670,6 +702,10 @@ class _Search:
             is_partial=is_partial,
             score=self._wanted.score,
         )
+
+
+def _tile_area(config: Config) -> int:
+    return config.get("block_q", 1) * config.get("block_kv", 1)
 
 
 def _moving(us: float) -> Estimate:

@@ -7,7 +7,9 @@ configuration or order is best.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -15,7 +17,17 @@ from sparsec.analysis import MaskProfile
 from sparsec.backends.base import MAX_HEADS_SHARING, Problem, Work
 from sparsec.cost import CostModel, cost_model
 from sparsec.device import Device
-from sparsec.layout import EdgeOrder, Ordering, RowForm, RowLists, block_tiles, hybrid_split, row_lists, schedule
+from sparsec.layout import (
+    EdgeOrder,
+    Ordering,
+    RowForm,
+    RowLists,
+    Schedule,
+    block_tiles,
+    hybrid_split,
+    row_lists,
+    schedule,
+)
 from sparsec.masks.mask import BoundMask
 from sparsec.template import Config, Template
 
@@ -62,27 +74,28 @@ def build_work(
         rows: The rows, where they are at hand, or how they are stored, where that is known to suit; the smallest form
             that fits is found otherwise.
         edges: What numbers the edges, where the score modifier asks for it; tiles are then in the tokens' own order.
-        is_sample: `bound` is a few rows of the mask: its work is costed, and not cut up for all workers.
+        is_sample: `bound` is a few rows of the mask: its work is costed, and not cut up.
     """
     model = cost_model(problem, device)
-    workers = 1 if is_sample else model.workers
+    # A whole mask's units are cut up for all workers; a few sampled ones would all look heavy.
+    cut = partial(schedule, workers=1, max_split=1) if is_sample else partial(schedule, workers=model.workers)
     copies = heads * problem.batch
     span = float(bound.kv_len) if span_keys is None else span_keys
     if template.layout == "rows":
         shared = heads_sharing(problem, device, heads)
         if not isinstance(rows, RowLists):
             rows = row_lists(bound, rows if edges is None else "edges")
-        work = _row_work(bound, config, model, (copies // shared, shared), ordering, span, rows)
+        work = _row_work(bound, config, model, cut, (copies // shared, shared), ordering, span, rows)
         if edges is None or work.rows is None:
             return work
         return replace(work, numbers=edges.of_rows(work.rows, ordering))
     assert edges is None or ordering is IDENTITY, "only rows are numbered in another order of tokens"
     if template.layout == "tiles":
         pack = math.gcd(config.get("pack_gqa", 1), problem.group, heads)
-        work = _tile_work(bound, config, model, (copies // pack, workers, pack), ordering)
+        work = _tile_work(bound, config, model, cut, (copies // pack, pack), ordering)
         return work if edges is None or work.tiles is None else replace(work, numbers=edges.of_tiles(work.tiles))
     if template.layout == "hybrid":
-        work = _hybrid_work(bound, config, model, (copies, workers), ordering, span)
+        work = _hybrid_work(bound, config, model, cut, copies, ordering, span)
         if edges is None or work.tiles is None or work.gathered is None or work.rows is None:
             return work
         return replace(work, numbers=edges.of_hybrid(work.tiles, work.gathered, work.rows))
@@ -115,6 +128,7 @@ def _row_work(
     bound: BoundMask,
     config: Config,
     model: CostModel,
+    cut: Callable[..., Schedule],
     copies: tuple[int, int],
     ordering: Ordering,
     span: float,
@@ -127,10 +141,9 @@ def _row_work(
     n_units = -(-bound.q_len // block_q)
     indptr = before[np.minimum(np.arange(n_units + 1) * block_q, bound.q_len)]
     edge = model.edge(span, shared) * shared
-    planned = schedule(
+    planned = cut(
         indptr,
         edge,
-        workers=model.workers,
         copies=n_copies,
         item_cost=model.unit(block_q, is_rows=True, is_scattered=is_scattered(ordering)) * shared,
         min_piece=4096 * edge,
@@ -142,18 +155,22 @@ def _row_work(
 
 
 def _tile_work(
-    bound: BoundMask, config: Config, model: CostModel, shared: tuple[int, int, int], ordering: Ordering
+    bound: BoundMask,
+    config: Config,
+    model: CostModel,
+    cut: Callable[..., Schedule],
+    shared: tuple[int, int],
+    ordering: Ordering,
 ) -> Work:
-    """`shared`: how often the list is run, the workers who share it, and the heads that are packed into each tile."""
-    copies, workers, pack = shared
+    """`shared`: how often the list is run, and the heads that are packed into each tile."""
+    copies, pack = shared
     block_q = config["block_q"]
     tiles = block_tiles(bound, block_q, config["block_kv"])
     unit = model.unit(block_q, is_rows=False, is_scattered=is_scattered(ordering))
     rows = max(block_q * pack, _LEAST_ROWS)
-    planned = schedule(
+    planned = cut(
         tiles.tile_map.indptr,
         model.tiles(tiles) * np.float32(rows / block_q) if rows > block_q else model.tiles(tiles),
-        workers=workers,
         copies=copies,
         item_cost=unit,
         min_piece=20.0 * unit,
@@ -162,10 +179,14 @@ def _tile_work(
 
 
 def _hybrid_work(
-    bound: BoundMask, config: Config, model: CostModel, shared: tuple[int, int], ordering: Ordering, span: float
+    bound: BoundMask,
+    config: Config,
+    model: CostModel,
+    cut: Callable[..., Schedule],
+    copies: int,
+    ordering: Ordering,
+    span: float,
 ) -> Work:
-    """`shared`: how often the list is run, and the workers who share it."""
-    copies, workers = shared
     block_q, block_kv = config["block_q"], config["block_kv"]
     threshold = max(1, config["tile_percent"] * block_q * block_kv // 100)
     layout = hybrid_split(bound, block_q, block_kv, threshold, config["column_queries"])
@@ -181,10 +202,9 @@ def _hybrid_work(
     blocks = np.flatnonzero(rows_again)
     costs[indptr[blocks + 1] - 1] += (rows_again[blocks] * model.unit(1, is_rows=True)).astype(np.float32)
     unit = model.unit(block_q, is_rows=False, is_scattered=is_scattered(ordering))
-    planned = schedule(
+    planned = cut(
         indptr,
         costs,
-        workers=workers,
         copies=copies,
         item_cost=unit,
         min_piece=20.0 * unit,
