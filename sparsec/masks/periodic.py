@@ -130,10 +130,13 @@ class _Repeats:
     def sources(self, keys: IntArray) -> tuple[IntArray, IntArray]:
         """The first tile of each kind that is the same, area included, and which one each of `keys` (ascending) is."""
         row = keys // self.grid.n_kv_tiles
+        column = keys - row * self.grid.n_kv_tiles
         periods = (row - self.source_rows(row)) // self.n_rows
+        # What would come from before the first key is empty.
+        periods[column < periods * self.n_columns] = 0
         if self.grid.shape[1] % self.grid.block_kv:
             # A ragged tile is full where a whole one is not.
-            periods[keys - row * self.grid.n_kv_tiles == self.grid.n_kv_tiles - 1] = 0
+            periods[column == self.grid.n_kv_tiles - 1] = 0
         source = keys - periods * self.key_step
         # Most often the sources are asked for as well.
         own = keys[periods == 0]
