@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -146,20 +146,43 @@ class Sums:
     d_tables: Sequence[torch.Tensor] = ()
 
 
-def forward_error(launch: Launch, given: Given, out: torch.Tensor, lse: torch.Tensor) -> str | None:
-    """What is wrong with the results of a launch over all heads, in one sentence, or None."""
+# By batch element and head: what is expected, and what is allowed.
+Known: TypeAlias = dict[tuple[int, int], tuple[tuple[reference.FloatArray, ...], tuple[float, ...]]]
+
+
+def forward_error(
+    launch: Launch, given: Given, out: torch.Tensor, lse: torch.Tensor, known: Known | None = None
+) -> str | None:
+    """What is wrong with the results of a launch over all heads, in one sentence, or None.
+
+    Args:
+        launch: Which launch.
+        given: The inputs.
+        out: What was written.
+        lse: Likewise.
+        known: Of the same mask, inputs and scale, and of no score modifier: filled in, and used where it is filled.
+    """
     bound, scale, dtype = launch.work.bound, launch.scale, launch.problem.dtype
+    known = {} if known is None else known
     for b, h in np.ndindex(out.shape[:2]):
-        heads, modifier = given.heads(b, h), reference.modifier_of(launch, b, h, given.tables)
-        expected = reference.attention(*heads, bound, scale, modifier=modifier)
-        allowed = reference.tolerances(*heads, bound, scale, dtype, modifier)
+        if (b, h) not in known:
+            heads, modifier = given.heads(b, h), reference.modifier_of(launch, b, h, given.tables)
+            results = reference.attention(*heads, bound, scale, modifier=modifier)
+            known[b, h] = results, reference.tolerances(*heads, bound, scale, dtype, modifier)
+        expected, allowed = known[b, h]
         error = _worst(("the output", "the log-sum-exp"), (_array(out[b, h]), _array(lse[b, h])), expected, allowed)
         if error is not None:
             return f"head {h} of batch element {b}: {error}"
     return None
 
 
-def gradient_error(launch: Launch, given: Given, above: tuple[torch.Tensor, torch.Tensor], sums: Sums) -> str | None:
+def gradient_error(
+    launch: Launch,
+    given: Given,
+    above: tuple[torch.Tensor, torch.Tensor],
+    sums: Sums,
+    known: Known | None = None,
+) -> str | None:
     """What is wrong with the gradients of a launch over all heads, in one sentence, or None.
 
     Args:
@@ -167,7 +190,9 @@ def gradient_error(launch: Launch, given: Given, above: tuple[torch.Tensor, torc
         given: The inputs.
         above: The gradients of the output and of the log-sum-exp.
         sums: What was written.
+        known: As in `forward_error`, and of the same gradients above.
     """
+    known = {} if known is None else known
     bound, scale, dtype = launch.work.bound, launch.scale, launch.problem.dtype
     group = launch.problem.group
     expected_tables = [np.zeros(tuple(table.shape)) for table in given.tables]
@@ -176,10 +201,12 @@ def gradient_error(launch: Launch, given: Given, above: tuple[torch.Tensor, torc
         expected_k, expected_v = (np.zeros(tuple(each.shape[2:])) for each in (given.k, given.v))
         allowed_k = allowed_v = 0.0
         for h in range(kv_head * group, (kv_head + 1) * group):
-            heads, modifier = given.heads(b, h), reference.modifier_of(launch, b, h, given.tables)
-            own = (_array(above[0][b, h]), _array(above[1][b, h]))
-            expected = reference.gradients(*heads, bound, scale, *own, modifier, expected_tables)
-            allowed = reference.gradient_tolerances(*heads, bound, scale, *own, dtype, modifier)
+            if (b, h) not in known:
+                heads, modifier = given.heads(b, h), reference.modifier_of(launch, b, h, given.tables)
+                own = (_array(above[0][b, h]), _array(above[1][b, h]))
+                gradients = reference.gradients(*heads, bound, scale, *own, modifier, expected_tables)
+                known[b, h] = gradients, reference.gradient_tolerances(*heads, bound, scale, *own, dtype, modifier)
+            expected, allowed = known[b, h]
             error = _worst(("dq",), (_array(sums.dq[b, h]),), expected[:1], allowed[:1])
             if error is not None:
                 return f"head {h} of batch element {b}: {error}"

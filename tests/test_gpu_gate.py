@@ -387,6 +387,46 @@ def test_the_page_says_verified_only_where_every_case_passed(gpu_gate, record):
     assert "failed" in said["fp16"]
 
 
+def test_the_reference_is_worked_out_once_for_all_kernels_of_a_case(pretended, monkeypatch):
+    """It takes longer than any kernel. What a kernel gives is held to it all the same."""
+    import numpy as np
+
+    from sparsec import masks as m
+    from sparsec.backends import reference
+    from sparsec.backends.base import Problem
+    from sparsec.device import device
+    from sparsec.template import template
+
+    case = pretended.Case("small", m.window(4, 1) | m.from_dense(np.eye(20) > 0), Problem(20, 20, 2, 1, 16, 8))
+    calls, shift = [], [0.0]
+
+    class Server:
+        def lower(self, launch):
+            exact = reference.ReferenceKernel(launch)
+            return lambda q, k, v, out, lse: (exact(q, k, v, out, lse), out.add_(shift[0]))
+
+        def lower_backward(self, launch):
+            exact = reference.ReferenceGradient(launch)
+            return lambda *tensors: (exact(*tensors), tensors[7].add_(shift[0]))
+
+    monkeypatch.setattr(pretended, "backend", lambda name: Server())
+    for name in ("tolerances", "gradient_tolerances"):
+        told = getattr(reference, name)
+        monkeypatch.setattr(reference, name, lambda *given, told=told, name=name: (calls.append(name), told(*given))[1])
+    for number, direction in enumerate(pretended.DIRECTIONS, 1):
+        for each in ("row_traversal", "hybrid"):
+            made = pretended.launch_of(template(each), "triton", case, "fp32", device("nvidia-h200"))
+            pretended.verify(made, direction)
+        assert len(calls) == 2 * number, "two heads, once"
+        shift[0] = 0.01
+        with pytest.raises(AssertionError, match="is off by"):
+            pretended.verify(made, direction)
+        shift[0] = float("nan")
+        with pytest.raises(AssertionError, match="is off by nan"):
+            pretended.verify(made, direction)
+        shift[0] = 0.0
+
+
 @pytest.mark.parametrize(
     ("task", "told"),
     [
