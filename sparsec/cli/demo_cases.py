@@ -127,8 +127,8 @@ def peers(case: Case, bound: BoundMask, dtype: Dtype, given: Tensors, memory_byt
     else:
         yield Absent(*masked, f"would need {size(masked_bytes)} for the mask alone")
     if case.is_graph:
-        yield Peer("gather and scatter, as PyG does", "gather/scatter", lambda: _gather_scatter(bound, given), bound)
-        yield Peer("torch.sparse: SDDMM, softmax, SpMM", "torch.sparse", lambda: _torch_sparse(bound, given), bound)
+        yield Peer("gather/scatter, as PyG does", "gather/scatter", lambda: _gather_scatter(bound, given), bound)
+        yield Peer("torch.sparse (SDDMM, SpMM)", "torch.sparse", lambda: _torch_sparse(bound, given), bound)
     else:
         yield Peer(
             "torch SDPA, no mask: all pairs", "dense SDPA", lambda: _dense_sdpa(given), full().bind(*bound.shape)
