@@ -16,6 +16,7 @@ from sparsec.planner.advice import advice
 from sparsec.planner.ceiling import tile_fill
 from sparsec.planner.lengths import at_length, dense_crossover, dense_us
 from sparsec.planner.spending import IN_VAIN, USEFUL, spending
+from sparsec.planner.text import plan_text
 from sparsec.planner.words import duration, size
 from sparsec.score import soft_cap
 
@@ -70,6 +71,19 @@ def test_advice_is_about_the_plan():
     trained = replace(half.problem, needs_grad=True)
     there = " ".join(advice(plan(m.window(127, 0), trained, "nvidia-h100", tune="off")))
     assert "--seq-len 2048 --dtype bf16 --needs-grad --device nvidia-h100`" in there
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 79, 80])
+def test_a_plan_fits_into_any_width_and_says_the_same(width):
+    made = plan(m.window(300, 0) | m.global_tokens(3), Problem(4096, 4096, 4, 4), PROCESSOR, tune="off")
+    narrow = plan_text(made, width)
+    # A word that is longer than the line is broken.
+    assert max(map(len, narrow.splitlines())) <= width
+    if width >= 40:
+        assert narrow.split() == str(made).split()
+    # The text beside a label is one paragraph, not lines broken twice.
+    paragraph = narrow[narrow.index("takes ") : narrow.index("at best ")].split("\n")
+    assert all(len(line) >= width - 20 for line in paragraph[:-2])
 
 
 def test_another_length_is_asked_for_as_the_first_one_was():

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Work that takes longer than this shows a bar.
 _PATIENCE_S: Final = 1.0
+_NARROWEST: Final = 20
+_WIDEST: Final = 80
 
 
 def out() -> Console:
@@ -42,6 +44,11 @@ def _console(*, is_error: bool) -> Console:
             raise  # noqa: PLE0704  # called while the BrokenPipeError is handled
 
     return PassingConsole(file=sys.stderr if is_error else sys.stdout, highlight=False, soft_wrap=False)
+
+
+def columns() -> int:
+    """How wide prose is set: 80 columns, and less on a terminal that has less."""
+    return max(_NARROWEST, min(_WIDEST, out().width)) if sys.stdout.isatty() else _WIDEST
 
 
 def write(text: str) -> None:

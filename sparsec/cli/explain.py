@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from sparsec.cli.arguments import lengths, read_mask
-from sparsec.cli.console import out, show, waiting, write
+from sparsec.cli.console import columns, out, show, waiting, write
 from sparsec.cli.planning import Asked, planning_options
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _one(text: str, asked: Asked, options: dict[str, Any]) -> None:  # Any: clic
         click.echo(json_text(document | {"source": sources} if options["has_source"] else document))
         return
     with waiting("looking for advice"):
-        words = plan_text(made)
+        words = plan_text(made, columns())
     write(words)
     for launch, files in sources.items() if options["has_source"] else ():
         for name, source in files.items():
@@ -229,9 +229,7 @@ def _error_document(error: UnsupportedError) -> dict[str, Any]:  # Any: JSON val
 def _wrapped(text: str) -> str:
     import textwrap
 
-    from sparsec.planner.text import WIDTH
-
-    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+    return textwrap.fill(text, columns(), break_on_hyphens=False)
 
 
 def _title(bound: BoundMask, asked: Asked) -> str:

@@ -19,6 +19,7 @@ from sparsec.planner.spending import spending
 from sparsec.planner.words import duration, percent, rate, size
 
 WIDTH = 80
+_WIDE = 60
 _SHOWN_ALTERNATIVES = 6
 # Fewer keys in a run than this are no run.
 _FEW_KEYS = 4.0
@@ -30,10 +31,19 @@ _MANY_TIMES = 100.0
 _UNITS = "(?:µs|ms|s|bytes|[KMG]iB|[GT]B/s|[GT]FLOP/s)"
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan, told in the order a reader asks: what it is for, what runs, what else was weighed, what could not."""
+# A line as it stands, or a label and a text that is wrapped beside it.
+Line = str | tuple[str, str]
+
+
+def plan_text(plan: Plan, width: int = WIDTH) -> str:
+    """The plan, told in the order a reader asks: what it takes and why, what runs, what else was weighed or could not.
+
+    Args:
+        plan: The plan.
+        width: Columns to keep to, 20 or more.
+    """
     problem = plan.problem
-    lines = [
+    lines: list[Line] = [
         *_wrapped("mask     ", _shortened(str(plan.mask.mask))),
         *_wrapped(
             "problem  ",
@@ -56,11 +66,11 @@ def plan_text(plan: Plan) -> str:
         for sentence in sentences:
             lines += _wrapped("  ", sentence)
     lines += ["", f"planned in {duration(plan.planning_us)}"]
-    return "\n".join(lines)
+    return "\n".join(text for line in lines for text in _laid_out(line, width))
 
 
-def _group_lines(plan: Plan, group: Group) -> list[str]:
-    lines = []
+def _group_lines(plan: Plan, group: Group) -> list[Line]:
+    lines: list[Line] = []
     if len(plan.groups) > 1:
         lines += _wrapped("heads    ", f"{_listed(group.heads)} of batch elements {_listed(group.batch)}")
         lines += _wrapped("mask     ", _shortened(str(group.bound.mask)))
@@ -100,7 +110,7 @@ def _launch_words(launch: Launch) -> str:
     return f"{launch.template.name} on {launch.backend} ({settings})"
 
 
-def _profile_lines(group: Group) -> list[str]:
+def _profile_lines(group: Group) -> list[Line]:
     profile = group.profile
     first, *others = profile.tiles
     fills = f"of {first.block}×{first.block} are {percent(first.fill)} full"
@@ -166,7 +176,7 @@ def verdict(plan: Plan) -> str:
     return f"{text}; dense attention over all pairs takes {duration(dense)}, {beside} as long"
 
 
-def spending_lines(plan: Plan) -> list[str]:
+def spending_lines(plan: Plan) -> list[Line]:
     """The parts of the estimate, the largest first, small ones together."""
     parts = spending(plan)
     shown = [part for part in parts if part.share >= _LEAST_SHARE]
@@ -179,7 +189,7 @@ def spending_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _step_lines(number: int, step: Step) -> list[str]:
+def _step_lines(number: int, step: Step) -> list[Line]:
     launch, work = step.launch, step.launch.work
     lines = _wrapped(f"  {number}. ", f"{launch.template.name} on {launch.backend}: {launch.template.summary}")
     edges = f"{step.edges} ({work.bound.nnz:,} edges)" if launch.template.layout != "none" else step.edges
@@ -225,16 +235,32 @@ def _work_parts(step: Step) -> list[str]:
     return parts
 
 
-def _candidate_lines(candidate: Candidate, best_us: float) -> list[str]:
+def _candidate_lines(candidate: Candidate, best_us: float) -> list[Line]:
     about = "about " if candidate.estimate is None else ""
     return _wrapped("  ", f"{candidate}: {about}{duration(candidate.us)}, {candidate.us / best_us:.2f}×")
 
 
-def _wrapped(label: str, text: str) -> list[str]:
-    """Lines of `WIDTH`, none of which ends between a figure and its unit."""
+def _wrapped(label: str, text: str) -> list[Line]:
+    return [(label, text)]
+
+
+def _laid_out(line: Line, width: int) -> list[str]:
+    """Lines no wider than that, none of which ends between a figure and its unit."""
+    label, text = ("", line) if isinstance(line, str) else line
+    if isinstance(line, str) and len(line) <= width:
+        return [line]
     kept = re.sub(rf"(?<=\d) (?={_UNITS}\b)", "\N{NO-BREAK SPACE}", text)
-    lines = textwrap.wrap(kept, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False)
-    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines] or [label.rstrip()]
+    if isinstance(line, str):
+        label = " " * (len(line) - len(line.lstrip()))
+    lines = textwrap.wrap(
+        kept.lstrip(),
+        width,
+        initial_indent=label,
+        # Where there is little room, it is not spent on blanks.
+        subsequent_indent=" " * (len(label) if width >= _WIDE else min(len(label), width // 8)),
+        break_on_hyphens=False,
+    )
+    return [each.replace("\N{NO-BREAK SPACE}", " ") for each in lines] or [label.rstrip()]
 
 
 def _heads(problem: Problem) -> str:
