@@ -12,7 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsec.expr import CPP, CUDA, CUDA_FUNCTIONS, TRITON, Captured, Const, Cpp, Dialect, Expr, Table, Var, apply
+from sparsec.expr import (
+    CPP,
+    CUDA,
+    CUDA_FUNCTIONS,
+    TRITON,
+    TRITON_FUNCTIONS,
+    Captured,
+    Const,
+    Cpp,
+    Dialect,
+    Expr,
+    Table,
+    Var,
+    apply,
+)
 
 q, kv, h, score = (Var(name) for name in ("q_idx", "kv_idx", "h", "score"))
 DOC = Captured(np.array([0, 0, 1, 1, 1, 4, 4, 7], np.int32), "doc")
@@ -231,11 +245,29 @@ def test_triton_text_means_the_same():
     code = TRITON.code(EXPRS, {"q_idx": "q", "kv_idx": "k"}, TABLES, {"q_idx": (0, 7), "kv_idx": (0, 5)})
     columns = [Block(np.array(column)) for column in zip(*POINTS, strict=True)]
     scope: dict[str, Any] = dict(zip(("q", "k", "h", "score"), columns, strict=True))
-    scope |= {"tl": tl, **{name: Pointer(captured.array) for captured, name in TABLES.items()}}
+    scope |= {
+        "sx_tanh": _blockwise(np.tanh),
+        "tl": tl,
+        **{name: Pointer(captured.array) for captured, name in TABLES.items()},
+    }
     with np.errstate(all="ignore"):
         exec("\n".join(code.statements), scope)
         results = [np.broadcast_to(_raw(eval(result, scope)), len(POINTS)) for result in code.results]
     check(np.stack([result.astype(np.float64) for result in results]))
+
+
+def test_triton_tanh_is_exact_to_a_share_of_itself():
+    """However small: a soft cap multiplies what is lost by the cap, and scores are small beside it."""
+    scope: dict[str, Any] = {"triton": SimpleNamespace(jit=lambda function: function), "tl": np}
+    exec(TRITON_FUNCTIONS, scope)
+    positive = np.logspace(-30, 2, 20_000, dtype=np.float32)
+    x = np.concatenate([-positive, positive])
+    with np.errstate(over="ignore", invalid="ignore"):
+        got = scope["sx_tanh"](x)
+        assert got.dtype == np.float32
+        assert np.abs(got / np.tanh(x.astype(np.float64)) - 1.0).max() < 2e-7
+        extremes = np.array([0.0, np.nan, np.inf, -np.inf], np.float32)
+        np.testing.assert_array_equal(scope["sx_tanh"](extremes), [0.0, np.nan, 1.0, -1.0])
 
 
 def test_shared_subexpressions_are_bound_once():

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsec.backends.table_gradients import is_by_edge
-from sparsec.expr import TRITON, Captured, Const, Expr, Var, apply, needs_int64
+from sparsec.expr import TRITON, TRITON_FUNCTIONS, Captured, Const, Expr, Var, apply, needs_int64
 from sparsec.expr.tree import cast_to, postorder
 from sparsec.masks.mask import BoundMask
 from sparsec.score import ScoreMod, offset_of
@@ -132,7 +132,7 @@ def printed_score(
         is_packed: Whether `scatter` is told several heads at once, each row's.
     """
     names, ranges = _names(score.tables), _ranges(lengths, n_edges)
-    source = _HEAD.format(what="a score modifier and its derivative by the score")
+    source = ""
     for name, expr in (("value", score.expr), ("slope", score.slope)):
         code = TRITON.code((expr,), tables=names)
         source += _SCORE_FUNCTION.format(
@@ -145,7 +145,7 @@ def printed_score(
     if score.live_tables:
         source += _SCATTER_FUNCTION.format(body="".join(_scatters(score, names, ranges, q_heads, n_edges, is_packed)))
     tables = (np.zeros(1, np.float32) if table.is_live else _passed(table.array) for table in names)
-    return Printed(source, tuple(tables))
+    return Printed(_module("a score modifier and its derivative by the score", source), tuple(tables))
 
 
 def _scatters(
@@ -178,13 +178,18 @@ def printed_predicate(bound: BoundMask) -> Printed | None:
         return None
     names = _names(expr.tables())
     code = TRITON.code((expr,), tables=names)
-    source = _HEAD.format(what="which query attends which key") + _PREDICATE.format(
+    source = _PREDICATE.format(
         text=_text(expr),
         casts=_casts(("q_idx", "kv_idx"), expr, names, _ranges(bound.shape)),
         body="".join(f"    {line}\n" for line in code.statements),
         result=code.results[0],
     )
-    return Printed(source, tuple(_passed(table.array) for table in names))
+    return Printed(_module("which query attends which key", source), tuple(_passed(table.array) for table in names))
+
+
+def _module(what: str, functions: str) -> str:
+    given = f"\n{TRITON_FUNCTIONS}" if "sx_" in functions else ""
+    return _HEAD.format(what=what) + given + functions
 
 
 def _names(tables: tuple[Captured, ...]) -> Mapping[Captured, str]:

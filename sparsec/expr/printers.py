@@ -380,8 +380,25 @@ class Cuda(_CLike):
         return f"sx_clamp_index({index}, {size})"
 
 
+TRITON_FUNCTIONS = '''\
+@triton.jit
+def sx_tanh(x):
+    """x + x³ · P(x²) where |x| < 0.625, and 1 - 2 / (e^2|x| + 1) with the sign of x beyond: to 1.5e-7 of itself."""
+    z = x * x
+    p = (((-5.71702141e-3 * z + 2.06505638e-2) * z - 5.37434891e-2) * z + 0.133314908) * z - 0.333332837
+    # An overflow is an infinity, and the quotient 0; NaN goes through.
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * (z * p), tl.where(x < 0.0, -far, far))
+'''
+"""Functions that printed Triton may call; a module includes them once, before the printed code.
+
+`tl` has no tanh, and libdevice's is missing in the interpreter. P is a least-squares fit driven to minimax, to 4e-9.
+(2 · sigmoid(2x) - 1 is wrong by a rounding unit of 1 for small x too, which a soft cap multiplies by the cap.)
+"""
+
+
 class Triton(Dialect):
-    """Triton, of blocks: needs `tl` (`triton.language`) and nothing else."""
+    """Triton, of blocks: needs `tl` (`triton.language`); may call what `TRITON_FUNCTIONS` defines."""
 
     operators: ClassVar[Mapping[str, str]] = {"logical_not": "~"}
     calls: ClassVar[Mapping[str | tuple[str, Kind], str]] = {
@@ -389,6 +406,7 @@ class Triton(Dialect):
         "max": "tl.maximum",
         "where": "tl.where",
         "sigmoid": "tl.sigmoid",
+        "tanh": "sx_tanh",
         "abs": "tl.abs",
         **{name: f"tl.{name}" for name in _ELEMENTARY},
     }
@@ -403,9 +421,6 @@ class Triton(Dialect):
         return f'float("{value}")' if not math.isfinite(value) else _float_text(float(value))
 
     def operation(self, node: Apply, printing: _Printing) -> tuple[str, int]:
-        if node.op == "tanh":
-            # An identity: tl has no tanh, and libdevice's is missing in the interpreter.
-            return f"2.0 * tl.sigmoid(2.0 * {printing.operand(node.args[0], 12)}) - 1.0", OPS["sub"].precedence
         if node.op == "pow":
             # The exponent is not a whole number, so a negative base gives nan, as it does here.
             base, exponent = printing.operand(node.args[0]), printing.operand(node.args[1])
