@@ -6,6 +6,7 @@ This file decides the split for given thresholds, and how the three lists of a r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from sparsec.layout.edges import CHUNK_EDGES, packed_edges, row_chunks, unpack
 from sparsec.layout.rows import RowLists
 from sparsec.layout.scheduling import Schedule
-from sparsec.layout.tiles import BlockTiles, GatheredTiles, gathered_from_keys, pattern_keys
+from sparsec.layout.tiles import ROW_BLOCKS, BlockTiles, GatheredTiles, gathered_from_parts, pattern_keys
 from sparsec.masks import ranges
 from sparsec.masks.mask import BoundMask
 from sparsec.masks.ranges import IntArray, run_starts
@@ -79,7 +80,7 @@ class HybridLayout:
         """
         tiles = self.tiles.transpose()
         block = tiles.tile_map.block_q
-        assert block in (16, 32, 64), f"row blocks of {block} keys cannot be gathered"
+        assert block in ROW_BLOCKS, f"row blocks of {block} keys cannot be gathered"
         return HybridLayout(tiles, self.gathered.transpose(block), self.leftovers.transpose())
 
     def entry_indptr(self) -> IntArray:
@@ -146,43 +147,40 @@ def hybrid_split(
 
     Args:
         bound: The mask.
-        block_q: Queries a row block and a tile: 16, 32 or 64.
+        block_q: Queries a row block and a tile, a power of two up to 64.
         block_kv: Keys a tile.
         tile_threshold: A tile with at least this many edges, or with every edge it can have, stays contiguous.
         column_threshold: Of the other edges, those whose key is attended by at least this many queries of the row block
             are gathered; the rest stay single.
     """
-    assert block_q in (16, 32, 64), f"a row block has 16, 32 or 64 queries, not {block_q}"
+    assert block_q in ROW_BLOCKS, f"a row block has a power of two of queries up to 64, not {block_q}"
     tile_map = bound.tiles(block_q, block_kv)
     is_dense = (tile_map.count >= tile_threshold) | tile_map.is_full
     dense = tiles_where(tile_map, is_dense)
     tiles = BlockTiles(dense, bound.patterns(dense))
 
-    gathered_keys = [np.zeros(0, np.int64)]
     single_keys = [np.zeros(0, np.int64)]
-    for keys in _sparse_chunks(bound, tile_map, is_dense):
-        starts = run_starts(keys >> (block_q.bit_length() - 1))
-        multiplicity = np.diff(np.append(starts, len(keys)))
-        is_gathered = np.repeat(multiplicity >= column_threshold, multiplicity)
-        gathered_keys.append(keys[is_gathered])
-        single_keys.append(keys[~is_gathered])
-    gathered = gathered_from_keys(np.concatenate(gathered_keys), bound.shape, block_q)
+
+    def shared_keys() -> Iterator[IntArray]:
+        for keys in _sparse_chunks(bound, tile_map, is_dense):
+            if column_threshold <= 1:
+                yield keys
+                continue
+            starts = run_starts(keys >> (block_q.bit_length() - 1))
+            multiplicity = np.diff(np.append(starts, len(keys)))
+            is_gathered = np.repeat(multiplicity >= column_threshold, multiplicity)
+            single_keys.append(keys[~is_gathered])
+            yield keys[is_gathered]
+
+    gathered = gathered_from_parts(shared_keys(), bound.shape, block_q)
     return HybridLayout(tiles, gathered, _single_edges(np.concatenate(single_keys), bound.shape, block_q))
 
 
 def gathered_tiles(bound: BoundMask, block_q: int) -> GatheredTiles:
     """All edges of `bound` as gathered tiles."""
-    parts = [
-        gathered_from_keys(packed_edges(bound, start, stop, block_q), bound.shape, block_q)
-        for start, stop in row_chunks(bound.degrees("q"), block_q)
-    ]
-    return GatheredTiles(
-        shape=bound.shape,
-        block_q=block_q,
-        indptr=np.sum([part.indptr for part in parts], axis=0),
-        columns=np.concatenate([part.columns for part in parts]),
-        lanes=np.concatenate([part.lanes for part in parts]),
-    )
+    chunks = row_chunks(bound.degrees("q"), block_q)
+    parts = (packed_edges(bound, start, stop, block_q) for start, stop in chunks)
+    return gathered_from_parts(parts, bound.shape, block_q)
 
 
 def tiles_where(tile_map: TileMap, kept: npt.NDArray[np.bool_]) -> TileMap:
@@ -199,14 +197,14 @@ def tiles_where(tile_map: TileMap, kept: npt.NDArray[np.bool_]) -> TileMap:
     )
 
 
-def _sparse_chunks(bound: BoundMask, tile_map: TileMap, is_dense: npt.NDArray[np.bool_]) -> list[IntArray]:
+def _sparse_chunks(bound: BoundMask, tile_map: TileMap, is_dense: npt.NDArray[np.bool_]) -> Iterator[IntArray]:
     """Sorted packed keys of the edges outside the dense tiles; chunks ascend and end with a row block."""
     sparse_edges = int(tile_map.count[~is_dense].sum(dtype=np.int64))
     if not sparse_edges:
-        return []
+        return
     if sparse_edges < _PATTERN_SHARE * tile_map.nnz:
-        return _chunks_from_patterns(bound, tiles_where(tile_map, ~is_dense))
-    chunks = []
+        yield _keys_from_patterns(bound, tiles_where(tile_map, ~is_dense))
+        return
     block_q = tile_map.block_q
     for start, stop in row_chunks(bound.degrees("q"), block_q):
         first, last = tile_map.indptr[start // block_q], tile_map.indptr[-(-stop // block_q)]
@@ -215,11 +213,10 @@ def _sparse_chunks(bound: BoundMask, tile_map: TileMap, is_dense: npt.NDArray[np
         keys = packed_edges(bound, start, stop, block_q)
         # Sorted keys visit the tiles in the tile map's own order, so its counts say which tile each edge is in.
         in_dense = np.repeat(is_dense[first:last], tile_map.count[first:last])
-        chunks.append(keys[~in_dense])
-    return chunks
+        yield keys[~in_dense]
 
 
-def _chunks_from_patterns(bound: BoundMask, sparse_tiles: TileMap) -> list[IntArray]:
+def _keys_from_patterns(bound: BoundMask, sparse_tiles: TileMap) -> IntArray:
     """The same from the bit patterns of the sparse tiles, in time of those alone."""
     tiles = BlockTiles(sparse_tiles, bound.patterns(sparse_tiles))
     cells = sparse_tiles.block_q * sparse_tiles.block_kv
@@ -227,7 +224,7 @@ def _chunks_from_patterns(bound: BoundMask, sparse_tiles: TileMap) -> list[IntAr
     chunks = [pattern_keys(tiles, i, min(i + step, sparse_tiles.n_tiles)) for i in range(0, sparse_tiles.n_tiles, step)]
     keys = np.concatenate(chunks)
     keys.sort()
-    return [keys]
+    return keys
 
 
 def _single_edges(keys: IntArray, shape: tuple[int, int], block_q: int) -> RowLists:

@@ -6,6 +6,7 @@ go to which layout (`hybrid.py` does), nor what a kernel does with them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,9 @@ from sparsec.masks import ranges
 from sparsec.masks.mask import BoundMask
 from sparsec.masks.ranges import IntArray, run_starts
 from sparsec.masks.tilemap import TileMap, TilePatterns
+
+# Queries that a gathered row block may have: as many as one word has bits.
+ROW_BLOCKS = (1, 2, 4, 8, 16, 32, 64)
 
 # Bits unpacked to bytes at a time while patterns are turned around.
 _CHUNK_BITS = 1 << 25
@@ -91,10 +95,11 @@ class GatheredTiles:
 
     Attributes:
         shape: `(q_len, kv_len)` in tokens.
-        block_q: Queries a row block: 16, 32 or 64.
+        block_q: Queries a row block, a power of two up to 64.
         indptr: int64 `[n_q_tiles + 1]`.
         columns: int32 `[n]`, ascending within a row block.
-        lanes: uint64 `[n]`; bit `i` says that query `i` of the row block attends the column. Never 0.
+        lanes: uint64 `[n]`; bit `i` says that query `i` of the row block attends the column. Never 0. Of row blocks of
+            one query, a view of a single 1: its columns are its keys, and nothing is stored.
     """
 
     shape: tuple[int, int]
@@ -109,7 +114,7 @@ class GatheredTiles:
 
     @property
     def nbytes(self) -> int:
-        return self.indptr.nbytes + self.columns.nbytes + self.lanes.nbytes
+        return self.indptr.nbytes + self.columns.nbytes + (0 if self.block_q == 1 else self.lanes.nbytes)
 
     def edges(self) -> tuple[IntArray, IntArray]:
         """`(row, column)` of every edge, by row block, then column, then row."""
@@ -118,7 +123,7 @@ class GatheredTiles:
         rows, columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for start in range(0, len(self.lanes), step):
             lanes = self.lanes[start : start + step]
-            octets = lanes.astype("<u8").view(np.uint8).reshape(-1, 8)[:, : self.block_q // 8]
+            octets = lanes.astype("<u8").view(np.uint8).reshape(-1, 8)[:, : -(-self.block_q // 8)]
             entry, lane = np.nonzero(np.unpackbits(octets, axis=1, bitorder="little"))
             rows.append(block[start + entry] * self.block_q + lane)
             columns.append(self.columns[start + entry].astype(np.int64))
@@ -135,16 +140,37 @@ class GatheredTiles:
 
 def gathered_from_keys(keys: IntArray, shape: tuple[int, int], block_q: int) -> GatheredTiles:
     """Gathered tiles of the edges given as sorted packed keys (see `edges.pack`)."""
-    assert block_q in (16, 32, 64), f"a gathered row block has 16, 32 or 64 queries, not {block_q}"
+    assert block_q in ROW_BLOCKS, f"a gathered row block has a power of two of queries up to 64, not {block_q}"
     n_blocks = -(-shape[0] // block_q)
     lane_bits = block_q.bit_length() - 1
     pair = keys >> lane_bits
     starts = run_starts(pair)
     block, column = np.divmod(pair[starts], max(shape[1], 1))
-    lane = np.uint64(1) << (keys & (block_q - 1)).astype(np.uint64)
-    lanes = np.bitwise_or.reduceat(lane, starts) if len(starts) else lane
+    if block_q == 1:
+        lanes = _alone(len(starts))
+    else:
+        lane = np.uint64(1) << (keys & (block_q - 1)).astype(np.uint64)
+        lanes = np.bitwise_or.reduceat(lane, starts) if len(starts) else lane
     indptr = np.concatenate(([0], np.cumsum(np.bincount(block, minlength=n_blocks))))
     return GatheredTiles(shape, block_q, indptr, column.astype(np.int32), lanes)
+
+
+def gathered_from_parts(parts: Iterable[IntArray], shape: tuple[int, int], block_q: int) -> GatheredTiles:
+    """The same of keys that come in parts, each a run of whole row blocks; one part at a time is held as keys."""
+    indptr = np.zeros(-(-shape[0] // block_q) + 1, np.int64)
+    columns, lanes = [np.zeros(0, np.int32)], [np.zeros(0, np.uint64)]
+    for keys in parts:
+        part = gathered_from_keys(keys, shape, block_q)
+        indptr += part.indptr
+        columns.append(part.columns)
+        lanes.append(part.lanes)
+    all_columns = np.concatenate(columns)
+    all_lanes = _alone(len(all_columns)) if block_q == 1 else np.concatenate(lanes)
+    return GatheredTiles(shape, block_q, indptr, all_columns, all_lanes)
+
+
+def _alone(n: int) -> npt.NDArray[np.uint64]:
+    return np.broadcast_to(np.uint64(1), n)
 
 
 def pattern_keys(tiles: BlockTiles, start: int, stop: int) -> IntArray:
@@ -163,9 +189,9 @@ def pattern_keys(tiles: BlockTiles, start: int, stop: int) -> IntArray:
 
 
 def _transposed(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """`[n, block_q, block_kv // 8]` → `[n, block_kv, block_q // 8]`, bit `j` of row `i` to bit `i` of row `j`."""
+    """`[n, block_q, block_kv // 8]` → `[n, block_kv, ⌈block_q / 8⌉]`, bit `j` of row `i` to bit `i` of row `j`."""
     n, block_q, kv_bytes = bits.shape
-    out = np.empty((n, kv_bytes * 8, block_q // 8), np.uint8)
+    out = np.empty((n, kv_bytes * 8, -(-block_q // 8)), np.uint8)
     step = max(1, _CHUNK_BITS // (block_q * kv_bytes * 8))
     for start in range(0, n, step):
         unpacked = np.unpackbits(bits[start : start + step], axis=2, bitorder="little")

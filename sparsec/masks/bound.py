@@ -97,13 +97,13 @@ class BoundMask:
         """The non-empty tiles.
 
         Args:
-            block_q: Queries a tile, a power of two ≥ 8.
+            block_q: Queries a tile, a power of two.
             block_kv: Keys a tile, a power of two ≥ 8.
             tile_rows: Only these rows of tiles (a run with step 1); the others come out empty.
         """
-        for name, block in (("block_q", block_q), ("block_kv", block_kv)):
-            if block < 8 or block & (block - 1):
-                raise MaskError(f"tiles: {name} = {block} must be a power of two ≥ 8")
+        for name, block, least in (("block_q", block_q, 1), ("block_kv", block_kv, 8)):
+            if block < least or block & (block - 1):
+                raise MaskError(f"tiles: {name} = {block} must be a power of two ≥ {least}")
         n_q_tiles = -(-self.q_len // block_q)
         wanted = range(n_q_tiles) if tile_rows is None else tile_rows
         if wanted and (wanted.step != 1 or wanted[0] < 0 or wanted[-1] >= n_q_tiles):

@@ -22,7 +22,7 @@ class TileMap:
 
     Attributes:
         shape: `(q_len, kv_len)` in tokens; tiles at the ragged edge count only what lies inside.
-        block_q: Queries a tile, a power of two ≥ 8.
+        block_q: Queries a tile, a power of two.
         block_kv: Keys a tile, a power of two ≥ 8.
         indptr: int64 `[n_q_tiles + 1]`.
         indices: int32 `[n_tiles]`, key-tile index, ascending within a row of tiles.
@@ -422,6 +422,8 @@ def distinct(bits: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], IntArr
     if n <= 1:
         return bits, np.zeros(n, np.int64)
     flat = np.ascontiguousarray(bits).reshape(n, -1)
+    if flat.shape[1] % 8:
+        flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 8)))
     wide = flat.view(np.uint64)
     # Odd multipliers from a fixed generator; equal hashes are compared byte by byte below.
     factors = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, wide.shape[1], dtype=np.uint64) * 2 + 1
