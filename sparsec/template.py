@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -149,11 +148,17 @@ class Template:
         """Every legal configuration, the default first."""
         first = self.default(backend)
         yield first
-        tunables = self.tunables_of(backend)
-        for values in itertools.product(*(t.values for t in tunables)):
-            config = Config(tuple(zip((t.name for t in tunables), values, strict=True)))
-            if config != first and self.violation(backend, config) is None:
-                yield config
+        told: list[tuple[tuple[str, int], ...]] = [()]
+        for tunable in self.tunables_of(backend):
+            told = [(*items, (tunable.name, value)) for items in told for value in tunable.values]
+            # Whatever speaks of this tunable and of no later one cuts off all that would follow.
+            names = {name for name, _ in told[0]} if told else set()
+            for each in self.constraints:
+                if each.backend in (None, backend) and tunable.name in each.names <= names:
+                    told = [items for items in told if each.holds(dict(items))]
+        for items in told:
+            if items != first.items:
+                yield Config(items)
 
     def violation(self, backend: str, config: Config) -> str | None:
         """Why `config` is illegal, in one sentence, or None."""

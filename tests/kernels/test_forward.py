@@ -9,6 +9,7 @@ import running
 from cases import HARD, Case, cases
 
 from sparsec.backends.base import DTYPES
+from sparsec.template import Config
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -44,12 +45,17 @@ def _configs():
 
 
 def _chosen_configs(template, name):
-    """Every legal configuration; on a GPU, where each is compiled anew, those one step from the default."""
+    """Every legal configuration; on a GPU, where each is compiled anew, the default and those of one other value."""
+    if name not in running.GPU_BACKENDS:
+        yield from template.configs(name)
+        return
     default = template.default(name)
-    for config in template.configs(name):
-        n_changed = sum(a != b for a, b in zip(config.items, default.items, strict=True))
-        if name not in running.GPU_BACKENDS or n_changed <= 1:
-            yield config
+    yield default
+    for tunable in template.tunables_of(name):
+        for value in tunable.values:
+            config = Config.of(**{**default.to_dict(), tunable.name: value})
+            if config != default and template.violation(name, config) is None:
+                yield config
 
 
 @pytest.mark.parametrize(("template", "backend_name", "config", "case"), [*_configs()])
