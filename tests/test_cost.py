@@ -10,12 +10,14 @@ from cases import HARD, Case, case, every_constructor
 
 from sparsec import masks as m
 from sparsec.analysis import analyse
-from sparsec.backends.base import DTYPES
+from sparsec.backends.base import DTYPES, Problem
 from sparsec.cost import Estimate, cost_model, dense_estimate, estimate
 from sparsec.device import detect_cpu, devices
-from sparsec.layout import block_tiles
-from sparsec.planner.works import build_work
-from sparsec.template import template
+from sparsec.device import device as named_device
+from sparsec.layout import block_tiles, gathered_tiles
+from sparsec.planner.sampling import Sample
+from sparsec.planner.works import IDENTITY, build_work
+from sparsec.template import Config, template
 
 DEVICES = devices()
 TILED = ("row_traversal", "block_sparse", "hybrid")
@@ -75,6 +77,38 @@ def test_keys_from_beyond_the_cache_cost_more():
         assert model.edge(1e7) > model.edge(100)
     assert model.unit(64, is_rows=True) > 0
     assert model.unit(64, is_rows=False) > 0
+
+
+def test_heads_that_share_a_fetched_key_pay_for_it_once():
+    gpu, few = named_device("nvidia-h200"), gathered_tiles(m.random_edges(40, 1).bind(2000), 1)
+    problem = Problem(2000, 2000, 128, 1, 128, 128, "bf16")
+
+    def column(heads: int, kv_len: int = 2000) -> float:
+        return cost_model(replace(problem, kv_len=kv_len), gpu).columns(few, heads)
+
+    # Up to the rows of a matrix unit the fetch decides, and more heads are free; then each costs its arithmetic.
+    assert column(1) == column(16)
+    assert column(128) > column(64) >= column(16)
+    per_key_ns = 2 * 128 * 256 / (gpu.matrix_flops["bf16"] / gpu.units * 1e-9)
+    assert per_key_ns < column(128) < 3 * per_key_ns
+    # Keys that the cache does not hold come from memory, which 128 rows a key do not hide.
+    assert column(128, 10_000_000) > 1.2 * column(128)
+    tiles = block_tiles(m.full().bind(2000), 1, 64)
+    model = cost_model(problem, gpu)
+    assert model.tiles(tiles, 128).sum() < 128 * model.tiles(tiles).sum() / 4
+
+
+@pytest.mark.parametrize("heads", [1, 128])
+def test_a_sample_costs_what_the_whole_does(heads):
+    """For packed heads too, which walk one list together."""
+    mask, gpu = m.random_edges(400, 1).bind(4096), named_device("nvidia-h200")
+    problem = Problem(4096, 4096, heads, 1, 128, 128, "bf16")
+    hybrid = template("hybrid")
+    values = {"block_q": 1, "column_queries": 1, "pack_gqa": 128, "block_kv": 64} if heads > 1 else {}
+    config = Config.of(**{**hybrid.default("triton").to_dict(), **values})
+    sampled = Sample(mask, analyse(mask), IDENTITY).us(hybrid, config, problem, gpu, heads)
+    whole = build_work(hybrid, config, mask, problem, gpu, heads=heads)
+    assert sampled == pytest.approx(estimate(whole, problem, gpu, heads).us, rel=0.15)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)

@@ -68,9 +68,9 @@ def test_advice_is_about_the_plan():
     half = plan(m.window(127, 0), Problem(2048, 2048, dtype="bf16", head_dim=64), PROCESSOR, tune="off")
     assert any("sparsec tune 'window(127, 0)' --seq-len 2048 --dtype bf16" in sentence for sentence in advice(half))
     assert all(len(advice(each)) <= 2 for each in (kept, half))
-    trained = replace(half.problem, needs_grad=True)
+    trained = replace(half.problem, q_heads=64, kv_heads=64, needs_grad=True)
     there = " ".join(advice(plan(m.window(127, 0), trained, "nvidia-h100", tune="off")))
-    assert "--seq-len 2048 --dtype bf16 --needs-grad --device nvidia-h100`" in there
+    assert "--seq-len 2048 --heads 64 --dtype bf16 --needs-grad --device nvidia-h100`" in there
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 79, 80])
@@ -105,6 +105,7 @@ SPENT = {
     "rows": (m.random_edges(16, 0), "nvidia-h100", {"template": "row_traversal"}),
     "hybrid": (m.random_edges(40, 0) | m.window(60, 60), PROCESSOR, {"template": "hybrid"}),
     "dense": (m.full(), PROCESSOR, {"template": "dense"}),
+    "packed": (m.random_edges(40, 0) | m.window(60, 60), "nvidia-h200", {"template": "hybrid"}),
     "heads": (m.per_head([m.causal(), m.window(64, 64), m.causal(), m.full()]), "nvidia-a100", {}),
 }
 
@@ -112,7 +113,9 @@ SPENT = {
 @pytest.mark.parametrize("name", SPENT)
 def test_the_time_that_is_told_adds_up_to_the_estimate(name):
     mask, device, options = SPENT[name]
-    made = plan(mask, Problem(8192, 8192, 4, 4, dtype="fp16"), device, tune="off", **options)
+    kv_heads = 1 if name == "packed" else 4
+    made = plan(mask, Problem(8192, 8192, 4, kv_heads, dtype="fp16"), device, tune="off", **options)
+    assert (made.steps[0].launch.config.get("pack_gqa", 1) > 1) == (name == "packed")
     parts = spending(made)
     assert sum(part.us for part in parts) == pytest.approx(made.estimate.us)
     assert sum(part.share for part in parts) == pytest.approx(1.0)

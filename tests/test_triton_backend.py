@@ -181,10 +181,10 @@ def test_packed_heads():
 
 
 def test_a_decoding_step_packs_the_heads_of_a_group_and_splits_the_keys():
-    """One query of 64 heads over 8: tiles of 8 × 8 rows, and enough pieces of the keys for all multiprocessors."""
+    """One query of 64 heads over 8: tiles of 2 × 8 rows, and enough pieces of the keys for all multiprocessors."""
     gpu, problem = device("nvidia-h200"), Problem(1, 131_072, 64, 8, 128, 128, "bf16")
     made = sparsec.plan(m.full(), problem, gpu, template="block_sparse", backend="triton").steps[0].launch
-    assert (made.config["block_q"], made.config["pack_gqa"]) == (8, 8)
+    assert (made.config["block_q"], made.config["pack_gqa"]) == (2, 8)
     assert triton.shape_of(made).pack == 8
     forward, merge = triton.calls_of(made)
     assert (forward.name, merge.name) == ("forward", "merge")
@@ -236,6 +236,52 @@ def test_heads_that_share_keys_walk_side_by_side_where_they_are_not_packed():
     for pack, abreast in ((1, 4), (2, 2), (4, 1)):
         calls = triton.gradient_calls_of(launch("block_sparse", "nvidia-h100", problem, block_q=16, pack_gqa=pack))
         assert [call.numbers["abreast"] for call in calls if call.name == "backward"] == [abreast, 1]
+
+
+def top_k(length: int, keys: int) -> m.Mask:
+    """Each query's own keys, a random set."""
+    chosen = np.argsort(np.random.default_rng(0).random((length, length)), axis=1)[:, :keys]
+    return m.from_csr(np.arange(length + 1) * keys, np.sort(chosen, axis=1).reshape(-1), length)
+
+
+def test_many_heads_over_one_take_a_query_at_a_time():
+    """Top-k token by token at 128:1: each key list is one query's, and fills the matrix units with its heads."""
+    problem = Problem(600, 600, 128, 1, 128, 128, "bf16")
+    made = sparsec.plan(top_k(600, 75), problem, "nvidia-h200")
+    step = made.steps[0]
+    assert (step.launch.template.name, step.launch.backend) == ("hybrid", "triton")
+    config = step.launch.config
+    assert (config["block_q"], config["pack_gqa"], config["column_queries"]) == (1, 128, 1)
+    assert step.config_source == "cost model"
+    assert "1 query × 128 heads are 128 rows" in " ".join(str(made).split())
+    assert triton.shape_of(step.launch).pack == 128
+    (call,) = triton.calls_of(step.launch)
+    assert call.arrays["gathered_lanes"] is None, "one query's columns are its keys"
+    assert call.arrays["row_first"] is None, "and none of them is single"
+    assert len(call.arrays["gathered_columns"]) == 600 * 75
+    assert call.grid(1) == 600
+    # Every key is fetched for all heads at once, and taken by all of them.
+    wide = Problem(600, 600, 128, 128, 128, 128, "bf16")
+    alone = sparsec.plan(top_k(600, 75), wide, "nvidia-h200")
+    assert alone.steps[0].launch.config.get("pack_gqa", 1) == 1
+    assert alone.estimate.us > 2 * made.estimate.us
+    trained = sparsec.plan(top_k(600, 75), replace(problem, needs_grad=True), "nvidia-h200")
+    assert trained.steps[0].launch.config.get("block_q", 16) >= 16
+
+
+def test_low_tiles_need_heads_that_fill_them():
+    refusal, h100 = triton.backend().config_refusal, device("nvidia-h100")
+    for name in ("block_sparse", "hybrid"):
+        chosen = template(name)
+        queries = {"column_queries": 1} if name == "hybrid" else {}
+        values = {**chosen.default("triton").to_dict(), **queries, "block_q": 1}
+        config = Config.of(**{**values, "pack_gqa": 128})
+        assert chosen.violation("triton", config) is None
+        assert refusal(chosen, config, Problem(64, 64, 32, 2), h100) is None
+        assert "8 of the 16 rows" in refusal(chosen, config, Problem(64, 64, 16, 2), h100)
+        assert "16 rows" in chosen.violation("triton", Config.of(**{**values, "pack_gqa": 8}))
+    singles = Config.of(**{**values, "block_q": 32, "pack_gqa": 4, "column_queries": 2})
+    assert "single edges" in chosen.violation("triton", singles)
 
 
 def test_tiles_are_walked_full_ones_first_and_ragged_ones_by_pattern():

@@ -31,6 +31,8 @@ ALIGNMENT_BYTES: Final = 16
 _MOST_PROGRAMS: Final = 2**31
 # Of a tile on matrix units; fewer are filled up with rows that nobody reads.
 LEAST_ROWS: Final = 16
+# From here on, tiles go to the matrix units of whole warp groups on Hopper and newer.
+GROUP_ROWS: Final = 64
 # Rows a merge program joins: few, so that 256 columns of fp32 stay in registers.
 MERGE_ROWS: Final = 16
 # Of the accumulator, so many fp32 a thread at most: the scores, weights and addresses need most of 255 registers.
@@ -98,9 +100,12 @@ def shape_of(launch: Launch) -> Shape:
         step, stages, chunk = 16, 1, 16
     device, itemsize = launch.device, problem.itemsize
     least_buffers = 2 if is_described(launch, launch.work.ordering) else 1
+    # A step in use needs no buffer of the stages, but where matrix units work on by themselves and still read the one
+    # before. The copy engine fills two at least.
+    lasting = int(rows >= GROUP_ROWS and warps >= 4 and bool({"wgmma", "tcgen05"} & set(device.features)))
 
     def needed() -> int:
-        return shared_bytes(device, rows, step, dims, max(stages - 1, least_buffers), itemsize)
+        return shared_bytes(device, rows, step, dims, max(stages - 1 + lasting, least_buffers), itemsize)
 
     while needed() > shared_limit(config, device) and (step > 16 or stages > 1):
         # Two tiles in flight hide most of what can be hidden; smaller steps than that cost less.
@@ -116,9 +121,9 @@ def shared_bytes(
 ) -> int:
     """Shared memory of a tile kernel, at most.
 
-    NVIDIA: the queries stay there, K and V have a buffer for every stage but one (two at least where the copy engine
-    fills them), and weights pass through; in fp32, V and chunks of the others pass through. AMD: the queries pass
-    through before the first tile. The tests hold this against what Triton allocates.
+    NVIDIA: the queries stay there, K and V have as many buffers as are told, and weights pass through; in fp32, V and
+    chunks of the others pass through. AMD: the queries pass through before the first tile. The tests hold this against
+    what Triton allocates.
     """
     queries = rows * dims[1] * itemsize
     tiles = buffers * step_kv * (dims[1] + dims[3]) * itemsize
@@ -150,7 +155,13 @@ def too_large(template: Template, config: Config, problem: Problem, device: Devi
         values = config["block_q"] * (dims[1] + dims[3]) * (3 if problem.needs_grad else 2)
         held, what = values // (warp * config["num_warps"]), "queries and keys"
     else:
-        rows = max(config["block_q"] * _packed_at_most(config, problem), LEAST_ROWS)
+        pack = _packed_at_most(config, problem)
+        rows = config["block_q"] * pack
+        if rows < LEAST_ROWS:
+            return (
+                f"{config}: with {pack} of the {problem.group} heads of a group, a tile has {rows} of the {LEAST_ROWS} "
+                "rows that matrix units take"
+            )
         staying = config.get("persistent", 0)
         least, limit = shared_bytes(device, rows, 16, dims, 1, problem.itemsize), shared_limit(config, device)
         if least > limit:
@@ -432,21 +443,26 @@ def _hybrid_lists(launch: Launch, shape: Shape) -> Lists:
     assert gathered is not None, "hybrid walks gathered columns"
     assert rows is not None, "hybrid walks single edges"
     assert items is not None, "a hybrid's items name stretches of three lists"
+    singles: dict[str, Array | None] = {
+        "item_edge": items.edge_start,
+        "item_edge_stop": items.edge_stop,
+        "row_indptr": rows.indptr,
+        "row_first": rows.columns,
+        "row_edges": row_edges(work),
+    }
+    # By the configuration, not by what this mask has: update must not ask for another kernel.
+    has_singles = launch.config["column_queries"] > 1
     arrays: dict[str, Array | None] = {
         **tile_arrays(tiles, items.tile_start, items.tile_stop, work.numbers),
         "item_column": items.column_start,
         "item_column_stop": items.column_stop,
-        "item_edge": items.edge_start,
-        "item_edge_stop": items.edge_stop,
         "gathered_columns": gathered.columns,
-        "gathered_lanes": gathered.lanes.view(np.int64),
-        "row_indptr": rows.indptr,
-        "row_first": rows.columns,
+        "gathered_lanes": None if gathered.block_q == 1 else gathered.lanes.view(np.int64),
         "gathered_edge_indptr": None if work.numbers is None else work.numbers.gathered_indptr,
         "gathered_edges": None if work.numbers is None else work.numbers.gathered,
-        "row_edges": row_edges(work),
+        **(singles if has_singles else dict.fromkeys(singles)),
     }
-    constants = {"BLOCK_KV": tiles.tile_map.block_kv, "KEYS": shape.keys, **_steps(shape)}
+    constants = {"PACK": shape.pack, "BLOCK_KV": tiles.tile_map.block_kv, "KEYS": shape.keys, **_steps(shape)}
     constants["DESCRIBED"] = is_described(launch, work.ordering)
     return arrays, {**constants, "PERSISTENT": most_programs(launch) is not None}
 

@@ -61,7 +61,7 @@ class Sample:
                 span_keys=self._span,
                 is_sample=True,
             )
-            ns += float(work.schedule.cost.sum(dtype=np.float64)) * stands_for / part.q_len
-        compute_us = ns * heads * problem.batch / cost_model(problem, device).workers * 1e-3
+            ns += float(work.schedule.cost.sum(dtype=np.float64)) * work.schedule.copies * stands_for / part.q_len
+        compute_us = ns / cost_model(problem, device).workers * 1e-3
         memory_us = problem.tensor_bytes * heads / problem.q_heads / device.memory_bandwidth * 1e6
         return max(compute_us, memory_us) + device.launch_us

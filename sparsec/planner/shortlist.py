@@ -5,7 +5,9 @@ This file decides how far the search looks round the default. It must not know a
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 from sparsec.backends.base import Problem, backend
 from sparsec.device import Device
@@ -32,10 +34,8 @@ def shortlist(
     refusals = [Refusal(f"{title} ({config})", reason) for config, reason in told.items() if reason is not None]
     kept = [config for config, reason in told.items() if reason is None]
     if not kept:
-        by_distance = sorted(
-            each.configs(backend_name), key=lambda config: _distance(config, each.default(backend_name))
-        )
-        fitting = (config for config in by_distance if server.config_refusal(each, config, problem, device) is None)
+        near = _by_distance(each, backend_name)
+        fitting = (config for config in near if server.config_refusal(each, config, problem, device) is None)
         kept = [config for config in [next(fitting, None)] if config is not None]
     if not kept:
         refusals.append(Refusal(title, f"no configuration of it fits {device.name}"))
@@ -45,30 +45,58 @@ def shortlist(
 def _default_and_heights(each: Template, backend_name: str, problem: Problem) -> list[Config]:
     """The default, and for tiles the other heights: what changes the work most."""
     default = each.default(backend_name)
-    if each.layout != "tiles" or backend_name == "reference":
+    if each.layout not in ("tiles", "hybrid") or backend_name == "reference":
         return [default]
-    heights = next((t.values for t in each.tunables[backend_name] if t.name == "block_q"), ())
-    others = [
-        Config(tuple((key, height if key == "block_q" else value) for key, value in default.items))
-        for height in heights
-    ]
+    heights = _values(each, backend_name, "block_q")
+    others = [_changed(default, block_q=height) for height in heights] if each.layout == "tiles" else []
     others += _packed(each, backend_name, problem, heights)
     legal = [config for config in others if config != default and each.violation(backend_name, config) is None]
-    return [default, *legal]
+    return [default, *dict.fromkeys(legal)]
 
 
 def _packed(each: Template, backend_name: str, problem: Problem, heights: tuple[int, ...]) -> list[Config]:
-    """For a few queries of grouped heads, the smallest tiles that the heads of a group fill together."""
-    packs = next((t.values for t in each.tunables[backend_name] if t.name == "pack_gqa"), (1,))
-    pack = max((n for n in packs if problem.group % n == 0), default=1)
-    if pack == 1 or problem.q_len > _FEW_QUERIES:
+    """For grouped heads, tiles that the heads of a group fill together: the lowest there are, and the tallest.
+
+    In a tile of few queries little is fetched that some of them do not attend; in one of many rows a fetched key does
+    much work. A hybrid gathers there whatever is not a full tile: a single edge would be fetched for one query alone.
+    """
+    pack = max((n for n in _values(each, backend_name, "pack_gqa") if problem.group % n == 0), default=1)
+    if pack == 1:
         return []
-    default = each.default(backend_name).to_dict()
-    configs = [Config.of(**{**default, "block_q": h, "pack_gqa": pack}) for h in sorted(heights) if h >= problem.q_len]
-    return [config for config in configs if each.violation(backend_name, config) is None][:1]
+    default, wanted = each.default(backend_name), {"pack_gqa": pack}
+    if 1 in _values(each, backend_name, "column_queries"):
+        wanted |= {"column_queries": 1, "tile_percent": 100, "block_kv": 64, "num_stages": 3}
+    packed = [_changed(default, **wanted, block_q=height) for height in sorted(heights)]
+    legal = [config for config in packed if each.violation(backend_name, config) is None]
+    if problem.q_len <= _FEW_QUERIES:
+        return [config for config in legal if config["block_q"] >= problem.q_len][:1]
+    if problem.needs_grad:
+        # A backward pass takes tiles of the same height, without packing.
+        legal = [config for config in legal if config["block_q"] >= default["block_q"]]
+    return legal[:1] + legal[-1:]
 
 
-def _distance(config: Config, default: Config) -> tuple[int, float]:
-    """How many parameters differ, and by how many doublings."""
+def _values(each: Template, backend_name: str, name: str) -> tuple[int, ...]:
+    return next((t.values for t in each.tunables[backend_name] if t.name == name), ())
+
+
+def _changed(config: Config, **values: int) -> Config:
+    return Config(tuple((name, values.get(name, value)) for name, value in config.items))
+
+
+def _by_distance(each: Template, backend_name: str) -> Iterator[Config]:
+    """The legal configurations, nearest to the default first: by parameters that differ, then by doublings."""
+    default, tunables = each.default(backend_name), each.tunables_of(backend_name)
+    for n_changed in range(len(tunables) + 1):
+        found = [
+            _changed(default, **dict(zip((t.name for t in changed), values, strict=True)))
+            for changed in itertools.combinations(tunables, n_changed)
+            for values in itertools.product(*([v for v in t.values if v != t.default] for t in changed))
+        ]
+        legal = (config for config in found if each.violation(backend_name, config) is None)
+        yield from sorted(legal, key=lambda config: _doublings(config, default))
+
+
+def _doublings(config: Config, default: Config) -> float:
     changed = [(value, default[name]) for name, value in config.items if value != default[name]]
-    return len(changed), sum(abs(math.log2(max(value, 0.5) / max(other, 0.5))) for value, other in changed)
+    return sum(abs(math.log2(max(value, 0.5) / max(other, 0.5))) for value, other in changed)

@@ -20,7 +20,7 @@ from sparsec.masks import full
 from sparsec.planner.ceiling import matrix_rate, tile_fill
 from sparsec.planner.plans import Plan, Step
 from sparsec.planner.words import rate, size
-from sparsec.planner.works import heads_sharing, is_scattered
+from sparsec.planner.works import heads_sharing, is_scattered, packed_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _step_parts(step: Step) -> Iterator[tuple[str, float]]:
         yield USEFUL, useful
         yield BELOW_PEAK, estimate.compute_us - useful
     else:
-        model = cost_model(problem, device)
+        model, pack = cost_model(problem, device), packed_heads(launch.config, problem, len(launch.heads))
         # Nanoseconds of one worker, of one copy of the list, to microseconds of all.
         scale = work.schedule.copies / model.workers * 1e-3
         units_ns = _units_ns(launch, model)
@@ -87,8 +87,9 @@ def _step_parts(step: Step) -> Iterator[tuple[str, float]]:
         else:
             tiles_ns, columns_ns = rest_ns, 0.0
             if work.gathered is not None and work.tiles is not None:
-                tiles_ns = min(float(model.tiles(work.tiles).sum(dtype=np.float64)), rest_ns)
-                columns_ns = min(len(work.gathered.columns) * model.columns(work.gathered), rest_ns - tiles_ns)
+                tiles_ns = min(float(model.tiles(work.tiles, pack).sum(dtype=np.float64)), rest_ns)
+                columns_ns = len(work.gathered.columns) * model.columns(work.gathered, pack)
+                columns_ns = min(columns_ns, rest_ns - tiles_ns)
                 yield GATHERED, columns_ns * scale
                 yield SINGLE, (rest_ns - tiles_ns - columns_ns) * scale
             yield from _tile_parts(work, launch, model, tiles_ns * scale)
@@ -103,11 +104,11 @@ def _tile_parts(work: Work, launch: Launch, model: CostModel, tiles_us: float) -
     if tiles is None or not tiles.tile_map.n_tiles:
         return
     tile_map, problem = tiles.tile_map, launch.problem
-    copies = len(launch.heads) * len(launch.batch)
+    copies, pack = len(launch.heads) * len(launch.batch), packed_heads(launch.config, problem, len(launch.heads))
     flops = 2.0 * tile_map.nnz * (problem.head_dim + problem.v_dim) * copies
-    full_tile = float(model.tiles(_full_tile(tile_map.block_q, tile_map.block_kv))[0])
+    full_tile = float(model.tiles(_full_tile(tile_map.block_q, tile_map.block_kv), pack)[0])
     if_full_ns = full_tile * tile_map.nnz / (tile_map.block_q * tile_map.block_kv)
-    share = min(if_full_ns / float(model.tiles(tiles).sum(dtype=np.float64)), 1.0)
+    share = min(if_full_ns / float(model.tiles(tiles, pack).sum(dtype=np.float64)), 1.0)
     useful = min(flops / matrix_rate(problem, launch.device) * 1e6, tiles_us * share)
     yield USEFUL, useful
     yield BELOW_PEAK, tiles_us * share - useful

@@ -17,6 +17,7 @@ from sparsec.planner.lengths import dense_us
 from sparsec.planner.plans import Candidate, Group, Plan, Step
 from sparsec.planner.spending import spending
 from sparsec.planner.words import duration, percent, rate, size
+from sparsec.planner.works import packed_heads
 
 WIDTH = 80
 _WIDE = 60
@@ -206,10 +207,14 @@ def _step_lines(number: int, step: Step) -> list[Line]:
     balance = work.schedule.balance(launch.device.units)
     n_split = len(work.schedule.merge_unit)
     split = f", {n_split:,} block{'s' * (n_split > 1)} of queries split" if n_split else ""
-    lines += _wrapped(
-        "     work     ",
-        f"{work.schedule.n_items:,} items a head{split}; {balance - 1:.1%} idle on {launch.device.units} workers",
-    )
+    pack = 1 if work.tiles is None else packed_heads(launch.config, launch.problem, len(launch.heads))
+    if pack > 1:
+        queries = "1 query" if work.block_q == 1 else f"{work.block_q} queries"
+        rows = f"{queries} × {pack} heads are {work.block_q * pack} rows"
+        lines += _wrapped("     packs    ", f"{pack} heads of a group share each key fetched: {rows}")
+    whose = "a head" if pack == 1 else f"for {pack} heads"
+    idle = f"{balance - 1:.1%} idle on {launch.device.units} workers"
+    lines += _wrapped("     work     ", f"{work.schedule.n_items:,} items {whose}{split}; {idle}")
     return [*lines, f"     estimate {duration(step.estimate.us)}"]
 
 

@@ -34,13 +34,10 @@ from sparsec.template import Config, Template
 IDENTITY = Ordering("tokens' own order", None, None)
 
 # What index arrays depend on, of a configuration.
-LAYOUT_TUNABLES = ("block_q", "block_kv", "tile_percent", "column_queries")
+LAYOUT_TUNABLES = ("block_q", "block_kv", "tile_percent", "column_queries", "pack_gqa")
 
 # The CUDA kernels bin rows by degree themselves; for the estimate, their work comes in blocks of so many.
 _COSTED_ROWS = 8
-
-# Of a tile on matrix units: lower ones take as long.
-_LEAST_ROWS = 16
 
 # An order is scattered when more than this share of its steps differ from the first.
 _IRREGULAR_SHARE = 0.1
@@ -90,12 +87,13 @@ def build_work(
             return work
         return replace(work, numbers=edges.of_rows(work.rows, ordering))
     assert edges is None or ordering is IDENTITY, "only rows are numbered in another order of tokens"
+    pack = packed_heads(config, problem, heads)
+    shares = copies // pack, pack
     if template.layout == "tiles":
-        pack = math.gcd(config.get("pack_gqa", 1), problem.group, heads)
-        work = _tile_work(bound, config, model, cut, (copies // pack, pack), ordering)
+        work = _tile_work(bound, config, model, cut, shares, ordering)
         return work if edges is None or work.tiles is None else replace(work, numbers=edges.of_tiles(work.tiles))
     if template.layout == "hybrid":
-        work = _hybrid_work(bound, config, model, cut, copies, ordering, span)
+        work = _hybrid_work(bound, config, model, cut, shares, ordering, span)
         if edges is None or work.tiles is None or work.gathered is None or work.rows is None:
             return work
         return replace(work, numbers=edges.of_hybrid(work.tiles, work.gathered, work.rows))
@@ -122,6 +120,11 @@ def heads_sharing(problem: Problem, device: Device, heads: int) -> int:
     if device.kind != "cpu" or heads != problem.q_heads:
         return 1
     return max(n for n in range(1, MAX_HEADS_SHARING + 1) if problem.group % n == 0)
+
+
+def packed_heads(config: Config, problem: Problem, heads: int) -> int:
+    """How many heads of a group a tile takes together, of so many that a launch serves."""
+    return math.gcd(config.get("pack_gqa", 1), problem.group, heads)
 
 
 def _row_work(
@@ -167,10 +170,9 @@ def _tile_work(
     block_q = config["block_q"]
     tiles = block_tiles(bound, block_q, config["block_kv"])
     unit = model.unit(block_q, is_rows=False, is_scattered=is_scattered(ordering))
-    rows = max(block_q * pack, _LEAST_ROWS)
     planned = cut(
         tiles.tile_map.indptr,
-        model.tiles(tiles) * np.float32(rows / block_q) if rows > block_q else model.tiles(tiles),
+        model.tiles(tiles, pack),
         copies=copies,
         item_cost=unit,
         min_piece=20.0 * unit,
@@ -183,15 +185,17 @@ def _hybrid_work(
     config: Config,
     model: CostModel,
     cut: Callable[..., Schedule],
-    copies: int,
+    shared: tuple[int, int],
     ordering: Ordering,
     span: float,
 ) -> Work:
+    """`shared`: as for tiles."""
+    copies, pack = shared
     block_q, block_kv = config["block_q"], config["block_kv"]
     threshold = max(1, config["tile_percent"] * block_q * block_kv // 100)
     layout = hybrid_split(bound, block_q, block_kv, threshold, config["column_queries"])
-    tile_costs = model.tiles(layout.tiles)
-    costs = layout.entry_costs(0.0, model.columns(layout.gathered), model.edge(span))
+    tile_costs = model.tiles(layout.tiles, pack)
+    costs = layout.entry_costs(0.0, model.columns(layout.gathered, pack), model.edge(span, pack) * pack)
     indptr = layout.entry_indptr()
     # A unit's tiles are its first entries.
     n_tiles = np.diff(layout.tiles.tile_map.indptr)
@@ -200,7 +204,7 @@ def _hybrid_work(
     has_edges = np.flatnonzero(layout.leftovers.degrees())
     rows_again = np.bincount(has_edges // block_q, minlength=len(indptr) - 1)
     blocks = np.flatnonzero(rows_again)
-    costs[indptr[blocks + 1] - 1] += (rows_again[blocks] * model.unit(1, is_rows=True)).astype(np.float32)
+    costs[indptr[blocks + 1] - 1] += (rows_again[blocks] * pack * model.unit(1, is_rows=True)).astype(np.float32)
     unit = model.unit(block_q, is_rows=False, is_scattered=is_scattered(ordering))
     planned = cut(
         indptr,

@@ -18,7 +18,7 @@ from sparsec.layout.tiles import BlockTiles
 from sparsec.masks import BoundMask, ranges
 from sparsec.masks.ranges import IntArray
 from sparsec.planner import Group, Plan, Step
-from sparsec.planner.works import IDENTITY, heads_sharing, is_scattered, span_of
+from sparsec.planner.works import IDENTITY, heads_sharing, is_scattered, packed_heads, span_of
 from sparsec.report.runs import Runs, pack, runs_of_edges, runs_of_mask
 from sparsec.report.territory import KINDS, cell_size, cells, is_listed, territory
 
@@ -60,15 +60,16 @@ def step_costs(made: Plan, step: Step, group: Group) -> Json:
     model = cost_model(made.problem, made.device)
     is_rows = launch.template.layout == "rows"
     shared = heads_sharing(made.problem, made.device, len(launch.heads)) if is_rows else 1
+    together = packed_heads(launch.config, made.problem, len(launch.heads))
     costs: Json = {
         "unit": round(model.unit(work.block_q, is_rows=is_rows, is_scattered=is_scattered(work.ordering)), 2),
         "blockQ": work.block_q,
         "edge": round(model.edge(span_of(group.profile), shared), 3),
     }
     if work.gathered is not None:
-        costs["column"] = round(model.columns(work.gathered), 3)
+        costs["column"] = round(model.columns(work.gathered, together) / together, 3)
     if work.tiles is not None:
-        costs["tiles"] = _tile_costs(work.tiles, model)
+        costs["tiles"] = _tile_costs(work.tiles, model, together)
     return costs
 
 
@@ -168,9 +169,9 @@ def _hybrid_edges(work: Work) -> dict[str, tuple[IntArray, IntArray]]:
     return {"tiles": (q[is_left], kv[is_left]), "gathered columns": gathered, "single edges": single}
 
 
-def _tile_costs(tiles: BlockTiles, model: CostModel) -> Json:
+def _tile_costs(tiles: BlockTiles, model: CostModel, together: int) -> Json:
     tile_map = tiles.tile_map
-    costs = model.tiles(tiles) if tile_map.n_tiles else np.zeros(0, np.float32)
+    costs = model.tiles(tiles, together) / together if tile_map.n_tiles else np.zeros(0, np.float32)
     full, partial = costs[tile_map.is_full], costs[~tile_map.is_full]
     told: Json = {
         "blockQ": tile_map.block_q,

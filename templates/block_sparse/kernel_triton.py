@@ -19,6 +19,7 @@ from ..shared.kernel_triton import (
     locate,
     merge,
     program_at,
+    rows_of,
     save,
     tokens_at,
     turns,
@@ -56,16 +57,9 @@ def forward(
     for turn in tl.range(turns(n_items * n_batches * n_heads, PERSISTENT), disable_licm=True):
         item, copy, batch, first_head = locate(program_at(turn, PERSISTENT), n_items, n_heads, abreast, batches, heads)
         kv_head = first_head // GROUP
-        row = tl.arange(0, ROWS)
-        lane = row // PACK
-        if PACKED < ROWS:
-            lane = tl.minimum(lane, BLOCK_Q - 1)
-        position = tl.load(item_unit + item) * BLOCK_Q + lane
-        inside = position < q_len
-        if PACKED < ROWS:
-            inside = inside & (row < PACKED)
+        unit = tl.load(item_unit + item)
+        row, lane, position, inside, head = rows_of(unit, first_head, q_len, BLOCK_Q, PACK, ROWS)
         token = tokens_at(q_order, position, inside)
-        head = first_head + row % PACK
         q_offsets = batch * q_batch + head * q_head + token * q_row
         queries = load_queries(q, q_offsets, inside, DIMS, CHUNK)
         k_base = k + batch * k_batch + kv_head * k_head

@@ -58,11 +58,44 @@ def locate(program, n_items, n_heads, abreast, batches, heads):
 
 
 @triton.jit
+def rows_of(unit, first_head, q_len, BLOCK_Q: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr):
+    """`(row, query of the block, position, whether there is such a row, head)` of each row of a query tile.
+
+    The rows are PACK heads for each query; where they are fewer than ROWS, rows that nobody reads fill them up.
+    """
+    row = tl.arange(0, ROWS)
+    lane = row // PACK
+    if BLOCK_Q * PACK < ROWS:
+        lane = tl.minimum(lane, BLOCK_Q - 1)
+    position = unit * BLOCK_Q + lane
+    inside = position < q_len
+    if BLOCK_Q * PACK < ROWS:
+        inside = inside & (row < BLOCK_Q * PACK)
+    return row, lane, position, inside, first_head + row % PACK
+
+
+@triton.jit
+def load_live(at, live):
+    """What stands at some places, 0 where not `live` (None: all are there)."""
+    return tl.load(at) if live is None else tl.load(at, mask=live, other=0)
+
+
+@triton.jit
+def look_up(list, place, is_there):
+    """An entry of a list, a step before it is needed.
+
+    Where a loop looks up in the same turn where to fetch from, one stage of its pipeline is gone for that, and the
+    fetches begin a turn later.
+    """
+    return tl.load(list + place, mask=is_there, other=0)
+
+
+@triton.jit
 def tokens_at(order, position, inside):
     """The tokens at some positions; `order` None means that each stands at its own."""
     tokens = position
     if order is not None:
-        tokens = tl.load(order + position, mask=inside, other=0)
+        tokens = load_live(order + position, inside)
     return tokens.to(tl.int64)
 
 
@@ -190,9 +223,12 @@ def add_full_tiles(
     edges: for each tile the number of every query's first edge, or None; lane: which query of the block each row is.
     """
     steps: tl.constexpr = BLOCK_KV // STEP_KV
+    n_steps = n_tiles * steps
     within = tl.arange(0, STEP_KV)
-    for i in range(n_tiles * steps):
-        first = tl.load(columns + i // steps) * BLOCK_KV + i % steps * STEP_KV
+    column = look_up(columns, 0, n_steps > 0)
+    for i in range(n_steps):
+        first = column * BLOCK_KV + i % steps * STEP_KV
+        column = look_up(columns, (i + 1) // steps, i + 1 < n_steps)
         if kv_order is None:
             # One 64-bit addition a tile; the offsets inside it stay what they are.
             k_tile, v_tile = k_base + first.to(tl.int64) * k_row, v_base + first.to(tl.int64) * v_row
@@ -232,12 +268,16 @@ def add_partial_tiles(
     sequence have no bit. edges: as above.
     """
     steps: tl.constexpr = BLOCK_KV // STEP_KV
+    n_steps = n_tiles * steps
     words: tl.constexpr = (BLOCK_KV + 63) // 64
     within = tl.arange(0, STEP_KV)
     passed = lane * 0
-    for i in range(n_tiles * steps):
+    column = look_up(columns, 0, n_steps > 0)
+    pattern = look_up(which, 0, n_steps > 0) if ATTENDS is None else 0
+    for i in range(n_steps):
         offset = i % steps * STEP_KV
-        first = tl.load(columns + i // steps) * BLOCK_KV + offset
+        first = column * BLOCK_KV + offset
+        column = look_up(columns, (i + 1) // steps, i + 1 < n_steps)
         key = first + within
         live = key < kv_len
         token = tokens_at(kv_order, key, live)
@@ -250,7 +290,8 @@ def add_partial_tiles(
         if ATTENDS is not None:
             attended = ATTENDS(who[3], key[None, :], who[5]) & live[None, :]
         else:
-            at = patterns + (tl.load(which + i // steps).to(tl.int64) * BLOCK_Q + lane) * words + offset // 64
+            at = patterns + (pattern.to(tl.int64) * BLOCK_Q + lane) * words + offset // 64
+            pattern = look_up(which, (i + 1) // steps, i + 1 < n_steps)
             bit = (offset % 64 + within)[None, :]
             word = tl.load(at)[:, None]
             if STEP_KV > 64:
