@@ -65,7 +65,7 @@ def _packed(each: Template, backend_name: str, problem: Problem, heights: tuple[
         return []
     default, wanted = each.default(backend_name), {"pack_gqa": pack}
     if 1 in _values(each, backend_name, "column_queries"):
-        wanted |= {"column_queries": 1, "tile_percent": 100, "block_kv": 64, "num_stages": 3}
+        wanted |= {"column_queries": 1, "tile_percent": 100, "block_kv": 64}
     packed = [_changed(default, **wanted, block_q=height) for height in sorted(heights)]
     legal = [config for config in packed if each.violation(backend_name, config) is None]
     if problem.q_len <= _FEW_QUERIES:
