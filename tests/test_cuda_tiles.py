@@ -155,7 +155,8 @@ def test_fp32_is_refused():
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_gradients_are_another_back_end_s(name, monkeypatch):
     mask = WINDOW if name == "block_sparse" else m.random_edges(9, 2)
-    training = replace(PROBLEM, needs_grad=True)
+    # Heads of their own: what packs heads costs other than what does not.
+    training = replace(PROBLEM, needs_grad=True, kv_heads=PROBLEM.q_heads)
     with pytest.raises(UnsupportedError, match="leave the back end open"):
         sparsec.plan(mask, training, GPU, template=name, backend="cuda")
     # As if records named the CUDA kernel: it comes first where costs tie.

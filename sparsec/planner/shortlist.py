@@ -61,7 +61,8 @@ def _packed(each: Template, backend_name: str, problem: Problem, heights: tuple[
     much work. A hybrid gathers there whatever is not a full tile: a single edge would be fetched for one query alone.
     """
     pack = max((n for n in _values(each, backend_name, "pack_gqa") if problem.group % n == 0), default=1)
-    if pack == 1:
+    # With gradients, the backward pass keeps sums of keys and values beside: tiles of 128 packed rows spill there.
+    if pack == 1 or problem.needs_grad:
         return []
     default, wanted = each.default(backend_name), {"pack_gqa": pack}
     if 1 in _values(each, backend_name, "column_queries"):
@@ -70,9 +71,6 @@ def _packed(each: Template, backend_name: str, problem: Problem, heights: tuple[
     legal = [config for config in packed if each.violation(backend_name, config) is None]
     if problem.q_len <= _FEW_QUERIES:
         return [config for config in legal if config["block_q"] >= problem.q_len][:1]
-    if problem.needs_grad:
-        # A backward pass takes tiles of the same height, without packing.
-        legal = [config for config in legal if config["block_q"] >= default["block_q"]]
     return legal[:1] + legal[-1:]
 
 

@@ -136,12 +136,12 @@ def test_other_configurations_compile_and_fit(name, gpu, values):
 
 # One query beside 128 heads: what is planned for key lists of each query's own.
 ONE_QUERY = {
-    "hybrid": (("block_q", 1), ("pack_gqa", 128), ("column_queries", 1), ("block_kv", 64), ("num_stages", 3)),
+    "hybrid": (("block_q", 1), ("pack_gqa", 128), ("column_queries", 1), ("block_kv", 64)),
     "block_sparse": (("block_q", 1), ("pack_gqa", 128)),
 }
 # Heads packed beside more queries, with single edges too.
-PACKED = (("block_q", 16), ("pack_gqa", 4), ("num_stages", 3))
-LOW = (("block_q", 2), ("pack_gqa", 8), ("column_queries", 1), ("num_stages", 3))
+PACKED = (("block_q", 16), ("pack_gqa", 2))
+LOW = (("block_q", 2), ("pack_gqa", 8), ("column_queries", 1))
 
 
 def _packed():
