@@ -145,10 +145,9 @@ LOW = (("block_q", 2), ("pack_gqa", 8), ("column_queries", 1))
 
 
 def _packed():
-    for (name, values), gpu in itertools.product(
-        [*ONE_QUERY.items(), ("hybrid", PACKED), ("hybrid", LOW)],
-        DEVICES,
-    ):
+    everywhere = [(name, values, gpu) for name, values in ONE_QUERY.items() for gpu in DEVICES]
+    one_of_each = [("hybrid", values, gpu) for values in (PACKED, LOW) for gpu in ("nvidia-h100", "amd-mi300x")]
+    for name, values, gpu in everywhere + one_of_each:
         is_quick = (name, gpu, values) == ("hybrid", "nvidia-h100", ONE_QUERY["hybrid"])
         label = f"{name}-{gpu}-{dict(values)['block_q']}x{dict(values)['pack_gqa']}"
         yield pytest.param(name, gpu, values, id=label, marks=() if is_quick else pytest.mark.spread)

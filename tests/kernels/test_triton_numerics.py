@@ -608,14 +608,10 @@ def test_tile_sizes_and_packed_heads(interpreter, values, dtype):
 def _low():
     for name, configs in LOW.items():
         for number, values in enumerate(configs):
-            for dtype in ("fp32", "fp16"):
-                is_quick = (name, number, dtype) in (
-                    ("hybrid", 0, "fp32"),
-                    ("hybrid", 3, "fp16"),
-                    ("block_sparse", 0, "fp16"),
-                )
-                label = f"{name}-{values['block_q']}x{values['pack_gqa']}-{dtype}"
-                yield pytest.param(name, values, dtype, id=label, marks=() if is_quick else pytest.mark.spread)
+            is_quick = (name, number) in (("hybrid", 0), ("hybrid", 3), ("block_sparse", 0))
+            dtype = "fp32" if (name, number) == ("hybrid", 0) else "fp16"
+            label = f"{name}-{values['block_q']}x{values['pack_gqa']}-{dtype}"
+            yield pytest.param(name, values, dtype, id=label, marks=() if is_quick else pytest.mark.spread)
 
 
 @pytest.mark.parametrize(("name", "values", "dtype"), [*_low()])
