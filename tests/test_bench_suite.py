@@ -24,7 +24,7 @@ from bench.grid import GRIDS, Case, Effort, Goal, GridError, MaskSource, find_gr
 from bench.measure import measure_case  # noqa: E402
 from bench.peers import Prepared, peer  # noqa: E402
 from bench.protocol import interleaved, timing  # noqa: E402
-from bench.provenance import processor_of, provenance  # noqa: E402
+from bench.provenance import provenance  # noqa: E402
 from bench.results import CaseRow, Ceiling, PeerRow, Protocol, Run, Timing  # noqa: E402
 from bench.workload import bound_mask, document_lengths, make_workload, packed_lengths  # noqa: E402
 
@@ -705,13 +705,11 @@ def test_what_a_run_left_out_of_its_grid_is_named():
     assert told not in tables.markdown(replace(left, grid_digest="0"))
 
 
-def test_processors_that_call_themselves_the_same_are_told_apart(tmp_path):
-    cpu, info = detect_cpu(), tmp_path / "cpuinfo"
-    info.write_text("processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: X\n\nprocessor: 1\nmodel: 9\n")
-    assert processor_of(cpu, info) == f"{cpu.label}, family 26 model 2"
-    info.write_text("processor\t: 0\nFeatures\t: asimd\n")
-    assert processor_of(cpu, info) == processor_of(cpu, tmp_path / "nowhere") == cpu.label
-    assert processor_of(device("nvidia-h100"), info) == device("nvidia-h100").label
+def test_processors_that_call_themselves_the_same_are_told_apart():
+    cpu = replace(detect_cpu(), model="amd-26-2")
+    assert provenance(cpu).processor == f"{cpu.label}, amd-26-2"
+    assert provenance(replace(cpu, model="")).processor == cpu.label
+    assert provenance(device("nvidia-h100")).processor == device("nvidia-h100").label
 
 
 def test_more_names_than_colours_have_hollow_markers(monkeypatch):

@@ -45,7 +45,8 @@ def provenance(device: Device | None = None) -> Provenance:
         is_dirty=bool(_git("status", "--porcelain", "--untracked-files=no", "--", "sparsec", "templates")),
         code_digest=code_digest(),
         device=device.key,
-        processor=processor_of(device),
+        # Virtual machines hide most of the name.
+        processor=", ".join(filter(None, (device.label, device.model))),
         isa=device.isa or device.arch,
         cores=device.units,
         memory_bytes=device.memory_bytes,
@@ -58,21 +59,6 @@ def provenance(device: Device | None = None) -> Provenance:
             if name.startswith(_VARIABLES) and not name.endswith("_CACHE_DIR")
         },
     )
-
-
-def processor_of(device: Device, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What a device calls itself; of a CPU also family and model, as virtual machines hide the rest of its name."""
-    if device.kind != "cpu":
-        return device.label
-    try:
-        # The first core's; the others are of its kind.
-        lines = [line.partition(":") for line in cpuinfo.read_text().partition("\n\n")[0].splitlines()]
-    except OSError:
-        return device.label
-    said = {key.strip(): value.strip() for key, _, value in lines}
-    if "cpu family" not in said or "model" not in said:
-        return device.label
-    return f"{device.label}, family {said['cpu family']} model {said['model']}"
 
 
 def code_digest() -> str:
