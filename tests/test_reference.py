@@ -62,6 +62,27 @@ def test_an_empty_row_gives_zero_and_minus_infinity():
     assert np.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_modifier_forbids_is_as_if_the_mask_had_it_not(dtype):
+    """A row of which all is forbidden is empty; and a forbidden pair makes no tolerance wider."""
+    modifier = reference.Modifier(
+        as_score_mod(lambda s, b, h, q, kv: torch.where((q % 3 == 1) | (kv % 4 == 0), -float("inf"), s)), 0, 0
+    )
+    q, k, v = (reference.rounded(array, dtype) for array in _inputs(9, 12, 8, 8))
+    dense = np.ones((9, 12), bool)
+    dense[1::3] = dense[:, ::4] = False
+    bound, remaining = m.full().bind(9, 12), m.from_dense(dense).bind(9, 12)
+    found = reference.attention(q, k, v, bound, 0.3, modifier=modifier)
+    for got, wanted in zip(found, reference.attention(q, k, v, remaining, 0.3), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert np.isneginf(found[1][1::3]).all()
+    allowed = reference.tolerances(q, k, v, bound, 0.3, dtype, modifier)
+    assert allowed == reference.tolerances(q, k, v, remaining, 0.3, dtype)
+    above = np.ones((9, 8)), np.ones(9)
+    allowed = reference.gradient_tolerances(q, k, v, bound, 0.3, *above, dtype, modifier)
+    assert allowed == reference.gradient_tolerances(q, k, v, remaining, 0.3, *above, dtype)
+
+
 def test_a_nan_that_no_row_attends_spoils_none():
     bound = m.prefix(3).bind(5, 6)
     q, k, v = _inputs(5, 6, 4, 4)

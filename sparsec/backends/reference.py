@@ -140,7 +140,8 @@ def attention(
         finite_peak = np.where(np.isneginf(peak), 0.0, peak)
         weights = np.exp(scores - finite_peak[:, None])
         total = weights.sum(axis=1)
-        attends = attended.any(axis=1)
+        # A row without keys, or of which a modifier forbids all, has none.
+        attends = total != 0
         # A key nobody attends must not spoil a row even if it is not a number: 0 · NaN is taken as 0.
         live = attended.any(axis=0)
         out[first : first + _ROWS][attends] = (weights[attends][:, live] @ v[live]) / total[attends, None]
@@ -250,7 +251,7 @@ def tolerances(
     scaled = summed_in_order(q32, k32.T) * np.float32(scale)
     modified = scaled if modifier is None else modifier.value(scaled, np.arange(bound.q_len))
     largest = float(np.abs(exact).max(initial=0.0))
-    attends = attended.any(axis=1)
+    attends = ~np.isneginf(exact_lse)
     plain_error = lse_error = 0.0
     for each in _as_functions_are(modified, modifier):
         scores = np.where(attended, each, np.float32(-np.inf))
@@ -265,7 +266,8 @@ def tolerances(
             plain_lse = np.log(total[:, 0]) + base[:, 0]
         lse_error = max(lse_error, np.abs(plain_lse[attends] - exact_lse[attends]).max(initial=0.0))
     # Scores are summed in another order than NumPy's: their own size bounds what that can change.
-    largest_score = float(np.abs(np.where(attended, modified, 0.0)).max(initial=0.0)) + 1.0
+    counts = attended & ~np.isneginf(modified)
+    largest_score = float(np.abs(np.where(counts, modified, 0.0)).max(initial=0.0)) + 1.0
     fp32 = unit_roundoff("fp32")
     return (
         2.0 * (plain_error + unit_roundoff(dtype) * largest),
@@ -356,14 +358,13 @@ def plain_weights(
     Where `d_tables` has an fp32 array for each live table of the modifier, their gradients are added to it.
     """
     attended = bound.to_dense()
-    attends = attended.any(axis=1)
     q32, k32, v32, d_out32 = (array.astype(np.float32) for array in (q, k, v, d_out))
     scaled, every = summed_in_order(q32, k32.T) * np.float32(scale), np.arange(bound.q_len)
     modified = scaled if modifier is None else modifier.value(scaled, every)
     scores = np.where(attended, modified, np.float32(-np.inf))
     # Probabilities are recomputed from the log-sum-exp, which is kept in fp32.
     lse = attention(q, k, v, bound, scale, modifier=modifier)[1].astype(np.float32)
-    weights = np.exp(scores - np.where(attends, lse, np.float32(0.0))[:, None])
+    weights = np.exp(scores - np.where(np.isneginf(lse), np.float32(0.0), lse)[:, None])
     halves = rounded(weights, dtype).astype(np.float32)
     out = rounded(summed_in_order(halves, v32), dtype).astype(np.float32)
     # Summed apart from d_out @ v.T, so not in its order either: their errors do not cancel.
