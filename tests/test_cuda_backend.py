@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +16,11 @@ from hypothesis import strategies as st
 import sparsec
 from sparsec import masks as m
 from sparsec import score
-from sparsec.backends import cuda
+from sparsec.backends import cuda, cuda_calls
 from sparsec.backends.base import Launch, Problem
-from sparsec.backends.cuda_calls import Placed, TeamShape, bin_rows, fetch_bytes, forward_walk
+from sparsec.backends.cuda_calls import Placed, Program, TeamShape, bin_rows, fetch_bytes, forward_walk
 from sparsec.device import device
+from sparsec.errors import UnsupportedError
 from sparsec.planner.works import build_work
 from sparsec.template import Config, template
 
@@ -142,6 +147,87 @@ def test_refusals():
     assert not back.serves(device("amd-mi300x"))
     assert back.refusal(row, problem, GPU) is None
     assert "sm_80" in back.refusal(row, problem, replace(GPU, arch="sm_75"))
+
+
+class StandIn:
+    """What of cuda-python's driver starts a kernel, for two devices; writes down what it is asked."""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="dynamic shared memory")
+
+    def __init__(self) -> None:
+        self.current, self.loaded, self.told, self.started = 0, 0, [], []
+
+    def cuLibraryLoadData(self, content, *nothing):
+        self.loaded += 1
+        return 0, "library"
+
+    def cuLibraryGetKernel(self, library, name):
+        return 0, 1234
+
+    def cuCtxGetDevice(self):
+        return 0, self.current
+
+    def cuKernelSetAttribute(self, attribute, value, kernel, device):
+        self.told.append((attribute, value, kernel, device))
+        return (0,)
+
+    def CUfunction(self, kernel):
+        return kernel
+
+    def cuLaunchKernel(self, function, *geometry):
+        self.started.append((self.current, function, geometry[0], geometry[3], geometry[6]))
+        return (0,)
+
+
+def test_every_device_is_told_what_shared_memory_a_block_may_have(monkeypatch):
+    torch = pytest.importorskip("torch")
+    driver = StandIn()
+
+    @contextlib.contextmanager
+    def on(device):
+        driver.current = device.index
+        yield
+
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cuda.cuda_compile, "cubin", lambda program: b"")
+    made, arguments = Program("block_sparse", "sm_90", ()), ctypes.c_int(0)
+    machine = cuda.Driver()
+    for index, shared_bytes in ((0, 100_000), (0, 100_000), (1, 100_000), (1, 0)):
+        machine.run(made, "forward", 7, 128, shared_bytes, arguments, torch.device("cuda", index))
+    machine.run(made, "merge", 3, 128, 4096, arguments, torch.device("cuda", 1))
+    assert driver.told == [("dynamic shared memory", 100_000, 1234, index) for index in (0, 1)]
+    assert [started[0] for started in driver.started] == [0, 0, 1, 1, 1]
+    assert driver.started[0][1:] == (1234, 7, 128, 100_000)
+    assert driver.loaded == 2, "a kernel is one for all devices"
+
+
+def test_more_blocks_than_a_grid_has_are_refused():
+    kernel = cuda.backend().lower(launch(Problem(50, 50), m.window(3, 3)))
+    with pytest.raises(UnsupportedError, match="2,147,483,648 blocks, and a grid has at most 2,147,483,647"):
+        kernel.run(Program("row_traversal", "sm_90", ()), "forward", 2**31, 128, ctypes.c_int(0), "cpu")
+
+
+def test_headers_are_printed_once_a_kernel_and_not_once_a_call(monkeypatch):
+    torch = pytest.importorskip("torch")
+    printed, started = [], []
+    print_header = cuda_calls.score_header
+    monkeypatch.setattr(
+        cuda_calls, "score_header", lambda *given, **named: printed.append(1) or print_header(*given, **named)
+    )
+    machine = SimpleNamespace(run=lambda program, *given: started.append(program))
+    monkeypatch.setattr(cuda, "machine", lambda: machine)
+    made = replace(launch(Problem(50, 50), m.window(3, 3)), score=score.soft_cap(5.0))
+    kernel, (q, k, v, out) = cuda.backend().lower(made), torch.randn(4, 1, 1, 50, 64)
+    for _ in range(3):
+        kernel(q, k, v, out, None)
+    odd = torch.randn(1, 1, 50, 65)[..., 1:]
+    kernel(odd, k, v, out, None)
+    assert len(printed) == 2, "one for each width of the rows"
+    assert len(started) == 4
+    assert [dict(program.defines)["SX_K_BYTES"] for program in started] == ["16", "16", "16", "4"]
 
 
 def test_both_gpu_back_ends_are_weighed():

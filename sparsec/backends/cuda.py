@@ -10,9 +10,10 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self
 
 import numpy as np
 
@@ -35,7 +36,14 @@ from sparsec.backends.cuda_calls import (
     forward_walk,
 )
 from sparsec.backends.cuda_gradients import GradientArguments, Side, gradient_program, prepared_blocks, sides
-from sparsec.backends.cuda_printed import Extents, score_header, score_tables
+from sparsec.backends.cuda_printed import (
+    MASK_HEADER,
+    SCORE_HEADER,
+    Extents,
+    PrintedPredicate,
+    score_header,
+    score_tables,
+)
 from sparsec.backends.cuda_tiles import (
     TileArguments,
     TileListsArgument,
@@ -55,6 +63,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaBackend", "CudaGradient", "CudaKernel", "backend", "described", "programs_of"]
 
+logger = logging.getLogger(__name__)
 
 Direction = Literal["forward", "backward"]
 # What a kernel may have of shared memory without asking for it.
@@ -83,7 +92,9 @@ class Driver:
 
     def __init__(self) -> None:
         self._driver: Any = importlib.import_module("cuda.bindings.driver")  # has no types
-        self._functions: dict[tuple[Program, str], Any] = {}
+        self._kernels: dict[tuple[Program, str], Any] = {}
+        # A kernel is one for all devices, but each is told what a block may have of shared memory.
+        self._told: set[tuple[Program, str, torch.device]] = set()
 
     def run(
         self,
@@ -99,7 +110,7 @@ class Driver:
 
         # torch has made the device's primary context, and this makes it the current one.
         with torch.cuda.device(device):
-            function = self._function(program, name, shared_bytes)
+            function = self._kernel(program, name, shared_bytes, device)
             stream = torch.cuda.current_stream(device).cuda_stream
             # The driver copies the arguments before it returns.
             pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
@@ -111,23 +122,26 @@ class Driver:
                 program,
             )
 
-    def _function(self, program: Program, name: str, shared_bytes: int) -> Any:
-        if (program, name) not in self._functions:
-            driver, content = self._driver, cuda_compile.cubin(program)
+    def _kernel(self, program: Program, name: str, shared_bytes: int, device: torch.device) -> Any:
+        driver = self._driver
+        if (program, name) not in self._kernels:
             (library,) = self._checked(
-                driver.cuLibraryLoadData(content, [], [], 0, [], [], 0),
+                driver.cuLibraryLoadData(cuda_compile.cubin(program), [], [], 0, [], [], 0),
                 f"the kernels of {program.template} for {program.arch} do not load",
                 program,
             )
             # A library is loaded into every context that uses it.
             (kernel,) = self._checked(driver.cuLibraryGetKernel(library, name.encode()), f"no kernel {name}", program)
-            function = driver.CUfunction(int(kernel))
-            if shared_bytes > _SHARED_UNASKED:
-                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                asked = f"{name} needs {shared_bytes:,} bytes of shared memory a block"
-                self._checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes), asked, program)
-            self._functions[program, name] = function
-        return self._functions[program, name]
+            self._kernels[program, name] = kernel
+        kernel = self._kernels[program, name]
+        if shared_bytes > _SHARED_UNASKED and (program, name, device) not in self._told:
+            asked = f"{name} needs {shared_bytes:,} bytes of shared memory a block"
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            (current,) = self._checked(driver.cuCtxGetDevice(), asked, program)
+            self._checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, current), asked, program)
+            self._told.add((program, name, device))
+        # What starts functions starts kernels too.
+        return driver.CUfunction(int(kernel))
 
     def _checked(self, answer: tuple[Any, ...], what: str, program: Program) -> tuple[Any, ...]:
         status, *values = answer
@@ -147,41 +161,117 @@ def machine() -> Machine:
 class _Bound:
     """A launch's walks with their index arrays, which are uploaded once a device."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, walks: Sequence[Walk | TileWalk]) -> None:
         self.launch = launch
-        self._uploaded: dict[tuple[torch.device, int], dict[str, torch.Tensor | None]] = {}
+        self._walks = tuple(walks)
+        self._uploaded: dict[torch.device, list[dict[str, torch.Tensor | None]]] = {}
         self._batches: dict[tuple[torch.device, int], torch.Tensor] = {}
-        self._tables: dict[torch.device, tuple[torch.Tensor | None, ...]] = {}
+        self._lists: dict[tuple[int, torch.device, int], ListsArgument | TileListsArgument] = {}
+        self._tables: dict[torch.device, list[torch.Tensor | None]] = {}
+        self._programs: dict[Hashable, Program] = {}
+        # Whether a graph reads what is uploaded; and what one still reads of kernels that this one has replaced.
+        self._is_captured = False
+        self._held: tuple[object, ...] = ()
 
     def source(self) -> dict[str, str]:
-        score = self.launch.score
-        generated = {} if score is None else {cuda_compile.SCORE_HEADER: score_header(score, Extents.of(self.launch))}
+        generated = {}
+        if self.launch.score is not None:
+            generated[SCORE_HEADER] = score_header(self.launch.score, Extents.of(self.launch))
+        for predicate in _predicates(self._walks):
+            generated[MASK_HEADER] = predicate.header
         return _sources(self.launch.template) | generated
 
-    def addresses(self, walk: Walk | TileWalk, device: torch.device, batch: int) -> Mapping[str, int | None]:
-        """Where the arrays of a walk and the batch elements are on a device."""
+    def program(self, key: Hashable, made: Callable[[], Program]) -> Program:
+        """The program for tensors that are told apart by `key`; its header is printed once."""
+        if key not in self._programs:
+            self._programs[key] = made()
+        return self._programs[key]
+
+    def lists(self, place: int, device: torch.device, batch: int) -> ListsArgument | TileListsArgument:
+        """Where the arrays of a walk, the batch elements and the tables are on a device; for the caller to copy."""
         import torch
 
-        arrays = self._uploaded.setdefault((device, id(walk)), {})
-        if not arrays:
-            arrays.update({name: _upload(array, device) for name, array in walk.arrays.items()})
-        if (device, batch) not in self._batches:
-            elements = self.launch.elements(batch)
-            self._batches[device, batch] = torch.tensor(elements, dtype=torch.int32, device=device)
-        found = {name: None if array is None else array.data_ptr() for name, array in arrays.items()}
-        return {**found, "batches": self._batches[device, batch].data_ptr()}
+        if (place, device, batch) not in self._lists:
+            if device not in self._uploaded:
+                self._uploaded[device] = [
+                    {name: _upload(array, device) for name, array in walk.arrays.items()} for walk in self._walks
+                ]
+            if (device, batch) not in self._batches:
+                elements = self.launch.elements(batch)
+                self._batches[device, batch] = torch.tensor(elements, dtype=torch.int32, device=device)
+            arrays = self._uploaded[device][place].items()
+            found = {name: None if array is None else array.data_ptr() for name, array in arrays}
+            made = self._walks[place].arguments({**found, "batches": self._batches[device, batch].data_ptr()})
+            for number, table in enumerate(self._tables_on(device)):
+                made.tables[number] = None if table is None else table.data_ptr()
+            self._lists[place, device, batch] = made
+        return self._lists[place, device, batch]
 
-    def fill_tables(
-        self, lists: ListsArgument | TileListsArgument, device: torch.device, live: Sequence[torch.Tensor]
-    ) -> None:
-        """Where the score modifier's arrays are; `live` are those of this call."""
-        if self.launch.score is None:
-            return
+    def fill_live_tables(self, lists: ListsArgument | TileListsArgument, live: Sequence[torch.Tensor]) -> None:
+        """Where the tables of this call are."""
+        if self.launch.score is not None and live:
+            places = (place for place, table in enumerate(self.launch.score.tables) if table.is_live)
+            for place, table in zip(places, live, strict=True):
+                lists.tables[place] = table.data_ptr()
+
+    def _tables_on(self, device: torch.device) -> list[torch.Tensor | None]:
+        """The score modifier's arrays, then the predicate's; None for those that are given at each call."""
         if device not in self._tables:
-            self._tables[device] = tuple(_upload(array, device) for array in score_tables(self.launch.score))
-        given = iter(live)
-        for number, kept in enumerate(self._tables[device]):
-            lists.tables[number] = (next(given) if kept is None else kept).data_ptr()
+            arrays = [] if self.launch.score is None else [*score_tables(self.launch.score)]
+            for predicate in _predicates(self._walks):
+                arrays += predicate.tables
+            self._tables[device] = [_upload(array, device) for array in arrays]
+        return self._tables[device]
+
+    def take_over(self, old: Self) -> None:
+        """Moves its index arrays into the buffers of a kernel that a graph was captured with; the graph then runs this.
+
+        Where they differ in what the graph has fixed (grids, lengths of lists, programs) or are larger, they get
+        buffers of their own, and the graph goes on as it was.
+        """
+        import torch
+
+        if not old._is_captured:
+            return
+        if not self._fits(old):
+            logger.warning(
+                "a CUDA graph was captured with %s, and the index arrays of the new mask do not fit its buffers: "
+                "capture it again, or it goes on with the mask before",
+                old.launch.template.name,
+            )
+            self._held = (*old._held, old._uploaded, old._batches, old._tables)
+            return
+        for device, kept in old._uploaded.items():
+            fresh = [walk.arrays for walk in self._walks]
+            for buffers, arrays in zip(kept, fresh, strict=True):
+                for name, array in arrays.items():
+                    buffer = buffers[name]
+                    if array is not None and buffer is not None:
+                        values = torch.from_numpy(np.ascontiguousarray(array).reshape(-1))
+                        buffer.view(-1)[: len(values)].copy_(values)
+            for table, content in zip(old._tables_on(device), self._tables_on(torch.device("cpu")), strict=True):
+                if table is not None and content is not None:
+                    table.copy_(content)
+        self._uploaded, self._batches, self._tables = old._uploaded, old._batches, old._tables
+        self._held, self._is_captured = old._held, True
+
+    def _fits(self, old: Self) -> bool:
+        """Whether kernels that were launched for another mask do this one's work once their arrays are refilled."""
+        if old.launch.batch != self.launch.batch or len(old._walks) != len(self._walks):
+            return False
+        if self.launch.score is not None and Extents.of(self.launch) != Extents.of(old.launch):
+            return False
+        if any(
+            _fixed_by_capture(mine) != _fixed_by_capture(other)
+            for mine, other in zip(self._walks, old._walks, strict=True)
+        ):
+            return False
+        return all(
+            array is None or (buffer := buffers[name]) is None or array.size <= buffer.numel()
+            for kept in old._uploaded.values()
+            for walk, buffers in zip(self._walks, kept, strict=True)
+            for name, array in walk.arrays.items()
+        )
 
     def run(
         self,
@@ -198,8 +288,27 @@ class _Bound:
                 f"{self.launch.template.name} on cuda would take {blocks:,} blocks, and a grid has at most "
                 f"{MAX_BLOCKS:,}; split the batch, or use another back end"
             )
+        self._is_captured = self._is_captured or _is_capturing(device)
         if blocks:
             machine().run(made, name, blocks, threads, shared_bytes, arguments, device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _predicates(walks: Sequence[Walk | TileWalk]) -> list[PrintedPredicate]:
+    return [walk.predicate for walk in walks if isinstance(walk, TileWalk) and walk.predicate is not None]
+
+
+def _fixed_by_capture(walk: Walk | TileWalk) -> tuple[object, ...]:
+    """What a captured launch keeps whatever its buffers hold."""
+    present = {name: array.dtype for name, array in walk.arrays.items() if array is not None}
+    printed = [(made.header, [table.shape for table in made.tables]) for made in _predicates((walk,))]
+    form = walk.form if isinstance(walk, Walk) else None
+    return form, walk.shape, dict(walk.numbers), walk.n_copies, present, printed
 
 
 def _upload(array: Array | None, device: torch.device) -> torch.Tensor | None:
@@ -242,16 +351,30 @@ def _placed(tensor: torch.Tensor) -> Placed:
     return Placed(tensor.data_ptr(), (batch, head, row), tensor.element_size())
 
 
-class CudaKernel(_Bound):
+class _Forward(_Bound):
     """The forward pass of one launch."""
 
-    def __init__(self, launch: Launch) -> None:
-        super().__init__(launch)
-        self._walk = forward_walk(launch)
+    def __init__(self, launch: Launch, walk: Walk | TileWalk) -> None:
+        super().__init__(launch, (walk,))
+        self._words = walk.n_states * (launch.problem.v_dim + 2)
 
     @property
     def nbytes(self) -> int:
-        return self._walk.nbytes + self._partial_words(len(self.launch.batch)) * 4
+        return self._walks[0].nbytes + len(self.launch.batch) * self._words * 4
+
+    def partial(self, batch: int, device: torch.device) -> torch.Tensor:
+        """Room for the states of pieces, for so many batch elements."""
+        import torch
+
+        return torch.empty(batch * self._words, dtype=torch.float32, device=device)
+
+
+class CudaKernel(_Forward):
+    """The forward pass of one launch of rows."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._walk = forward_walk(launch)
+        super().__init__(launch, self._walk)
 
     def __call__(
         self,
@@ -262,43 +385,33 @@ class CudaKernel(_Bound):
         lse: torch.Tensor | None,
         tables: Sequence[torch.Tensor] = (),
     ) -> None:
-        import torch
-
         launch, walk, problem = self.launch, self._walk, self.launch.problem
         n_batch = len(launch.elements(q.shape[0]))
         widths = (
             fetch_bytes(problem.head_dim, problem.itemsize, (_placed(q), _placed(k))),
             fetch_bytes(problem.v_dim, problem.itemsize, (_placed(v), _placed(out))),
         )
-        partial = torch.empty(self._partial_words(n_batch), dtype=torch.float32, device=q.device)
+        partial = self.partial(n_batch, q.device)
         arguments = ForwardArguments(
-            lists=walk.arguments(self.addresses(walk, q.device, q.shape[0])),
+            lists=self.lists(0, q.device, q.shape[0]),
             **_forward_tensors(q, k, v, out, lse, partial),
             scale=launch.scale * (LOG2_E if launch.score is None else 1.0),
         )
-        self.fill_tables(arguments.lists, q.device, tables)
-        made = forward_program(launch, walk, widths)
+        self.fill_live_tables(arguments.lists, tables)
+        made = self.program(widths, lambda: forward_program(launch, walk, widths))
         copies = n_batch * walk.n_copies
         blocks, shape = walk.shape.blocks(walk.bins), walk.shape
         self.run(made, "forward", blocks * copies, shape.warps * WARP, arguments, q.device)
         joined = len(walk.bins.merge_row) * shape.pack * copies
         self.run(made, "merge", joined, JOIN_THREADS, arguments, q.device)
 
-    def _partial_words(self, batch: int) -> int:
-        walk = self._walk
-        return walk.bins.n_slots * batch * walk.n_copies * walk.shape.pack * (self.launch.problem.v_dim + 2)
 
-
-class CudaTileKernel(_Bound):
+class CudaTileKernel(_Forward):
     """The forward pass of one launch of tiles, on matrix units."""
 
     def __init__(self, launch: Launch) -> None:
-        super().__init__(launch)
         self._walk = tile_walk(launch)
-
-    @property
-    def nbytes(self) -> int:
-        return self._walk.nbytes + self._partial_words(len(self.launch.batch)) * 4
+        super().__init__(launch, self._walk)
 
     def __call__(
         self,
@@ -309,37 +422,31 @@ class CudaTileKernel(_Bound):
         lse: torch.Tensor | None,
         tables: Sequence[torch.Tensor] = (),
     ) -> None:
-        import torch
-
         launch, walk = self.launch, self._walk
         n_batch = len(launch.elements(q.shape[0]))
-        partial = torch.empty(self._partial_words(n_batch), dtype=torch.float32, device=q.device)
+        partial = self.partial(n_batch, q.device)
         scale, flip = tile_scale(launch)
         arguments = TileArguments(
-            lists=walk.arguments(self.addresses(walk, q.device, q.shape[0])),
+            lists=self.lists(0, q.device, q.shape[0]),
             **_forward_tensors(q, k, v, out, lse, partial),
             scale=scale,
             flip=flip,
         )
-        self.fill_tables(arguments.lists, q.device, tables)
-        made = tile_program(launch, walk, _tile_widths(launch, *map(_placed, (q, k, v, out))))
+        self.fill_live_tables(arguments.lists, tables)
+        widths = _tile_widths(launch, *map(_placed, (q, k, v, out)))
+        made = self.program(widths, lambda: tile_program(launch, walk, widths))
         copies, shape = n_batch * walk.n_copies, walk.shape
         items = walk.numbers["n_items"] * copies
         self.run(made, "forward", items, shape.warps * WARP, arguments, q.device, shape.shared_bytes)
         self.run(made, "merge", walk.merged_blocks * copies, JOIN_THREADS, arguments, q.device)
-
-    def _partial_words(self, batch: int) -> int:
-        walk = self._walk
-        rows = walk.numbers["n_slots"] * batch * walk.n_copies * walk.shape.rows
-        return rows * (self.launch.problem.v_dim + 2)
 
 
 class CudaGradient(_Bound):
     """The backward pass of one launch; deterministic, like the forward pass."""
 
     def __init__(self, launch: Launch) -> None:
-        super().__init__(launch)
         self._sides = sides(launch)
+        super().__init__(launch, [side.walk for side in self._sides])
         self._heads: dict[tuple[torch.device, bool], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -370,7 +477,7 @@ class CudaGradient(_Bound):
             sums = zero_sums(score, d_tables, places, q.device)
         problem, n_batch = self.launch.problem, len(self.launch.elements(q.shape[0]))
         delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-        for side in self._sides:
+        for place, side in enumerate(self._sides):
             walk, copies = side.walk, n_batch * side.walk.n_copies
             own, stream, into = ((q, d_out), (k, v), (dq, dq)) if side.is_dq else ((k, v), (q, d_out), (dk, dv))
             widths = (
@@ -378,10 +485,9 @@ class CudaGradient(_Bound):
                 fetch_bytes(problem.v_dim, problem.itemsize, _all_placed(v, d_out, *((out,) if side.is_dq else ()))),
             )
             words = sum(n * dim for n, dim in zip(side.state_words, (problem.head_dim, problem.v_dim), strict=True))
-            slots = walk.bins.n_slots * copies * walk.shape.pack
-            partial = torch.empty(slots * words, dtype=torch.float32, device=q.device)
+            partial = torch.empty(n_batch * walk.n_states * words, dtype=torch.float32, device=q.device)
             arguments = GradientArguments(
-                lists=walk.arguments(self.addresses(walk, q.device, q.shape[0])),
+                lists=self.lists(place, q.device, q.shape[0]),
                 own_1=_argument(own[0]),
                 own_2=_argument(own[1]),
                 stream_1=_argument(stream[0]),
@@ -401,12 +507,12 @@ class CudaGradient(_Bound):
                 partial=partial.data_ptr(),
                 scale=self.launch.scale,
             )
-            self.fill_tables(arguments.lists, q.device, tables)
+            self.fill_live_tables(arguments.lists, tables)
             for number, total in enumerate(sums):
                 arguments.sums[number] = None if total is None else total.data_ptr()
             head_indptr, stream_heads = self._heads_on(side, q.device)
             arguments.head_indptr, arguments.stream_heads = head_indptr.data_ptr(), stream_heads.data_ptr()
-            made = gradient_program(self.launch, side, widths, with_sums=bool(sums))
+            made = self._program(place, widths, with_sums=bool(sums))
             threads = walk.shape.warps * WARP
             if side.is_dq:
                 self.run(made, "prepare", prepared_blocks(walk) * copies, threads, arguments, q.device)
@@ -415,6 +521,11 @@ class CudaGradient(_Bound):
             self.run(made, "add_up", joined, JOIN_THREADS, arguments, q.device)
         if score is not None and sums:
             add_sums(score, sums, d_tables)
+
+    def _program(self, place: int, widths: tuple[int, int], *, with_sums: bool) -> Program:
+        side = self._sides[place]
+        key = (place, widths, with_sums)
+        return self.program(key, lambda: gradient_program(self.launch, side, widths, with_sums=with_sums))
 
     def _heads_on(self, side: Side, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
@@ -472,23 +583,26 @@ def described(launch: Launch) -> dict[str, str]:
     """
     ((made, walk),) = programs_of(launch)
     sources = _sources(launch.template)
-    told = " ".join(("nvrtc", *cuda_compile.options(made), "-I templates", "kernel_cuda.cu"))
     reason = cuda_compile.missing()
     if reason is not None:
-        return {"compiled by": f"{told}\n(not compiled here: {reason})", **sources}
+        return {"compiled by": f"{_told(made)}\n(not compiled here: {reason})", **sources}
     lowered, device = cuda_compile.lowered(made), launch.device
-    lines = [told]
+    lines = [_told(made, lowered.resident)]
     for kernel in lowered.kernels.values():
         is_join = kernel.name == "merge"
         warps = JOIN_THREADS // WARP if is_join else walk.shape.warps
         shared = kernel.shared_bytes + (0 if is_join or isinstance(walk, Walk) else walk.shape.shared_bytes)
-        resident = kernel.warps_per_unit(warps, device.registers_per_unit, device.l1_bytes, shared)
+        resident = kernel.warps_per_unit(warps, device, shared)
         lines.append(
             f"{kernel.name} on {kernel.arch}: {kernel.registers} registers a thread, {kernel.spilled_bytes} bytes "
             f"spilled, {shared} bytes of shared memory a block, {resident} warps a multiprocessor"
         )
     machine_code = {"machine code": lowered.sass} if lowered.sass else {}
     return {"compiled by": "\n".join(lines), **sources, **machine_code}
+
+
+def _told(made: Program, resident: int | None = None) -> str:
+    return " ".join(("nvrtc", *cuda_compile.options(made, resident), "-I templates", "kernel_cuda.cu"))
 
 
 def _sources(template: Template) -> dict[str, str]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from sparsec.backends.base import Launch
-from sparsec.backends.cuda_printed import MAX_TABLES, Extents, score_header
+from sparsec.backends.base import Launch, Problem
+from sparsec.backends.cuda_printed import MAX_TABLES, SCORE_HEADER, Extents, score_header
 from sparsec.layout import RowLists, schedule
 
 Array = npt.NDArray[Any]
@@ -35,6 +35,8 @@ _FORMS: Final = {"offsets": 0, "ranges": 1, "edges": 2}
 _TYPES: Final = {"fp32": "float", "fp16": "sx::half", "bf16": "sx::bfloat"}
 # Blocks of the row kernels that are resident on a multiprocessor, about.
 _RESIDENT: Final = 4
+# Registers that a key under way takes more where rows are progressions.
+_PROGRESSION: Final = 10
 # Teams of a warp wait for the longest of their rows; rows are sorted where that would cost more than this.
 _UNEVEN: Final = 1.1
 
@@ -165,18 +167,48 @@ class TeamShape:
         return len(bins.piece_row) + -(-bins.warps.count // warp_rows) + -(-bins.teams.count // team_rows)
 
 
-def team_shape(launch: Launch, n_rows: int, *, pack: int) -> TeamShape:
-    """The shape of a launch's teams, for so many rows."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a lane of a kernel keeps in registers from one key to the next.
+
+    Attributes:
+        rows: How often its slice of head_dim and of v_dim elements, for each head of a pack.
+        others: Registers for lists, addresses and loops, by what the compiler was seen to need.
+        most: Registers for all but those at most, likewise.
+    """
+
+    rows: tuple[int, int]
+    others: int
+    most: int
+
+    def registers(self, problem: Problem, widths: tuple[int, int], lanes: int, pack: int, keys: int) -> int:
+        """Of slices, rows under way and scores; `widths` are the bytes that a lane fetches at once."""
+        # Of each key and head a score, and a weight or another product.
+        registers = 2 * pack * keys
+        for rows, dim, width in zip(self.rows, (problem.head_dim, problem.v_dim), widths, strict=True):
+            elements = width // problem.itemsize
+            vectors = -(-(dim // elements) // lanes)
+            # Slices in fp32, and of each key under way a slice as it was fetched.
+            registers += rows * pack * vectors * elements + keys * vectors * max(1, width // 4)
+        return registers
+
+
+def team_shape(launch: Launch, rows: RowLists, held: Held, *, pack: int) -> TeamShape:
+    """The shape of a launch's teams, for such rows: fewer keys at a time, and heads, than fit registers at most."""
     config, problem = launch.config, launch.problem
     row_bytes = max(problem.head_dim, problem.v_dim) * problem.itemsize
     wanted = -(-row_bytes // config["lane_bytes"])
     lanes = min(WARP, 1 << (wanted - 1).bit_length())
-    warps, rows = config["num_warps"], config["rows_per_warp"]
-    copies = len(launch.heads) // pack * launch.problem.batch
+    widths = (fetch_bytes(problem.head_dim, problem.itemsize, ()), fetch_bytes(problem.v_dim, problem.itemsize, ()))
+    keys, of_a_key = config["keys"], 0 if rows.form == "edges" else _PROGRESSION
+    while held.registers(problem, widths, lanes, pack, keys) + of_a_key * keys > held.most and keys * pack > 1:
+        keys, pack = (keys // 2, pack) if keys > 1 else (keys, pack // 2)
+    warps, rows_per_warp = config["num_warps"], config["rows_per_warp"]
+    n_rows = rows.shape[0] * (len(launch.heads) // pack) * problem.batch
     # Several rows a warp overlap the look-up of the next with the work on this one, where enough warps remain.
-    while rows > 1 and n_rows * copies < 2 * _RESIDENT * launch.device.units * warps * rows:
-        rows //= 2
-    return TeamShape(lanes, config["keys"], pack, warps, rows)
+    while rows_per_warp > 1 and n_rows < 2 * _RESIDENT * launch.device.units * warps * rows_per_warp:
+        rows_per_warp //= 2
+    return TeamShape(lanes, keys, pack, warps, rows_per_warp)
 
 
 def packed_heads(launch: Launch) -> int:
@@ -229,19 +261,21 @@ class Program:
         template: Whose folder holds it.
         arch: What it is compiled for, `sm_90`.
         defines: Of the preprocessor.
-        score: Text of the header that says how scores are modified; "" where they are not.
+        resident: Blocks that a multiprocessor is to hold, which bounds a thread's registers; fewer where they would
+            spill. None where the compiler is left alone.
+        headers: Names and texts of what was generated for it: how scores are modified, which query attends which key.
     """
 
     template: str
     arch: str
     defines: tuple[tuple[str, str], ...]
-    score: str = ""
+    resident: int | None = None
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 def program(
     launch: Launch,
-    shape: TeamShape,
-    form: str,
+    walk: Walk,
     widths: tuple[int, int],
     *,
     with_scatter: bool = False,
@@ -251,13 +285,12 @@ def program(
 
     Args:
         launch: The launch.
-        shape: Of the teams.
-        form: Of the rows.
+        walk: Who walks what.
         widths: Bytes that a lane fetches at once.
         with_scatter: Whether it sums up gradients of a score modifier's tables.
         more: Definitions of its own.
     """
-    problem = launch.problem
+    problem, shape = launch.problem, walk.shape
     values: dict[str, object] = {
         **element_types(launch),
         "SX_HEAD_DIM": problem.head_dim,
@@ -268,10 +301,14 @@ def program(
         "SX_KEYS": shape.keys,
         "SX_PACK": shape.pack,
         "SX_WARPS": shape.warps,
-        "SX_FORM": _FORMS[form],
+        "SX_FORM": _FORMS[walk.form],
         **more,
     }
-    return with_score(launch, values, with_scatter=with_scatter)
+    made = with_score(launch, values, with_scatter=with_scatter)
+    registers = walk.held.registers(problem, widths, shape.lanes, shape.pack, shape.keys) + walk.held.others
+    # The more blocks are there, the more bytes are on their way to them.
+    resident = launch.device.registers_per_unit // (WARP * shape.warps * registers)
+    return replace(made, resident=max(1, resident))
 
 
 def element_types(launch: Launch) -> dict[str, str]:
@@ -288,7 +325,7 @@ def with_score(launch: Launch, values: Mapping[str, object], *, with_scatter: bo
     header = score_header(launch.score, Extents.of(launch), with_scatter=with_scatter)
     asked = {"SX_SCORE": True, "SX_EDGES": launch.score.needs_edges, "SX_SCATTER": with_scatter}
     defines += tuple((name, "1") for name, is_asked in asked.items() if is_asked)
-    return Program(launch.template.name, launch.device.arch, defines, header)
+    return Program(launch.template.name, launch.device.arch, defines, headers=((SCORE_HEADER, header),))
 
 
 # Arguments, as the kernels' headers declare them.
@@ -354,6 +391,7 @@ class Walk:
     Attributes:
         form: Of the rows.
         shape: Of the teams.
+        held: What a lane keeps in registers.
         bins: Of the rows.
         arrays: Index arrays by their name in `Lists`; None where there is none.
         numbers: Its integers.
@@ -362,6 +400,7 @@ class Walk:
 
     form: str
     shape: TeamShape
+    held: Held
     bins: Bins
     arrays: Mapping[str, Array | None]
     numbers: Mapping[str, int]
@@ -371,6 +410,11 @@ class Walk:
     def nbytes(self) -> int:
         """Bytes of its index arrays."""
         return sum(array.nbytes for array in self.arrays.values() if array is not None)
+
+    @property
+    def n_states(self) -> int:
+        """States to hold, for one batch element."""
+        return self.bins.n_slots * self.n_copies * self.shape.pack
 
     def arguments(self, addresses: Mapping[str, int | None]) -> ListsArgument:
         """The structure, given where the arrays and the batch elements are."""
@@ -386,6 +430,7 @@ def walk(
     launch: Launch,
     rows: RowLists,
     heads: tuple[int, ...],
+    held: Held,
     *,
     pack: int,
     group: int,
@@ -398,13 +443,14 @@ def walk(
         launch: Its configuration and device.
         rows: Who walks what.
         heads: The heads that own the rows.
-        pack: How many of them go together.
+        held: What a lane keeps in registers.
+        pack: How many of the heads go together, at most.
         group: Heads of the own side that share one of the other's.
         orders: The token at each position, of the rows and of their keys.
         numbers: Of the edges as `rows` lists them, where that is not their order.
     """
-    shape = team_shape(launch, rows.shape[0], pack=pack)
-    firsts = heads[::pack]
+    shape = team_shape(launch, rows, held, pack=pack)
+    firsts = heads[:: shape.pack]
     bins = bin_rows(
         rows.degrees(),
         short=launch.config["short_keys"],
@@ -442,7 +488,7 @@ def walk(
         "n_merges": len(bins.merge_row),
         "n_heads": len(firsts),
         # Packs of one group share their keys: they walk the same rows side by side.
-        "abreast": max(1, math.gcd(len(firsts), group // pack)),
+        "abreast": max(1, math.gcd(len(firsts), group // shape.pack)),
         "rows_per_warp": shape.rows_per_warp,
         "n_offsets": len(rows.start) if rows.form == "offsets" else 0,
         "row_len": rows.shape[0],
@@ -450,7 +496,11 @@ def walk(
         "group": group,
         "first_query": launch.first_query,
     }
-    return Walk(rows.form, shape, bins, arrays, counts, len(firsts))
+    return Walk(rows.form, shape, held, bins, arrays, counts, len(firsts))
+
+
+# A query of each head, and its sums.
+_HELD: Final = Held(rows=(1, 1), others=30, most=190)
 
 
 def forward_walk(launch: Launch) -> Walk:
@@ -460,9 +510,10 @@ def forward_walk(launch: Launch) -> Walk:
     orders = (work.ordering.q_order, work.ordering.kv_order)
     group = problem.q_heads // problem.kv_heads
     pack, numbers = packed_heads(launch), None if work.numbers is None else work.numbers.rows
-    return walk(launch, work.rows, launch.heads, pack=pack, group=group, orders=orders, numbers=numbers)
+    return walk(launch, work.rows, launch.heads, _HELD, pack=pack, group=group, orders=orders, numbers=numbers)
 
 
 def forward_program(launch: Launch, walk: Walk, widths: tuple[int, int]) -> Program:
     """The program of a launch's forward pass, for rows of K and V fetched in such widths."""
-    return program(launch, walk.shape, walk.form, widths, SX_ARGUMENT_BYTES=ctypes.sizeof(ForwardArguments))
+    size = ctypes.sizeof(ForwardArguments)
+    return program(launch, walk, widths, SX_ARGUMENT_BYTES=size)

@@ -18,21 +18,23 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from sparsec import data
 from sparsec.backends.cuda_calls import Program
+from sparsec.device import Device
 from sparsec.errors import BackendMissingError, CompileError, SparsecError
 
 logger = logging.getLogger(__name__)
 
 _INSTALL: Final = "pip install 'sparsec[gpu]'"
-# What the kernels call the header that a program carries.
-SCORE_HEADER: Final = "score_generated.cuh"
 # ptxas states registers and spills in the log.
 _OPTIONS: Final = ("--std=c++17", "--ptxas-options=-v")
+# Warps and blocks of a multiprocessor, where they are not 64 and 32.
+_MOST_RESIDENT: Final = {"sm_86": (48, 16), "sm_89": (48, 24)}
+_KEPT_BYTES: Final = 1024
 _SASS_KINDS: Final = (
     r"\b(LDG\.E\.128|LDG\.E\.64|LDG\.E\.U16|LDG\.E|STG\.E\.128|LDGSTS\.E\.\w+\.128|LDSM\.16\.\w+\.4|HMMA|MUFU\.EX2|"
     r"SHFL|LDL|STL)\b"
@@ -57,36 +59,45 @@ class LoweredKernel:
     spilled_bytes: int
     shared_bytes: int
 
-    def warps_per_unit(
-        self, warps_per_block: int, registers_per_unit: int, shared_bytes_per_unit: int, shared_bytes: int
-    ) -> int:
-        """Warps that fit a multiprocessor: registers come in units of 256 a warp, and 64 warps is the most.
+    def warps_per_unit(self, warps_per_block: int, device: Device, shared_bytes: int) -> int:
+        """Warps that fit a multiprocessor; `shared_bytes` is what a block has with what it is launched with.
 
-        `shared_bytes` is what a block has with what it is launched with.
+        Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
         """
+        # Registers come in units of 256 a warp, which each of four partitions hands out by itself.
         per_warp = -(-self.registers * 32 // 256) * 256
-        blocks = registers_per_unit // (per_warp * warps_per_block)
+        by_registers = device.registers_per_unit // 4 // per_warp * 4
+        most_warps, most_blocks = _MOST_RESIDENT.get(device.arch, (64, 32))
+        blocks = min(most_warps, by_registers) // warps_per_block
         if shared_bytes:
-            # The system keeps 1 KiB of each block.
-            blocks = min(blocks, shared_bytes_per_unit // (shared_bytes + 1024))
-        return min(64, 32 * warps_per_block, blocks * warps_per_block)
+            # A block may have all of a multiprocessor's but the 1 KiB that the system keeps of each block.
+            blocks = min(blocks, (device.shared_bytes_per_block + _KEPT_BYTES) // (shared_bytes + _KEPT_BYTES))
+        return min(most_blocks, blocks) * warps_per_block
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Lowered:
     """A program compiled for an architecture.
 
     Attributes:
         cubin: The binary.
+        resident: Blocks that a multiprocessor is to hold of its first kernel, where the program says so.
         kernels: What is in it.
-        sass: Its disassembly; "" where no nvdisasm is here.
-        instructions: Telling instructions of each kernel by kind, and how many there are.
     """
 
     cubin: bytes = field(repr=False)
+    resident: int | None
     kernels: Mapping[str, LoweredKernel]
-    sass: str = field(repr=False)
-    instructions: Mapping[str, Mapping[str, int]]
+
+    @cached_property
+    def sass(self) -> str:
+        """Its disassembly; "" where no nvdisasm is here."""
+        return _disassembled(self.cubin)
+
+    @cached_property
+    def instructions(self) -> Mapping[str, Mapping[str, int]]:
+        """Telling instructions of each kernel by kind, and how many there are."""
+        return {name: _instructions(self.sass, name) for name in self.kernels}
 
 
 def missing() -> str | None:
@@ -115,10 +126,12 @@ def source_files(template: str) -> tuple[Path, ...]:
     return (*own, *sorted((root / "shared").glob("*.cuh")))
 
 
-def options(program: Program) -> tuple[str, ...]:
-    """What the compiler is told, but for where the headers lie."""
-    defines = tuple(f"-D{name}={value}" for name, value in program.defines)
-    return (f"--gpu-architecture={program.arch}", *_OPTIONS, *defines)
+def options(program: Program, resident: int | None = None) -> tuple[str, ...]:
+    """What the compiler is told, but for where the headers lie; of a program that was cut down to `resident` blocks."""
+    defines = dict(program.defines)
+    if program.resident is not None:
+        defines["SX_RESIDENT"] = str(program.resident if resident is None else resident)
+    return (f"--gpu-architecture={program.arch}", *_OPTIONS, *(f"-D{name}={value}" for name, value in defines.items()))
 
 
 def cubin(program: Program) -> bytes:
@@ -132,21 +145,21 @@ def cubin(program: Program) -> bytes:
 
 
 def lowered(program: Program) -> Lowered:
-    """A program compiled, with what the compiler and the disassembler say of it.
+    """A program compiled, with what the compiler says of it, and the disassembler where it is asked.
 
     Raises:
         BackendMissingError: As in `cubin`.
         CompileError: As in `cubin`.
     """
     content, log = _compiled(program)
-    kernels = _kernels(log, program.arch)
-    sass = _disassembled(content)
-    return Lowered(content, kernels, sass, {name: _instructions(sass, name) for name in kernels})
+    resident = None if program.resident is None else int(log.partition("\n")[0])
+    return Lowered(content, resident, _kernels(log, program.arch))
 
 
 def _compiled(program: Program) -> tuple[bytes, str]:
     sources = source_files(program.template)
-    key = hashlib.sha256("\0".join([toolchain(), *options(program), program.score]).encode())
+    generated = [part for header in program.headers for part in header]
+    key = hashlib.sha256("\0".join([toolchain(), *options(program), *generated]).encode())
     for path in sources:
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     folder = data.cache_dir() / "cuda"
@@ -165,7 +178,7 @@ def _compiled(program: Program) -> tuple[bytes, str]:
         kept = _read(path)
         if kept is not None:
             return kept
-        content, log = _compile(program, sources[0])
+        content, log = _unspilled(program, sources[0])
         data.publish(path.with_suffix(".log"), f"{hashlib.sha256(content).hexdigest()}\n{log}".encode())
         data.publish(path, content)
         return content, log
@@ -184,14 +197,26 @@ def _read(path: Path) -> tuple[bytes, str] | None:
     return None
 
 
-def _compile(program: Program, source: Path) -> tuple[bytes, str]:
+def _unspilled(program: Program, source: Path) -> tuple[bytes, str]:
+    """A program compiled for as many resident blocks as it asks for, or for as many fewer as spill no register.
+
+    The first line of the log says how many they are.
+    """
+    if program.resident is None:
+        return _compile(program, source, None)
+    for resident in range(program.resident, 0, -1):
+        content, log = _compile(program, source, resident)
+        if resident == 1 or not any(kernel.spilled_bytes for kernel in _kernels(log, program.arch).values()):
+            break
+    return content, f"{resident}\n{log}"
+
+
+def _compile(program: Program, source: Path, resident: int | None) -> tuple[bytes, str]:
     nvrtc = _nvrtc()
-    told = [option.encode() for option in (*options(program), f"-I{data.templates_dir()}")]
+    told = [option.encode() for option in (*options(program, resident), f"-I{data.templates_dir()}")]
     logger.debug("compiling %s: %s", source, b" ".join(told).decode())
-    headers = {SCORE_HEADER.encode(): program.score.encode()} if program.score else {}
-    _, made = nvrtc.nvrtcCreateProgram(
-        source.read_bytes(), source.name.encode(), len(headers), [*headers.values()], [*headers]
-    )
+    names, texts = ([each[part].encode() for each in program.headers] for part in (0, 1))
+    _, made = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(names), texts, names)
     try:
         (status,) = nvrtc.nvrtcCompileProgram(made, len(told), told)
         log = _text(made, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from sparsec.backends.base import Launch
 from sparsec.backends.cuda_calls import (
     Array,
+    Held,
     ListsArgument,
     Program,
     TensorArgument,
@@ -38,6 +40,11 @@ class GradientArguments(ctypes.Structure):
         ("sums", ctypes.c_void_p * MAX_TABLES),
         ("scale", ctypes.c_float),
     )
+
+
+# Own rows of both dimensions, and the sums of one or of both.
+_HELD_BY_QUERIES: Final = Held(rows=(2, 1), others=60, most=200)
+_HELD_BY_KEYS: Final = Held(rows=(2, 2), others=60, most=200)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,7 @@ def sides(launch: Launch) -> tuple[Side, Side]:
         launch,
         work.rows,
         launch.heads,
+        _HELD_BY_QUERIES,
         pack=packed_heads(launch),
         group=group,
         orders=(q_order, kv_order),
@@ -84,7 +92,9 @@ def sides(launch: Launch) -> tuple[Side, Side]:
     if work.numbers is not None:
         ordering = Ordering(work.ordering.name, kv_order, q_order)
         numbers = EdgeOrder(work.numbers.mask).of_rows(transposed, ordering, by_keys=True).rows
-    by_keys = walk(launch, transposed, kv_heads, pack=1, group=1, orders=(kv_order, q_order), numbers=numbers)
+    by_keys = walk(
+        launch, transposed, kv_heads, _HELD_BY_KEYS, pack=1, group=1, orders=(kv_order, q_order), numbers=numbers
+    )
     none = np.zeros(1, np.int32)
     return (
         Side(True, by_queries, none, none),
@@ -114,4 +124,4 @@ def gradient_program(launch: Launch, side: Side, widths: tuple[int, int], *, wit
     }
     if not side.is_dq:
         more["SX_OUT"] = "float"
-    return program(launch, side.walk.shape, side.walk.form, widths, with_scatter=with_sums and side.is_dq, **more)
+    return program(launch, side.walk, widths, with_scatter=with_sums and side.is_dq, **more)

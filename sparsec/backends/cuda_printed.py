@@ -1,13 +1,13 @@
-"""A launch's score modifier as CUDA C++: the generated header, and the arrays it looks values up in.
+"""A launch's expressions as CUDA C++: its score modifier, its mask's predicate, and the arrays that they look up.
 
-This file decides the text of the header and how captured arrays are passed. It must not know the kernels that include
-it.
+This file decides the text of the generated headers and how captured arrays are passed. It must not know the kernels
+that include them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,19 +19,28 @@ from sparsec.backends.table_gradients import is_by_edge
 from sparsec.errors import UnsupportedError
 from sparsec.expr import CUDA, CUDA_FUNCTIONS, Captured, Expr, apply, needs_int64
 from sparsec.expr.tree import cast_to
+from sparsec.masks.mask import BoundMask
 from sparsec.score import ScoreMod, offset_of
 
+# What the kernels call the headers that a program carries.
+SCORE_HEADER: Final = "score_generated.cuh"
+MASK_HEADER: Final = "mask_generated.cuh"
 # `kMaxTables` of shared/launch.cuh.
 MAX_TABLES: Final = 16
+# Kernels ask for positions beyond the end of a ragged tile, never by more than this.
+_RAGGED: Final = 128
 # More batch elements and heads than these are in no GPU's memory.
 _MOST: Final = 1 << 20
 _TYPES: Final = {"f4": "float", "f8": "float", "i4": "int", "i8": "long long", "b1": "bool"}
 _HEADER: Final = """\
-// Generated: a score modifier and its derivative by the score.
+// Generated: {what}.
 #pragma once
 namespace sx {{
+#if !defined(SX_FUNCTIONS)
+#define SX_FUNCTIONS
 {given}
-struct Score {{
+#endif
+struct {name} {{
 {functions}}};
 }}  // namespace sx
 """
@@ -40,6 +49,14 @@ _FUNCTION: Final = """\
   static SX_INLINE float {name}(
       const void* const* tables, float score, int b, int h, int q_idx, int kv_idx, int edge = 0) {{
 {body}    return static_cast<float>({result});
+  }}
+"""
+# Positions in the tokens' order of the launch; 64 bits wide where what is made of them asks for it.
+_PREDICATE: Final = """\
+  using Index = {index};
+  // {expr}
+  static SX_INLINE bool holds(const void* const* tables, Index q_idx, Index kv_idx) {{
+{body}    return static_cast<bool>({result});
   }}
 """
 # `kept` are sums over a row's edges of what goes to one entry, which is added once.
@@ -95,9 +112,7 @@ def score_header(score: ScoreMod, extents: Extents, *, with_scatter: bool = Fals
     Raises:
         UnsupportedError: It needs what these kernels do not give.
     """
-    names = {
-        table: f"((const {_TYPES[table.dtype.str[1:]]}*)tables[{number}])" for number, table in enumerate(score.tables)
-    }
+    names = _pointers(score.tables)
     if len(names) > MAX_TABLES:
         raise UnsupportedError(f"score_mod captures {len(names)} arrays, and the CUDA kernels take {MAX_TABLES}")
     functions = ""
@@ -112,15 +127,60 @@ def score_header(score: ScoreMod, extents: Extents, *, with_scatter: bool = Fals
         )
     if with_scatter:
         functions += _scatter(score, names, extents)
-    return _HEADER.format(given=CUDA_FUNCTIONS, functions=functions)
+    what = "a score modifier and its derivative by the score"
+    return _HEADER.format(what=what, given=CUDA_FUNCTIONS, name="Score", functions=functions)
+
+
+@dataclass(frozen=True, slots=True)
+class PrintedPredicate:
+    """A mask's predicate: the header, and the arrays it looks up, which follow those of the score modifier."""
+
+    header: str
+    tables: tuple[npt.NDArray[Any], ...]
+
+
+def printed_predicate(bound: BoundMask, n_before: int) -> PrintedPredicate | None:
+    """`Predicate::holds(tables, q_idx, kv_idx)` of positions; None where the mask is known by its edges alone.
+
+    Args:
+        bound: The mask in position space.
+        n_before: Tables of the score modifier, which come first.
+    """
+    expr = bound.predicate
+    if expr is None or not expr.variables() <= {"q_idx", "kv_idx"}:
+        return None
+    tables = tuple(dict.fromkeys(expr.tables()))
+    if n_before + len(tables) > MAX_TABLES:
+        return None
+    q_len, kv_len = bound.shape
+    ranges = {"q_idx": (0, q_len + _RAGGED), "kv_idx": (0, kv_len + _RAGGED)}
+    is_wide = any(math.prod(table.shape) > 2**31 - 1 for table in tables) or needs_int64(expr, ranges)
+    code = CUDA.code((expr,), tables=_pointers(tables, n_before), ranges=ranges)
+    function = _PREDICATE.format(
+        index="long long" if is_wide else "int",
+        expr=_text(expr),
+        body="".join(f"    {line}\n" for line in code.statements),
+        result=code.results[0],
+    )
+    what = "which query attends which key"
+    header = _HEADER.format(what=what, given=CUDA_FUNCTIONS, name="Predicate", functions=function)
+    return PrintedPredicate(header, tuple(_passed(table) for table in tables))
+
+
+def _pointers(tables: Iterable[Captured], first: int = 0) -> dict[Captured, str]:
+    return {
+        table: f"((const {_TYPES[table.dtype.str[1:]]}*)tables[{number}])" for number, table in enumerate(tables, first)
+    }
+
+
+def _passed(table: Captured) -> npt.NDArray[Any]:
+    array = np.array(table.array, order="C")
+    return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def score_tables(score: ScoreMod) -> tuple[npt.NDArray[Any] | None, ...]:
     """The arrays of `tables`, contiguous, doubles as floats; None for those that are given at each call."""
-    arrays = (None if table.is_live else np.array(table.array, order="C") for table in score.tables)
-    return tuple(
-        array.astype(np.float32) if array is not None and array.dtype == np.float64 else array for array in arrays
-    )
+    return tuple(None if table.is_live else _passed(table) for table in score.tables)
 
 
 def _scatter(score: ScoreMod, names: Mapping[Captured, str], extents: Extents) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -27,7 +27,7 @@ from sparsec.backends.cuda_calls import (
     packed_heads,
     with_score,
 )
-from sparsec.backends.cuda_printed import MAX_TABLES
+from sparsec.backends.cuda_printed import MASK_HEADER, MAX_TABLES, PrintedPredicate, printed_predicate
 from sparsec.backends.tile_lists import tile_arrays
 
 _MATRIX: Final = 16
@@ -37,6 +37,12 @@ _MOST_KEYS: Final = 64
 _REGISTERS: Final = 150
 # Of those, what a second 16 rows of a warp need beside sums and scores where columns are gathered.
 _SECOND_ROWS: Final = 24
+# kHoldsQueries: what of queries, sums and scores a thread holds at most.
+_HELD: Final = 160
+# Two warps for each of a multiprocessor's four schedulers.
+_LEAST_WARPS: Final = 8
+# Shared memory that the system keeps of each block.
+_KEPT_BYTES: Final = 1024
 # Single edges that a team has in flight.
 _SINGLES: Final = 4
 # Rows that a block of `merge` joins: kMergeWarps.
@@ -66,18 +72,35 @@ class TileShape:
 
 def tile_shape(launch: Launch) -> TileShape:
     """The shape of a launch's kernel: what the configuration says, cut until it fits registers and shared memory."""
-    config, problem = launch.config, launch.problem
-    pack = packed_heads(launch)
-    rows = config["block_q"] * pack
-    v_width = padded(problem.v_dim)
-    # A thread holds half a row's sums for each 16 rows of its warp, and as much of its scores.
-    warp_rows = config["warp_rows"] if config["warp_rows"] <= rows and v_width <= 128 else _MATRIX
-    step, stages = min(config["block_kv"], config["step_kv"], _MOST_KEYS), config["num_stages"]
-    parts = warp_rows // _MATRIX
+    config, pack = launch.config, packed_heads(launch)
+    rows, stages = config["block_q"] * pack, config["num_stages"]
+    step = min(config["block_kv"], config["step_kv"], _MOST_KEYS)
+    if config["warp_rows"] == 2 * _MATRIX <= rows:
+        shape = _fitted(launch, TileShape(pack, rows, rows // (2 * _MATRIX), step, stages, 0))
+        if _is_worth_it(launch, shape, step):
+            return shape
+    return _fitted(launch, TileShape(pack, rows, rows // _MATRIX, step, stages, 0))
+
+
+def _is_worth_it(launch: Launch, shape: TileShape, step: int) -> bool:
+    """Whether warps of 32 rows are: each reads a step's keys and values from shared memory once, not once for 16 rows.
+
+    They are not where their queries would be read again instead, for want of registers, nor where so few of them fit a
+    multiprocessor that nobody works while others wait. A score modifier has the registers of the second 16 rows.
+    """
+    problem, device = launch.problem, launch.device
+    # A thread holds of its warp half a row's sums and scores for each 16 rows, and a quarter of its queries.
+    held = 2 * (padded(problem.v_dim) // 2 + step // 2 + padded(problem.head_dim) // 4)
+    blocks = (device.shared_bytes_per_block + _KEPT_BYTES) // (shape.shared_bytes + _KEPT_BYTES)
+    return launch.score is None and held <= _HELD and blocks * shape.warps >= _LEAST_WARPS
+
+
+def _fitted(launch: Launch, shape: TileShape) -> TileShape:
+    """The shape with so few keys at a time, and so few stages, that it fits registers and shared memory."""
+    parts = shape.rows // shape.warps // _MATRIX
     most = _REGISTERS - (_SECOND_ROWS * (parts - 1) if launch.template.layout == "hybrid" else 0)
-    while parts * (v_width + step) // 2 > most and step > _MATRIX:
-        step //= 2
-    shape = TileShape(pack, rows, rows // warp_rows, step, stages, 0)
+    while parts * (padded(launch.problem.v_dim) + shape.step_kv) // 2 > most and shape.step_kv > _MATRIX:
+        shape = replace(shape, step_kv=shape.step_kv // 2)
     while shared_bytes(launch, shape) > launch.device.shared_bytes_per_block and (
         shape.stages > 2 or shape.step_kv > _MATRIX
     ):
@@ -145,17 +168,24 @@ class TileWalk:
         arrays: Index arrays by their name in `TileLists`; None where there is none.
         numbers: Its integers.
         n_copies: Entries of `heads`.
+        predicate: What says which pairs of a partial tile are attended, instead of patterns; or None.
     """
 
     shape: TileShape
     arrays: Mapping[str, Array | None]
     numbers: Mapping[str, int]
     n_copies: int
+    predicate: PrintedPredicate | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its index arrays."""
         return sum(array.nbytes for array in self.arrays.values() if array is not None)
+
+    @property
+    def n_states(self) -> int:
+        """Rows whose states are held, for one batch element."""
+        return self.numbers["n_slots"] * self.n_copies * self.shape.rows
 
     @property
     def merged_blocks(self) -> int:
@@ -207,6 +237,11 @@ def tile_walk(launch: Launch) -> TileWalk:
         }
     # The batch elements are known when it is called.
     del arrays["batches"]
+    predicate = None
+    if launch.config.get("by_predicate", 0) == 1:
+        predicate = printed_predicate(work.bound, 0 if launch.score is None else len(launch.score.tables))
+    if predicate is not None:
+        arrays |= {"tile_pattern": None, "patterns": None}
     numbers = {
         "n_items": schedule.n_items,
         "n_slots": schedule.n_slots,
@@ -219,7 +254,7 @@ def tile_walk(launch: Launch) -> TileWalk:
         "group": problem.group,
         "first_query": launch.first_query,
     }
-    return TileWalk(shape, arrays, numbers, len(firsts))
+    return TileWalk(shape, arrays, numbers, len(firsts), predicate)
 
 
 def tile_scale(launch: Launch) -> tuple[float, int]:
@@ -268,4 +303,8 @@ def tile_program(launch: Launch, walk: TileWalk, widths: TileWidths) -> Program:
         # A single edge's row of K is fetched as its query's row of Q is.
         both = min(widths.q, widths.k)
         values |= {"SX_Q_BYTES": both, "SX_K_BYTES": both, "SX_GATHERS": 1, "SX_LANES": lanes, "SX_KEYS": keys}
-    return with_score(launch, values)
+    made = with_score(launch, values)
+    if walk.predicate is None:
+        return made
+    header = (MASK_HEADER, walk.predicate.header)
+    return replace(made, defines=(*made.defines, ("SX_PREDICATE", "1")), headers=(*made.headers, header))

@@ -215,7 +215,7 @@ SX_INLINE void add(
 }  // namespace sx
 
 // delta of every row of the launch's heads, a team each.
-extern "C" __global__ void __launch_bounds__(SX_WARPS * 32) prepare(const __grid_constant__ sx::Arguments a) {
+extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) prepare(const __grid_constant__ sx::Arguments a) {
   using namespace sx;
   const int warp = threadIdx.x / 32, team = threadIdx.x % 32 / kLanes, lane = threadIdx.x % kLanes;
   unsigned index;
@@ -237,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32) prepare(const __grid
   }
 }
 
-extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) backward(const __grid_constant__ sx::Arguments a) {
+extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, SX_RESIDENT) backward(const __grid_constant__ sx::Arguments a) {
   using namespace sx;
   static_assert(sizeof(Arguments) == SX_ARGUMENT_BYTES, "host and device differ in the arguments");
   __shared__ float states[kWarps][kPack][kWords];

@@ -3,7 +3,8 @@
 // The bins of rows are in rows.cuh. Specialised by -D on: SX_T and SX_OUT (element types of the inputs and the output),
 // SX_HEAD_DIM, SX_V_DIM, SX_K_BYTES and SX_V_BYTES (bytes of a row that a lane fetches at once), SX_LANES (a team),
 // SX_KEYS (keys a team has in flight), SX_PACK (query heads that share each row of K and V fetched), SX_WARPS (a
-// block), SX_FORM (of the rows), SX_SCORE (where a header says how scores are modified).
+// block), SX_RESIDENT (blocks that a multiprocessor is to hold), SX_FORM (of the rows), SX_SCORE (where a header says how
+// scores are modified).
 #if defined(SX_BACKWARD)
 #include "row_traversal/backward.cuh"
 #else
@@ -43,6 +44,56 @@ SX_INLINE void write_row(const Arguments& a, const Copy& copy, i64 token, const 
   }
 }
 
+// The state after a team's next keys. While their rows are on their way, those after them are looked up: of the same row,
+// or, after its last, of the row `ahead`.
+template <bool IS_FULL>
+SX_INLINE void attend(const Arguments& a, const Copy& copy, const Job& job, const T* k_rows, const T* v_rows,
+                      const float (&query)[kPack][K::kSize], i64 token, bool is_last, Keys<SX_FORM>& keys,
+                      Keys<SX_FORM>& ahead, int lane, State& state) {
+  typename K::Raw k[kKeys];
+  typename V::Raw v[kKeys];
+  bool is_live[kKeys];
+  int tokens[kKeys], edges[kKeys];
+#pragma unroll
+  for (int u = 0; u < kKeys; ++u) {
+    tokens[u] = keys.tokens[u], edges[u] = keys.edge(u);
+    is_live[u] = IS_FULL || tokens[u] >= 0;
+    K::fetch_row(k[u], k_rows + tokens[u] * a.k.row, lane, is_live[u]);
+  }
+#pragma unroll
+  for (int u = 0; u < kKeys; ++u) V::fetch_row(v[u], v_rows + tokens[u] * a.v.row, lane, is_live[u]);
+  if (is_last)
+    ahead.advance(a.lists, job);
+  else
+    keys.advance(a.lists, job);
+
+  float scores[kPack][kKeys];
+#pragma unroll
+  for (int u = 0; u < kKeys; ++u) {
+    float values[K::kSize];
+    K::read(k[u], values);
+#pragma unroll
+    for (int p = 0; p < kPack; ++p) scores[p][u] = K::dot(query[p], values);
+  }
+#pragma unroll
+  for (int p = 0; p < kPack; ++p) {
+#pragma unroll
+    for (int u = 0; u < kKeys; ++u) scores[p][u] = team_sum(scores[p][u]);
+  }
+#if defined(SX_SCORE)
+#pragma unroll
+  for (int p = 0; p < kPack; ++p) {
+#pragma unroll
+    for (int u = 0; u < kKeys; ++u)
+      if (is_live[u])
+        scores[p][u] = Score::value(a.lists.tables, scores[p][u] * a.scale, (int)copy.batch, (int)copy.head + p, a.lists.first_query + (int)token, tokens[u], edges[u]);
+  }
+  state.attend(scores, is_live, v, kLog2E);
+#else
+  state.attend(scores, is_live, v, a.scale);
+#endif
+}
+
 constexpr int kStateWords = kVDim + 2;
 
 // Joins `n` states of one head, `stride` floats apart, in their order; the block shares the columns.
@@ -66,7 +117,7 @@ SX_INLINE void join(const Arguments& a, const Copy& copy, int p, i64 token, cons
 
 }  // namespace sx
 
-extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __grid_constant__ sx::Arguments a) {
+extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, SX_RESIDENT) forward(const __grid_constant__ sx::Arguments a) {
   using namespace sx;
   static_assert(sizeof(Arguments) == SX_ARGUMENT_BYTES, "host and device differ in the arguments");
   __shared__ float states[kWarps][kPack][kStateWords];
@@ -93,51 +144,14 @@ extern "C" __global__ void __launch_bounds__(SX_WARPS * 32, 1) forward(const __g
       K::load(query[p], a.q.at<T>(copy.batch, copy.head + p) + token * a.q.row, lane, is_row);
     state.clear();
 
-    const int trips = most_of_teams(keys.trips);
+    const int trips = most_of_teams(keys.trips), full = least_of_teams(keys.full);
     if (trips == 0) ahead.advance(a.lists, job);
     for (int trip = 0; trip < trips; ++trip) {
-      typename K::Raw k[kKeys];
-      typename V::Raw v[kKeys];
-      bool is_live[kKeys];
-      int tokens[kKeys], edges[kKeys];
-#pragma unroll
-      for (int u = 0; u < kKeys; ++u) {
-        tokens[u] = keys.tokens[u], edges[u] = keys.edge(u);
-        is_live[u] = tokens[u] >= 0;
-        K::fetch_row(k[u], k_rows + keys.tokens[u] * a.k.row, lane, is_live[u]);
-      }
-#pragma unroll
-      for (int u = 0; u < kKeys; ++u) V::fetch_row(v[u], v_rows + keys.tokens[u] * a.v.row, lane, is_live[u]);
-      if (trip + 1 < trips)
-        keys.advance(a.lists, job);
+      // While every team has all its keys, nothing is asked of each.
+      if (trip < full)
+        attend<true>(a, copy, job, k_rows, v_rows, query, token, trip + 1 == trips, keys, ahead, lane, state);
       else
-        ahead.advance(a.lists, job);
-
-      float scores[kPack][kKeys];
-#pragma unroll
-      for (int u = 0; u < kKeys; ++u) {
-        float values[K::kSize];
-        K::read(k[u], values);
-#pragma unroll
-        for (int p = 0; p < kPack; ++p) scores[p][u] = K::dot(query[p], values);
-      }
-#pragma unroll
-      for (int p = 0; p < kPack; ++p) {
-#pragma unroll
-        for (int u = 0; u < kKeys; ++u) scores[p][u] = team_sum(scores[p][u]);
-      }
-#if defined(SX_SCORE)
-#pragma unroll
-      for (int p = 0; p < kPack; ++p) {
-#pragma unroll
-        for (int u = 0; u < kKeys; ++u)
-          if (is_live[u])
-            scores[p][u] = Score::value(a.lists.tables, scores[p][u] * a.scale, (int)copy.batch, (int)copy.head + p, a.lists.first_query + (int)token, tokens[u], edges[u]);
-      }
-      state.attend(scores, is_live, v, kLog2E);
-#else
-      state.attend(scores, is_live, v, a.scale);
-#endif
+        attend<false>(a, copy, job, k_rows, v_rows, query, token, trip + 1 == trips, keys, ahead, lane, state);
     }
 
     if (job.bin == Job::kTeam) {

@@ -92,7 +92,7 @@ template <int FORM> class Keys {
  public:
   // The keys of an entry of the job's bin; rows beyond the bin have none.
   SX_INLINE void open(const Lists& lists, const Job& job, int entry) {
-    row = -1, stop = 0, at_ = 0, trips = 0, slot = -1;
+    row = -1, stop = 0, at_ = 0, trips = 0, full = 0, slot = -1;
     if (entry >= job.end) return;
     int start = 0, limit = 0x7fffffff;
     if (job.bin == Job::kPiece) {
@@ -113,7 +113,8 @@ template <int FORM> class Keys {
     }
     stop = min(stop, limit);
     at_ = start + job.offset;
-    trips = ceil_div(max(stop - at_, 0), job.turn * kKeys);
+    const int own = ceil_div(max(stop - at_, 0), job.turn);
+    trips = ceil_div(own, kKeys), full = own / kKeys;
   }
 
   // The next kKeys keys: tokens, -1 beyond the last.
@@ -136,6 +137,7 @@ template <int FORM> class Keys {
 
   int row, stop, slot;
   int trips;  // how often this team takes kKeys keys
+  int full;   // and how often so many are left
   int tokens[kKeys];
 #if defined(SX_EDGES)
   int numbers[kKeys];  // of their edges
@@ -179,6 +181,12 @@ SX_INLINE i64 token_of(const Lists& lists, int row) { return lists.row_order ? l
 SX_INLINE int most_of_teams(int n) {
 #pragma unroll
   for (int lane = kLanes; lane < 32; lane *= 2) n = max(n, __shfl_xor_sync(kAllLanes, n, lane));
+  return n;
+}
+
+SX_INLINE int least_of_teams(int n) {
+#pragma unroll
+  for (int lane = kLanes; lane < 32; lane *= 2) n = min(n, __shfl_xor_sync(kAllLanes, n, lane));
   return n;
 }
 

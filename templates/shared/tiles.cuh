@@ -7,14 +7,18 @@
 //
 // Specialised by -D on: SX_T and SX_OUT (element types of the inputs and the output), SX_HEAD_DIM, SX_V_DIM, SX_Q_BYTES,
 // SX_K_BYTES, SX_V_BYTES and SX_OUT_BYTES (bytes of a row that a lane moves at once), SX_BLOCK_Q, SX_PACK, SX_BLOCK_KV,
-// SX_STEP, SX_STAGES, SX_WARPS, SX_GATHERS (where there are gathered columns), SX_SCORE (where a header says how scores
-// are modified), SX_SHARED_BYTES and SX_ARGUMENT_BYTES (what the host thinks).
+// SX_STEP, SX_STAGES, SX_WARPS, SX_GATHERS (where there are gathered columns),
+// SX_SCORE (where a header says how scores are modified), SX_PREDICATE (where a header says which query attends which
+// key of a partial tile, instead of patterns), SX_SHARED_BYTES and SX_ARGUMENT_BYTES (what the host thinks).
 #pragma once
 #include "shared/launch.cuh"
 #include "shared/matrix.cuh"
 #include "shared/states.cuh"
 #if defined(SX_SCORE)
 #include "score_generated.cuh"
+#endif
+#if defined(SX_PREDICATE)
+#include "mask_generated.cuh"
 #endif
 
 namespace sx {
@@ -44,7 +48,7 @@ struct TileLists {
   const int* item_full;
   const int* item_partial;
   const int* tile_column;
-  const int* tile_pattern;
+  const int* tile_pattern;      // null where a predicate says it
   const i64* patterns;          // [patterns, kBlockQ, words]: bit j of a query's words says that it attends key j
   const i64* item_column;       // its gathered columns: item_column ... item_column_stop - 1
   const i64* item_column_stop;
@@ -62,7 +66,7 @@ struct TileLists {
   const i64* merge_indptr;      // their slots
   int n_items, n_slots, n_merges, n_heads, abreast, q_len, kv_len, group;
   int first_query;  // what a score modifier is told of query 0
-  const void* tables[kMaxTables];  // of the score modifier
+  const void* tables[kMaxTables];  // of the score modifier, then of the predicate
 };
 
 struct Arguments {
@@ -156,7 +160,7 @@ struct State {
 };
 
 // The queries of the warp's rows: kept in registers where scores, weights and sums leave room for them.
-constexpr bool kHoldsQueries = kParts * (kVWidth / 2 + kStep / 2 + kKWidth / 4) <= 160;
+constexpr bool kHoldsQueries = kParts * (kVWidth / 2 + kStep / 2 + kKWidth / 4) <= (kParts == 1 ? 152 : 160);
 struct Queries {
   unsigned part[kHoldsQueries ? kKWidth / 16 : 1][kParts][4];
 
@@ -249,11 +253,34 @@ struct Mask {
   unsigned long long words[kParts][2];  // of a partial tile: for each of the lane's rows its keys, from the lane's own on
   const unsigned char* lanes;           // of gathered columns: for each key its queries
 
-  SX_INLINE Mask(const TileLists& lists, const Stream& stream, int step, const unsigned char* stage) {
+  SX_INLINE Mask(const TileLists& lists, const Stream& stream, int unit, int step, const unsigned char* stage) {
     kind = stream.kind(step), lanes = stage + kLanesAt;
     if (kind != kPartial) return;
-    constexpr int kWords = (kBlockKv + 63) / 64;
     const int offset = step % kTileSteps * kStep;
+#if defined(SX_PREDICATE)
+    const int tile = __ldg(lists.tile_column + stream.first_tile + step / kTileSteps);
+    const int first_key = tile * kBlockKv + offset + lane_column();
+#pragma unroll
+    for (int m = 0; m < kParts; ++m) words[m][0] = words[m][1] = 0;
+    // Not unrolled: a predicate may be long, and no register's number depends on n.
+#pragma unroll 1
+    for (int n = 0; n < kStep; n += 8) {
+#pragma unroll
+      for (int m = 0; m < kParts; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int query = unit * kBlockQ + (warp_row() + 16 * m + 8 * half + lane_row()) / kPack;
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int key = first_key + n + e;
+            const bool attends = key < lists.kv_len && Predicate::holds(lists.tables, query, key);
+            words[m][half] |= (unsigned long long)attends << (n + e);
+          }
+        }
+      }
+    }
+#else
+    constexpr int kWords = (kBlockKv + 63) / 64;
     const i64 pattern = __ldg(lists.tile_pattern + stream.first_tile + step / kTileSteps);
 #pragma unroll
     for (int m = 0; m < kParts; ++m) {
@@ -264,6 +291,7 @@ struct Mask {
         words[m][half] = (unsigned long long)word >> (offset % 64 + lane_column());
       }
     }
+#endif
   }
 
   // Scores of pairs that are not attended become -inf.
@@ -372,8 +400,8 @@ SX_INLINE void weigh(State& state, float (&scores)[kParts][kStep / 8][4], float 
 SX_INLINE void attend(const Arguments& a, const Copy& copy, int unit, const Stream& stream, int step, Queries& queries,
                       const unsigned char* query_rows, const unsigned char* stage, State& state) {
   const int lane = threadIdx.x % 32;
-  // Patterns are fetched while the scores are worked out.
-  const Mask mask(a.lists, stream, step, stage);
+  // Patterns are on their way while the scores are worked out.
+  const Mask mask(a.lists, stream, unit, step, stage);
   float scores[kParts][kStep / 8][4] = {};
 #pragma unroll
   for (int k = 0; k < kKWidth / 16; ++k) {

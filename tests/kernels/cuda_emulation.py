@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsec import data
 from sparsec.backends.cuda_calls import Program
-from sparsec.backends.cuda_compile import SCORE_HEADER, source_files
+from sparsec.backends.cuda_compile import source_files
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ class Emulation:
 
     def __init__(self) -> None:
         self.started: list[tuple[str, int, int]] = []
+        self._calls: list[Callable[[], None]] = []
 
     def run(
         self,
@@ -42,7 +44,16 @@ class Emulation:
         assert threads % 32 == 0
         self.started.append((name, blocks, threads))
         function = getattr(_library(program), f"launch_{name}")
-        function(ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.c_uint(shared_bytes), ctypes.byref(arguments))
+        numbers = [ctypes.c_uint(number) for number in (blocks, threads, shared_bytes)]
+        # The driver copies the arguments too.
+        copied = type(arguments).from_buffer_copy(arguments)
+        self._calls.append(lambda: function(*numbers, ctypes.byref(copied)))
+        self._calls[-1]()
+
+    def replay(self) -> None:
+        """Starts everything again that was started, with the arguments it had, as a captured graph does."""
+        for call in self._calls:
+            call()
 
 
 @cache
@@ -57,11 +68,12 @@ def _library(program: Program) -> ctypes.CDLL:
         )
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f'-DSX_HOST="{_HEADER}"']
     flags += [f'-DSX_HOST_MATRIX="{_MATRIX_HEADER}"', f"-I{data.templates_dir()}"]
-    flags += [f"-D{name}={value}" for name, value in program.defines]
-    generated = data.cache_dir() / f"emulated-{hashlib.sha256(program.score.encode()).hexdigest()[:24]}"
-    if program.score:
+    flags += [f"-D{name}={value}" for name, value in (*program.defines, ("SX_RESIDENT", "1"))]
+    if program.headers:
+        generated = data.cache_dir() / f"emulated-{hashlib.sha256(repr(program.headers).encode()).hexdigest()[:24]}"
         generated.mkdir(exist_ok=True)
-        (generated / SCORE_HEADER).write_text(program.score)
+        for name, content in program.headers:
+            (generated / name).write_text(content)
         flags.append(f"-I{generated}")
     key = hashlib.sha256("\0".join([*flags, text]).encode() + b"".join(path.read_bytes() for path in sources))
     path = data.cache_dir() / f"emulated-{key.hexdigest()[:24]}.so"

@@ -13,7 +13,7 @@ from cuda_emulation import Emulation
 
 from sparsec import gate, score
 from sparsec import masks as m
-from sparsec.backends import cuda
+from sparsec.backends import cuda, reference
 from sparsec.backends.base import Launch
 from sparsec.backends.cuda_tiles import tile_walk
 from sparsec.device import device
@@ -100,6 +100,82 @@ def test_the_hard_case(emulation, name, dtype):
 def test_shapes_and_configurations(emulation, name, tried, dtype, values):
     tried = tried.with_dtype(dtype)
     running.check(tried, *run(launched(name, tried, values), tried))
+
+
+# Of numbers alone, of a table that the mask captured, and of integers beyond 32 bits.
+_LABELS = np.repeat(np.arange(9), 25)
+PREDICATES = {
+    "window": m.window(37, 5),
+    "documents": m.documents([60, 1, 90, 48]),
+    "table": m.from_mask_mod(lambda b, h, q_idx, kv_idx: _LABELS[q_idx] == _LABELS[kv_idx]),
+    "wide": m.from_mask_mod(lambda b, h, q_idx, kv_idx: q_idx * 1_000_003 * (kv_idx + 7) // 1_000_000 % 3 == 0),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("title", PREDICATES)
+def test_partial_tiles_by_predicate(emulation, name, title):
+    is_cut = title in ("window", "wide")
+    values = {"block_kv": 128, "step_kv": 32, "pack_gqa": 2, "block_q": 32, "warp_rows": 32} if is_cut else {}
+    tried = case(title, PREDICATES[title], 199, 199, 32, heads=(4, 2)).with_dtype("fp16")
+    made = launched(
+        name,
+        tried,
+        {**values, "by_predicate": 1, "tile_percent": 12} if name == "hybrid" else {**values, "by_predicate": 1},
+    )
+    walk = tile_walk(made)
+    assert walk.arrays["patterns"] is None
+    assert walk.arrays["item_partial"].sum() > 0
+    assert ("long long" in walk.predicate.header.partition("struct Predicate")[2]) == (title == "wide")
+    results = run(made, tried)
+    running.check(tried, *results)
+    # The same pairs, so the same bits as by pattern.
+    by_pattern = replace(made, config=Config.of(**{**made.config.to_dict(), "by_predicate": 0}))
+    assert all(torch.equal(one, other) for one, other in zip(results, run(by_pattern, tried), strict=True))
+
+
+@EVERY
+def test_predicates_follow_the_order_of_tokens_and_the_tables_of_a_modifier(emulation, name):
+    tried = case("documents", PREDICATES["documents"], 199, 199, 32, heads=(4, 2)).with_dtype("fp16")
+    rng = np.random.default_rng(5)
+    ordering = Ordering("shuffled", *(rng.permutation(199).astype(np.int32) for _ in range(2)))
+    bias, live = rng.standard_normal(4).astype(np.float32), torch.zeros(4)
+    modifier = score.as_score_mod(lambda value, b, h, q, kv: value * 0.5 + bias[h] + live[h])
+    made = launched(name, tried, {"by_predicate": 1}, ordering=ordering, bound=reordered(tried.bound, ordering))
+    for launch in (made, replace(launched(name, tried, {"by_predicate": 1}), score=modifier.in_kernel)):
+        by_pattern = replace(launch, config=Config.of(**{**launch.config.to_dict(), "by_predicate": 0}))
+        given = () if launch.score is None else (torch.tensor([1.0, -2.0, 0.5, 3.0]),)
+        found = []
+        for each in (launch, by_pattern):
+            out, lse = running.poisoned(tried)
+            cuda.backend().lower(each)(*running.inputs(tried), out, lse, given)
+            found.append((out, lse))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        assert not torch.isnan(found[0][0]).any()
+
+
+def test_a_captured_graph_goes_on_with_an_updated_mask(emulation, monkeypatch):
+    monkeypatch.setattr(cuda, "_is_capturing", lambda device: True)
+    tried, other = (
+        case("documents", m.documents(lengths), 199, 199, 16).with_dtype("fp16")
+        for lengths in ([60, 80, 59], [70, 80, 49])
+    )
+    # The predicate's table of documents is another mask's too.
+    old, new = (cuda.backend().lower(launched("block_sparse", each, {"by_predicate": 1})) for each in (tried, other))
+    out, lse = running.poisoned(tried)
+    old(*running.inputs(tried), out, lse)
+    running.check(tried, out, lse)
+    new.take_over(old)
+    out.fill_(float("nan"))
+    emulation.replay()
+    running.check(other, out, lse)
+
+
+@EVERY
+def test_a_mask_of_edges_alone_keeps_its_patterns(name):
+    made = launched(name, HARD.with_dtype("bf16"), {"by_predicate": 1})
+    assert tile_walk(made).predicate is None
+    assert "SX_PREDICATE" not in dict(cuda.programs_of(made)[0][0].defines)
 
 
 @EVERY
@@ -200,6 +276,12 @@ def _bent(value, b, h, q_idx, kv_idx):
 
 
 _TABLE = np.random.default_rng(3).standard_normal(8).astype(np.float32)
+_SHIFTS = torch.zeros(2, 65)
+
+
+def _forbidding(value, b, h, q_idx, kv_idx):
+    """All keys of every seventh query, and some of the others'."""
+    return torch.where((q_idx % 7 == 5) | ((q_idx + kv_idx) % 4 == 0), -float("inf"), value * 8 + 500.0)
 
 
 @EVERY
@@ -207,6 +289,46 @@ def test_a_score_modifier(emulation, name):
     # The gate's own hard case, with its tensors where the emulation can read them.
     here = replace(GPU, kind="cpu")
     assert gate.check(template(name), "cuda", "bf16", here, "forward", score.as_score_mod(_bent)) is None
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("modifier", "dtype", "values", "mask"),
+    [
+        # Heads of a pack differ in what they add; more keys a tile than a step.
+        (
+            score.alibi([0.5, 0.25, 0.125, 0.0625]),
+            "bf16",
+            {"pack_gqa": 2, "block_q": 32, "block_kv": 128, "step_kv": 32, "num_stages": 4},
+            scattered(70, 90, 0.2),
+        ),
+        # Rows of which all keys are forbidden; of the others, scores are large.
+        (score.as_score_mod(_forbidding), "fp16", {"block_q": 16, "by_predicate": 1}, m.window(37, 5)),
+        # A captured tensor, by head and distance, clamped at both ends; queries of a longer sequence.
+        (
+            score.as_score_mod(lambda value, b, h, q, kv: torch.tanh(value) + _SHIFTS[h // 2, kv - q + 32]).in_kernel,
+            "fp16",
+            {"pack_gqa": 2, "block_q": 16},
+            scattered(70, 90, 0.1),
+        ),
+    ],
+    ids=["alibi", "forbidding", "captured"],
+)
+def test_score_modifiers_in_other_shapes(emulation, name, modifier, dtype, values, mask):
+    tried = case("modified", mask, 70, 90, 24, v_dim=40, heads=(4, 2), batch=2).with_dtype(dtype)
+    made = replace(split(launched(name, tried, values)), score=modifier, first_query=11)
+    generator = torch.Generator().manual_seed(3)
+    tables = [torch.randn(table.shape, generator=generator) for table in modifier.live_tables]
+    out, lse = running.poisoned(tried)
+    q, k, v = running.inputs(tried)
+    cuda.backend().lower(made)(q, k, v, out, lse, tables)
+    for b, h in np.ndindex(lse.shape[:2]):
+        heads = tuple(t.double().numpy() for t in (q[b, h], k[b, h // 2], v[b, h // 2]))
+        bent = reference.modifier_of(made, b, h, tables)
+        wanted = reference.attention(*heads, tried.bound, made.scale, modifier=bent)
+        allowed = reference.tolerances(*heads, tried.bound, made.scale, dtype, bent)
+        for got, right, most in zip((out[b, h], lse[b, h]), wanted, allowed, strict=True):
+            running.check_close(got, right, most, f"head {h}, batch element {b}")
 
 
 @EVERY
