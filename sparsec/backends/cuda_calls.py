@@ -35,7 +35,7 @@ _FORMS: Final = {"offsets": 0, "ranges": 1, "edges": 2}
 _TYPES: Final = {"fp32": "float", "fp16": "sx::half", "bf16": "sx::bfloat"}
 # Blocks of the row kernels that are resident on a multiprocessor, about.
 _RESIDENT: Final = 4
-# Registers that a key under way takes more where rows are progressions.
+# Registers that a key under way may take more where rows are progressions: by this it is judged what fits at all.
 _PROGRESSION: Final = 10
 # Teams of a warp wait for the longest of their rows; rows are sorted where that would cost more than this.
 _UNEVEN: Final = 1.1
@@ -174,11 +174,13 @@ class Held:
     Attributes:
         rows: How often its slice of head_dim and of v_dim elements, for each head of a pack.
         others: Registers for lists, addresses and loops, by what the compiler was seen to need.
+        progressions: What a key under way takes more where rows are progressions, likewise.
         most: Registers for all but those at most, likewise.
     """
 
     rows: tuple[int, int]
     others: int
+    progressions: int
     most: int
 
     def registers(self, problem: Problem, widths: tuple[int, int], lanes: int, pack: int, keys: int) -> int:
@@ -306,6 +308,7 @@ def program(
     }
     made = with_score(launch, values, with_scatter=with_scatter)
     registers = walk.held.registers(problem, widths, shape.lanes, shape.pack, shape.keys) + walk.held.others
+    registers += 0 if walk.form == "edges" else walk.held.progressions * shape.keys
     # The more blocks are there, the more bytes are on their way to them.
     resident = launch.device.registers_per_unit // (WARP * shape.warps * registers)
     return replace(made, resident=max(1, resident))
@@ -500,7 +503,7 @@ def walk(
 
 
 # A query of each head, and its sums.
-_HELD: Final = Held(rows=(1, 1), others=30, most=190)
+_HELD: Final = Held(rows=(1, 1), others=30, progressions=4, most=190)
 
 
 def forward_walk(launch: Launch) -> Walk:

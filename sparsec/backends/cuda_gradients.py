@@ -43,8 +43,8 @@ class GradientArguments(ctypes.Structure):
 
 
 # Own rows of both dimensions, and the sums of one or of both.
-_HELD_BY_QUERIES: Final = Held(rows=(2, 1), others=60, most=200)
-_HELD_BY_KEYS: Final = Held(rows=(2, 2), others=60, most=180)
+_HELD_BY_QUERIES: Final = Held(rows=(2, 1), others=60, progressions=0, most=200)
+_HELD_BY_KEYS: Final = Held(rows=(2, 2), others=60, progressions=10, most=180)
 
 
 @dataclass(frozen=True, slots=True)
