@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,29 @@ def test_no_batch_elements():
     out, lse = sparsec.compile(m.window(3, 3), 20)(*_qkv(batch=0), return_lse=True)
     assert out.shape == (0, 1, 20, 8)
     assert lse.shape == (0, 1, 20)
+
+
+@pytest.mark.parametrize("salt", range(6))
+@pytest.mark.parametrize(
+    "mask",
+    [
+        m.dilated(120, 8) | m.random_edges(2, 0),
+        m.window(9, 4) & ~m.strided(5) | m.global_tokens([7, 90, 251]),
+        m.per_head([m.longformer(16, 2), m.bigbird(16, 3, 1, 1, 0), m.longformer(16, 2), m.causal()]),
+    ],
+    ids=["dilated-and-scattered", "window-and-tokens", "by-head"],
+)
+def test_whichever_candidate_wins_the_result_is_the_same(mask, salt, monkeypatch):
+    from sparsec.planner.drafts import Draft
+
+    def us(draft, scale):
+        parts = [(p.template.name, str(p.config), p.work.ordering.name, p.edges) for p in draft.parts]
+        return 1.0 + zlib.crc32(repr((salt, parts)).encode())
+
+    monkeypatch.setattr(Draft, "us", us)
+    tried = case("any", mask, 257, 257, 40, v_dim=24, heads=(4, 2), batch=2)
+    attn = sparsec.compile(tried.mask, 257, backend="cpu")
+    running.check(tried, *attn(*running.inputs(tried), return_lse=True))
 
 
 # When a plan is made.
