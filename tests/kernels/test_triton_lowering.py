@@ -272,7 +272,7 @@ def _addressing():
 
 
 # The only 32-bit numbers that are multiplied: positions of a sequence, which are below 2³¹ like its length; places in
-# tables, which are 64-bit where 32 would not do (`test_score.py`); and numbers of programs, which a grid bounds.
+# tables, which are 64-bit where 32 would not do (`test_expr.py`); and numbers of programs, which a grid bounds.
 _TIMES_A_CONSTANT = {"position", "first", "row", "scores", "weights"}
 _TIMES_ANOTHER = {"copy"}
 
