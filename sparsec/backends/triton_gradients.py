@@ -94,10 +94,11 @@ def gradient_calls_of(launch: Launch) -> tuple[Call, ...]:
         meeting = tuple(tuple(h for h in launch.heads[::pack] if h // group == kv_head) for kv_head in kv_heads)
         return _Side(False, turned, kv_len, q_len, kv_heads, meeting, pack)
 
-    # A step of the stream has all packed heads of a query: where there is no room for them, fewer are packed.
-    step = _steps(launch, by_keys(pack))[0]["STEP"]
-    assert isinstance(step, int), "a step is a number of rows"
-    return (_prepare(launch), *_side_calls(launch, by_queries), *_side_calls(launch, by_keys(min(pack, step))))
+    # A step of the stream has all packed heads of a query: where there is no room for them, fewer are packed, and none
+    # beside single edges, whose queries threads hold.
+    has_singles = turned.tiles is not None and _singles(launch, turned) is not None
+    room = 1 if has_singles else _steps(launch, by_keys(pack))[0]["STEP"]
+    return (_prepare(launch), *_side_calls(launch, by_queries), *_side_calls(launch, by_keys(min(pack, room))))
 
 
 def transposed_work(launch: Launch) -> Work:
@@ -176,7 +177,7 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
         "n_heads": len(side.heads),
         "length": side.length,
     }
-    rows = work.rows
+    rows = _singles(launch, work)
     # Query heads of one key head walk an item side by side, so that what they share is found in the cache.
     group = problem.q_heads // problem.kv_heads
     abreast = max(1, math.gcd(len(side.heads), group // side.pack)) if is_dq else 1
@@ -208,7 +209,7 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
             "stream_order": work.ordering.kv_order,
             **_tiles(work),
             **_gathered(work),
-            **_rows(work),
+            **_rows(work, rows),
         },
         numbers={
             **numbers,
@@ -262,7 +263,7 @@ def _side_calls(launch: Launch, side: _Side) -> tuple[Call, ...]:
     return backward, add_up
 
 
-def _steps(launch: Launch, side: _Side) -> tuple[dict[str, object], int, int]:
+def _steps(launch: Launch, side: _Side) -> tuple[dict[str, int], int, int]:
     """Constants, warps and stages that fit the registers and the shared memory."""
     config, device, itemsize = launch.config, launch.device, launch.problem.itemsize
     dims = dims_of(launch.problem)
@@ -275,14 +276,17 @@ def _steps(launch: Launch, side: _Side) -> tuple[dict[str, object], int, int]:
             warps *= 2
     is_without_matrix_units = device.kind == "nvidia" and itemsize == 4
     is_crowded = not side.is_dq and (side.work.gathered is not None or "tcgen05" in device.features)
+    # Rows of packed heads that meet single edges too, in a thread's registers.
+    is_packed_singly = side.own_pack > 1 and device.kind == "nvidia" and _singles(launch, side.work) is not None
+    is_crowded = is_crowded or is_packed_singly
     has_sums = side.is_dq and launch.score is not None and bool(launch.score.live_tables)
     holds_operands = device.kind == "nvidia" and not {"wgmma", "tcgen05"} & set(device.features)
     if tiles is not None and (is_without_matrix_units or is_crowded or (has_sums and holds_operands)):
         # Operands held by threads; or two accumulators beside three kinds of lists, or beside tensor memory's copies.
         warps = 8
     row_bytes = max(dims[1], dims[3]) * itemsize
-    keys = max(side.stream_pack, config.get("fetch", 64) * threads_a_warp * warps // (2 * block * row_bytes))
-    constants: dict[str, object] = {"KEYS": keys, "CHUNK": dims[1], "CHUNK_2": dims[3], "STREAM": 16, "STEP": 16}
+    keys = max(1, config.get("fetch", 64) * threads_a_warp * warps // (2 * block * row_bytes))
+    constants = {"KEYS": keys, "CHUNK": dims[1], "CHUNK_2": dims[3], "STREAM": 16, "STEP": 16}
     if tiles is None:
         return constants, warps, 1
     stream = max(tiles.tile_map.block_kv * side.stream_pack, LEAST_ROWS)
@@ -300,7 +304,7 @@ def _steps(launch: Launch, side: _Side) -> tuple[dict[str, object], int, int]:
     ):
         step //= 2
     looks_up = launch.score is not None and bool(launch.score.tables) and "tcgen05" in device.features
-    if has_sums or looks_up or (launch.score is not None and launch.score.needs_edges):
+    if is_packed_singly or has_sums or looks_up or (launch.score is not None and launch.score.needs_edges):
         # Edges are counted, and what is added to a table is made, of each score beside its gradient.
         step = 16
     return constants | {"STEP": step}, warps, stages
@@ -323,14 +327,18 @@ def _gathered(work: Work) -> dict[str, Array | None]:
         "item_column": work.items.column_start,
         "item_column_stop": work.items.column_stop,
         "gathered_columns": work.gathered.columns,
-        "gathered_lanes": work.gathered.lanes.view(np.int64),
+        "gathered_lanes": None if work.gathered.block_q == 1 else work.gathered.lanes.view(np.int64),
         "gathered_edge_indptr": None if work.numbers is None else work.numbers.gathered_indptr,
         "gathered_edges": None if work.numbers is None else work.numbers.gathered,
     }
 
 
-def _rows(work: Work) -> dict[str, Array | None]:
-    rows = work.rows
+def _singles(launch: Launch, work: Work) -> RowLists | None:
+    """The rows that are walked edge by edge; None where a configuration leaves none, whatever the mask."""
+    return None if launch.template.layout == "hybrid" and launch.config["column_queries"] == 1 else work.rows
+
+
+def _rows(work: Work, rows: RowLists | None) -> dict[str, Array | None]:
     if rows is None:
         return dict.fromkeys(
             ("item_start", "item_stop", "row_indptr", "row_first", "row_last", "row_step", "row_edges")

@@ -262,7 +262,8 @@ def add_columns(
 ):  # fmt: skip
     """The gradients after gathered columns; edge_indptr, edges: the numbers of each column's edges, or None.
 
-    OWN_PACK, PACK: heads of each own token, and of each of the stream.
+    lanes: bit `i` of a column's says that own token `i` of the block meets it; None where there is one, which meets
+    them all. OWN_PACK, PACK: heads of each own token, and of each of the stream.
     """
     within = tl.arange(0, STEP)
     member = members(within, PACK)
@@ -270,14 +271,17 @@ def add_columns(
         nth = done + within // PACK
         live = nth < n_columns
         token = tokens_at(order, tl.load(columns + nth, mask=live, other=0), live)
-        bits = tl.load(lanes + nth, mask=live, other=0)
-        attended = ((bits[None, :] >> lane[:, None].to(tl.int64)) & 1) != 0
+        attended = live[None, :] & (lane[:, None] >= 0)
+        if lanes is not None:
+            bits = tl.load(lanes + nth, mask=live, other=0)
+            attended = ((bits[None, :] >> lane[:, None].to(tl.int64)) & 1) != 0
         edge = None
         if edges is not None:
             first_edge = tl.load(edge_indptr + nth, mask=live, other=0)
             # A column's edges follow each other by own token, whose heads share their number.
             rank = rank_among(attended, 0) // OWN_PACK
-            edge = tl.load(edges + first_edge[None, :] + rank, mask=attended, other=0)
+            # Rows that fill a low tile up have no number.
+            edge = tl.load(edges + first_edge[None, :] + rank, mask=attended & rows[6][:, None], other=0)
         acc_1, acc_2 = add_tile(
             rows, row_base, row_delta, stream, None, token, member, edge, live, attended, who, acc_1, acc_2, scale,
             MODIFY, SLOPE, SCATTER, IS_DQ, NEGATE, STEP, DIMS, CHUNK, CHUNK_2,
@@ -495,10 +499,11 @@ def backward(
             if item_column is not None:
                 column = tl.load(item_column + item)
                 n_columns = (tl.load(item_column_stop + item) - column).to(tl.int32)
+                lanes = None if gathered_lanes is None else gathered_lanes + column
                 column_edges = None if gathered_edges is None else gathered_edge_indptr + column
                 acc_1, acc_2 = add_columns(
-                    rows, row_base, row_delta, stream, gathered_columns + column, gathered_lanes + column, n_columns,
-                    column_edges, gathered_edges, lane, stream_order, who, acc_1, acc_2, scale, MODIFY, SLOPE, SCATTER,
+                    rows, row_base, row_delta, stream, gathered_columns + column, lanes, n_columns, column_edges,
+                    gathered_edges, lane, stream_order, who, acc_1, acc_2, scale, MODIFY, SLOPE, SCATTER,
                     IS_DQ, NEGATE, STEP, OWN_PACK, STREAM_PACK, DIMS, CHUNK, CHUNK_2,
                 )  # fmt: skip
 
