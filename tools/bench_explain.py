@@ -34,31 +34,28 @@ AIM_S = {SHORT: 1.5, LONG: 5.0}
 GRAPH = str(files("sparsec") / "demo_data" / "debian_depends.npz")
 
 # Documents are those of the grid, over and over; a graph has its own length.
+_ALWAYS = {
+    "window": "window(255, 255)",
+    "causal window": "window(255, 0)",
+    "bigbird": "bigbird(64, 3, 2, 3, 0)",
+    "longformer": "longformer(512, 1)",
+    "documents": "",
+    "dilated": "dilated(2040, 8)",
+    "random blocks": "random_blocks(8, 64, 0)",
+}
 MASKS: dict[int, dict[str, str]] = {
     SHORT: {
         "full": "full()",
         "causal": "causal()",
-        "window": "window(255, 255)",
-        "causal window": "window(255, 0)",
-        "bigbird": "bigbird(64, 3, 2, 3, 0)",
-        "longformer": "longformer(512, 1)",
-        "documents": "",
-        "dilated": "dilated(2040, 8)",
+        **_ALWAYS,
         "neighborhood": "neighborhood((256, 256), 13)",
-        "random blocks": "random_blocks(8, 64, 0)",
         "strided": "strided(512)",
         "random edges": "random_edges(64, 0)",
         "debian_depends": GRAPH,
     },
     LONG: {
-        "window": "window(255, 255)",
-        "causal window": "window(255, 0)",
-        "bigbird": "bigbird(64, 3, 2, 3, 0)",
-        "longformer": "longformer(512, 1)",
-        "documents": "",
-        "dilated": "dilated(2040, 8)",
+        **_ALWAYS,
         "neighborhood": "neighborhood((2500, 4000), 13)",
-        "random blocks": "random_blocks(8, 64, 0)",
         "strided": "strided(65536)",
         "random edges": "random_edges(8, 0)",
     },
