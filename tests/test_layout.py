@@ -22,6 +22,7 @@ from sparsec.layout import (
 from sparsec.layout import hybrid as hybrid_module
 from sparsec.layout.edges import row_chunks
 from sparsec.masks.mask import BoundMask
+from sparsec.masks.ranges import RowRanges
 
 
 def _random(q_len: int, kv_len: int, density: float, seed: int) -> BoundMask:
@@ -323,6 +324,22 @@ def test_balance_of_many_items_is_near_the_simulated_one(monkeypatch: pytest.Mon
     exact = plan.balance(13)
     monkeypatch.setattr("sparsec.layout.scheduling._SIMULATED_ITEMS", 500)
     assert exact <= plan.balance(13) < exact + 0.02
+
+
+def test_scattered_rows_are_not_all_read_in_search_of_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    own_rows = BoundMask.rows
+
+    def rows(bound: BoundMask, start: int = 0, stop: int | None = None) -> RowRanges:
+        read.append((bound.q_len if stop is None else stop) - start)
+        return own_rows(bound, start, stop)
+
+    monkeypatch.setattr(BoundMask, "rows", rows)
+    scattered = row_lists(m.random_edges(2, 0).bind(40_000))
+    assert scattered.form == "edges"
+    assert scattered.nnz == 80_000
+    assert sum(read) < 2_000
+    assert row_lists(m.documents([30_000, 10_000]).bind(40_000)).form == "ranges"
 
 
 def test_residue_order_lists_classes() -> None:

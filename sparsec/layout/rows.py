@@ -23,6 +23,8 @@ RowForm = Literal["offsets", "ranges", "edges"]
 MIN_KEYS_PER_RANGE = 4
 
 _CHUNK_ROWS = 1 << 15
+# Stretches of rows that say whether reading all of them is in vain, and the rows of each.
+_PROBES, _PROBED_ROWS = 16, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,10 @@ def row_lists(bound: BoundMask, form: RowForm | None = None) -> RowLists:
 
 
 def _all_rows(bound: BoundMask, limit: int | None) -> RowRanges | None:
-    """All rows, or None as soon as their ranges are more than `limit`."""
+    """All rows, or None as soon as their ranges are more than `limit`, or rows here and there have no long ones."""
     parts: list[RowRanges] = []
+    if limit is not None and _are_scattered(bound):
+        return None
     n_ranges = 0
     for first in range(0, bound.q_len, _CHUNK_ROWS):
         parts.append(bound.rows(first, min(first + _CHUNK_ROWS, bound.q_len)))
@@ -142,6 +146,16 @@ def _all_rows(bound: BoundMask, limit: int | None) -> RowRanges | None:
         if limit is not None and n_ranges > limit:
             return None
     return ranges.concatenate(parts)
+
+
+def _are_scattered(bound: BoundMask) -> bool:
+    """Whether a few stretches of a long mask's rows have less than half the keys a range that ranges are worth."""
+    if bound.q_len <= _CHUNK_ROWS:
+        return False
+    starts = np.linspace(0, bound.q_len - _PROBED_ROWS, _PROBES).astype(np.int64).tolist()
+    probes = [bound.rows(start, start + _PROBED_ROWS) for start in starts]
+    n_ranges = sum(len(probe.start) for probe in probes)
+    return 2 * sum(probe.nnz for probe in probes) < MIN_KEYS_PER_RANGE * n_ranges
 
 
 def _offset_degrees(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import scipy.sparse
 
 UIntArray = npt.NDArray[np.uint64]
+Keys = npt.NDArray[np.signedinteger[Any]]
 # Rounds of the Feistel network: each mixes one half of the position into the other.
 ROUNDS = 6
 POSITIONS_A_CHUNK = 2**20
@@ -80,18 +81,17 @@ class RandomEdges(Mask):
         if self.avoiding is not None:
             return super()._to_csr(shape)
         columns = np.empty(self.degree * shape[0], derive.index_type(self.degree * shape[0], shape[1]))
-        for start, keys in self._drawn(shape):
-            keys.sort(axis=1)
+        for start, keys in self._drawn(shape, lambda keys: np.sort(keys.astype(columns.dtype), axis=1)):
             columns[start * self.degree : start * self.degree + keys.size] = keys.reshape(-1)
         return derive.csr_of(np.arange(shape[0] + 1, dtype=np.int64) * self.degree, columns, shape)
 
-    def _drawn(self, shape: Shape) -> Iterator[tuple[int, IntArray]]:
-        """The keys of all rows, in no order within a row: `(first row, keys)`, a bounded number at a time."""
+    def _drawn(self, shape: Shape, then: Callable[[IntArray], Keys] = np.asarray) -> Iterator[tuple[int, Keys]]:
+        """The keys of all rows, a bounded number at a time: `(first row, then(keys))`, in no order within a row."""
         step = max(1, KEYS_A_CHUNK // max(self.degree, 1))
 
-        def draw(start: int) -> tuple[int, IntArray]:
+        def draw(start: int) -> tuple[int, Keys]:
             row = np.arange(start, min(start + step, shape[0]), dtype=np.int64)
-            return start, permuted(self.seed, row, self.degree, shape[1])
+            return start, then(permuted(self.seed, row, self.degree, shape[1]))
 
         return in_order(draw, range(0, shape[0], step))
 
