@@ -304,7 +304,10 @@ def _steps(launch: Launch, side: _Side) -> tuple[dict[str, int], int, int]:
     ):
         step //= 2
     looks_up = launch.score is not None and bool(launch.score.tables) and "tcgen05" in device.features
-    if is_packed_singly or has_sums or looks_up or (launch.score is not None and launch.score.needs_edges):
+    # Of a program that stays, the number of its turn lives beside two accumulators' copies of tensor memory.
+    is_turning = "tcgen05" in device.features and not side.is_dq and most_programs(launch) is not None
+    needs_edges = launch.score is not None and launch.score.needs_edges
+    if is_turning or is_packed_singly or has_sums or looks_up or needs_edges:
         # Edges are counted, and what is added to a table is made, of each score beside its gradient.
         step = 16
     return constants | {"STEP": step}, warps, stages
