@@ -122,7 +122,8 @@ class Template:
         return backend not in self.without_edge_numbers
 
     def kernel_path(self, backend: str) -> Path:
-        return self.folder / KERNEL_FILES[backend]
+        """The file of its kernel; of a back end without files of its own, the folder."""
+        return self.folder / KERNEL_FILES.get(backend, "")
 
     def digest_of(self, backend: str) -> str:
         """Digest of what its kernels on a back end are compiled from; a record made with other sources is not served.

@@ -15,8 +15,9 @@ import sparsec
 from sparsec import data, gate, score
 from sparsec import masks as m
 from sparsec.backends import cpu
+from sparsec.backends import torch as torch_backend
 from sparsec.backends.base import DTYPES
-from sparsec.device import detect_cpu
+from sparsec.device import detect_cpu, device
 from sparsec.errors import CompileError
 from sparsec.template import template, templates
 
@@ -115,10 +116,38 @@ def test_what_is_no_number_is_wrong(got, is_refused):
 
 
 @pytest.mark.usefixtures("own_cache", "forgetful")
-def test_the_reference_and_torch_need_no_check(checks):
+def test_the_reference_needs_no_check_and_torch_one_on_gpus(checks):
     for name in ("reference", "torch"):
         gate.ensure(template("dense"), name, "fp32", detect_cpu())
     assert checks == []
+    gate.ensure(template("dense"), "torch", "fp32", device("nvidia-h100"))
+    assert checks == [("dense", "torch", "fp32")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_attention_of_torch_passes(dtype):
+    assert gate.check(template("dense"), "torch", dtype, detect_cpu()) is None
+
+
+@pytest.mark.usefixtures("own_cache", "forgetful")
+def test_dense_attention_of_torch_that_is_wrong_is_refused(monkeypatch):
+    right = torch_backend._with_log_sums_on_cpu
+    monkeypatch.setattr(torch_backend, "_with_log_sums_on_cpu", lambda q, k, v, _, scale: right(q, k, v, False, scale))
+    error = gate.check(template("dense"), "torch", "fp32", detect_cpu())
+    assert error is not None
+    monkeypatch.setattr(gate, "check", lambda *_: error)
+    with pytest.raises(CompileError, match="dense on torch"):
+        gate.ensure(template("dense"), "torch", "fp32", device("nvidia-h100"))
+
+
+@pytest.mark.parametrize(("dtype", "dim", "length"), [("float32", 40, 83), ("float16", 75, 457), ("bfloat16", 256, 33)])
+def test_torch_has_what_gpus_are_asked_for(dtype, dim, length):
+    """Names and arguments of torch's operators, and the shapes they answer with."""
+    q = torch.empty(2, 4, length, dim, dtype=getattr(torch, dtype), device="meta")
+    k = torch.empty(2, 4, length + 3, dim, dtype=q.dtype, device="meta")
+    values, log_sums = torch_backend._with_log_sums_on_gpu(q, k, k, False, 0.3)
+    assert (values.shape, values.dtype) == (q.shape, q.dtype)
+    assert (log_sums.shape, log_sums.dtype) == (q.shape[:3], torch.float32)
 
 
 @pytest.mark.usefixtures("forgetful")

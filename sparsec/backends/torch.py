@@ -1,7 +1,7 @@
 """The torch back end: torch's own dense attention, for masks that are full or causal.
 
-This file decides how a dense launch is handed over, and how its log-sum-exp is had where the public function does not
-return it. It has no kernels of its own.
+This file decides how a dense launch is handed over, on CPUs and GPUs, and how its log-sum-exp is had where the public
+function does not return it. It has no kernels of its own.
 """
 
 from __future__ import annotations
@@ -51,15 +51,46 @@ class TorchKernel:
                     qs, ks, vs, is_causal=is_causal, scale=launch.scale
                 )
             else:
-                # In half precision torch's exponentials are good for the output, and not for an fp32 log-sum-exp.
-                values, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    qs.float(), ks.float(), vs.float(), 0.0, is_causal, scale=launch.scale
-                )
-                lse[batch, heads] = log_sums
+                with_sums = _with_log_sums_on_cpu if qs.device.type == "cpu" else _with_log_sums_on_gpu
+                values, lse[batch, heads] = with_sums(qs, ks, vs, is_causal, launch.scale)
             out[batch, heads] = values.to(out.dtype)
 
     def source(self) -> dict[str, str]:
         return {"torch.py": Path(__file__).read_text()}
+
+
+def _with_log_sums_on_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the log-sum-exp."""
+    import torch
+
+    # In half precision torch's exponentials are good for the output, and not for an fp32 log-sum-exp.
+    values, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.float(), k.float(), v.float(), 0.0, is_causal, scale=scale
+    )
+    return values, log_sums
+
+
+def _with_log_sums_on_gpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the log-sum-exp."""
+    import torch
+
+    length, dim = q.shape[2:]
+    # Both kernels take whole vectors of 8; dimensions of zeros change no score, and their values are left out again.
+    q, k, v = (torch.nn.functional.pad(each, (0, -dim % 8)) for each in (q, k, v))
+    if q.dtype == torch.float32:
+        values, log_sums = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, 0.0, is_causal, scale=scale
+        )[:2]
+    else:
+        values, log_sums = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, is_causal, False, scale=scale
+        )[:2]
+    # Log-sum-exps may come with some beyond the last query.
+    return values[..., :dim], log_sums[..., :length]
 
 
 class TorchBackend:
@@ -68,7 +99,7 @@ class TorchBackend:
     name = "torch"
 
     def serves(self, device: Device) -> bool:
-        return device.kind == "cpu"  # handing over work on GPUs is not built yet
+        return True
 
     def refusal(self, template: Template, problem: Problem, device: Device) -> str | None:
         if problem.has_score_mod:
@@ -83,7 +114,11 @@ class TorchBackend:
         return None
 
     def missing(self, device: Device) -> str | None:
-        return None
+        import torch
+
+        if device.kind == "cpu" or torch.cuda.is_available():
+            return None
+        return f"torch {torch.__version__} sees no GPU; check the driver, or install a torch built for it"
 
     def toolchain(self) -> str:
         import torch

@@ -117,8 +117,23 @@ def launch_of(
     return Launch(each, name, config, problem, device, work, heads, batch, scale)
 
 
+def dense_cases() -> list[Case]:
+    """What torch's own attention is handed."""
+    problem = Problem(333, 333, 4, 2, 64, 64, batch=2)
+    return [
+        Case("causal", m.causal(), problem),
+        Case("full-odd", m.full(), replace(problem, kv_len=457, head_dim=75, v_dim=75)),
+        Case("full-d256", m.full(), replace(problem, head_dim=256, v_dim=256)),
+    ]
+
+
 def verifications(device: Device) -> Iterator[tuple[str, Callable[[], None]]]:
     """`(key, check)`; a check raises where something is wrong."""
+    dense = templates()["dense"]
+    if _is_pretended or backend("torch").missing(device) is None:
+        for case, dtype in itertools.product(dense_cases(), reversed(DTYPES)):
+            key = f"verify/dense/torch/{dtype}/forward/{case.name}"
+            yield key, lambda c=case, t=dtype: verify(launch_of(dense, "torch", c, t, device), "forward")
     for case in hard_cases():
         for direction in DIRECTIONS:
             for each, name in own_kernels(device):
