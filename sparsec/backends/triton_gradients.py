@@ -307,7 +307,9 @@ def _steps(launch: Launch, side: _Side) -> tuple[dict[str, int], int, int]:
     # Of a program that stays, the number of its turn lives beside two accumulators' copies of tensor memory.
     is_turning = "tcgen05" in device.features and not side.is_dq and most_programs(launch) is not None
     needs_edges = launch.score is not None and launch.score.needs_edges
-    if is_turning or is_packed_singly or has_sums or looks_up or needs_edges:
+    # Of packed heads, each column of the stream has its own place and head beside two accumulators.
+    is_packed_wide = side.stream_pack > 1 and device.kind == "amd"
+    if is_turning or is_packed_singly or is_packed_wide or has_sums or looks_up or needs_edges:
         # Edges are counted, and what is added to a table is made, of each score beside its gradient.
         step = 16
     return constants | {"STEP": step}, warps, stages

@@ -16,6 +16,8 @@ from sparsec.template import Config, Template
 
 # Of a decoding step, or of a few tokens that are checked together.
 _FEW_QUERIES = 16
+# Rows of packed heads up to which no backward kernel spills at 128 dimensions, on any architecture.
+_PACKED_GRADIENT_ROWS = 64
 
 
 def shortlist(
@@ -60,14 +62,16 @@ def _packed(each: Template, backend_name: str, problem: Problem, heights: tuple[
     In a tile of few queries little is fetched that some of them do not attend; in one of many rows a fetched key does
     much work. A hybrid gathers there whatever is not a full tile: a single edge would be fetched for one query alone.
     """
-    pack = max((n for n in _values(each, backend_name, "pack_gqa") if problem.group % n == 0), default=1)
-    # With gradients, the backward pass keeps sums of keys and values beside: tiles of 128 packed rows spill there.
-    if pack == 1 or problem.needs_grad:
+    # The backward pass keeps sums of keys and values beside: it spills beyond so many packed rows.
+    most = _PACKED_GRADIENT_ROWS if problem.needs_grad else math.inf
+    packs = (n for n in _values(each, backend_name, "pack_gqa") if problem.group % n == 0 and n <= most)
+    pack = max(packs, default=1)
+    if pack == 1 or (problem.needs_grad and not each.has_backward(backend_name)):
         return []
     default, wanted = each.default(backend_name), {"pack_gqa": pack}
     if 1 in _values(each, backend_name, "column_queries"):
         wanted |= {"column_queries": 1, "tile_percent": 100, "block_kv": 64}
-    packed = [_changed(default, **wanted, block_q=height) for height in sorted(heights)]
+    packed = [_changed(default, **wanted, block_q=height) for height in sorted(heights) if height * pack <= most]
     legal = [config for config in packed if each.violation(backend_name, config) is None]
     if problem.q_len <= _FEW_QUERIES:
         return [config for config in legal if config["block_q"] >= problem.q_len][:1]

@@ -246,10 +246,12 @@ def _run_gradient(name: str, tried: Case, values: dict[str, int] | None = None, 
     _check_gradient(replace(made, work=split(made.work)) if is_split else made, tried)
 
 
-def _run_gradient_packed(tried: Case, values: dict[str, int], is_split: bool) -> None:
-    made = _launch("block_sparse", tried, values)
+def _run_gradient_packed(name: str, tried: Case, values: dict[str, int], is_split: bool) -> None:
+    made = _launch(name, tried, values)
     sides = [call for call in triton_backend.gradient_calls_of(made) if call.name == "backward"]
-    assert [call.constants["PACK"] for call in sides] == [values["pack_gqa"]] * 2
+    # A step of the stream holds no more heads than rows, and beside single edges one.
+    by_keys = min(values["pack_gqa"], sides[1].constants["STEP"]) if sides[1].constants["FORM"] is None else 1
+    assert [call.constants["PACK"] for call in sides] == [values["pack_gqa"], by_keys]
     _check_gradient(replace(made, work=split(made.work)) if is_split else made, tried)
 
 
@@ -714,24 +716,33 @@ def test_gradients_in_tiles_of_other_sizes(interpreter, values):
     interpreter(_run_gradient, "block_sparse", GROUPED.with_dtype("fp32"), values)
 
 
+def with_heads(tried: Case, q_heads: int, kv_heads: int) -> Case:
+    return replace(tried, problem=replace(tried.problem, q_heads=q_heads, kv_heads=kv_heads))
+
+
 TALL = case("tall", scattered(150, 20, 0.3), 150, 20, 16, v_dim=8, heads=(4, 1))
 
 
 @pytest.mark.parametrize(
-    ("tried", "values", "is_split"),
+    ("name", "tried", "values", "is_split"),
     [
-        (GROUPED, {"block_q": 16, "pack_gqa": 2}, True),
+        ("block_sparse", GROUPED, {"block_q": 16, "pack_gqa": 2}, True),
         # Eight queries of two heads: as few rows, and as few columns, as matrix units take.
-        (GROUPED, {"block_q": 8, "pack_gqa": 2}, True),
-        (replace(GROUPED, problem=replace(GROUPED.problem, q_heads=8)), {"block_q": 8, "pack_gqa": 4}, False),
+        ("block_sparse", GROUPED, {"block_q": 8, "pack_gqa": 2}, True),
+        spread(("block_sparse", with_heads(GROUPED, 8, 2), {"block_q": 8, "pack_gqa": 4}, False)),
         # Keys whose queries are cut into pieces, each of all heads.
-        (TALL, {"block_q": 8, "pack_gqa": 2}, False),
-        spread((TALL, {"block_q": 32, "pack_gqa": 4}, True)),
+        ("block_sparse", TALL, {"block_q": 8, "pack_gqa": 2}, False),
+        spread(("block_sparse", TALL, {"block_q": 32, "pack_gqa": 4}, True)),
+        # Three kinds of lists; then every key gathered for one query of all heads, and more heads than a step holds.
+        ("hybrid", with_heads(HARD, 4, 1), {"block_q": 16, "pack_gqa": 4}, True),
+        ("hybrid", with_heads(HARD, 16, 1), {"block_q": 1, "pack_gqa": 16, "column_queries": 1}, True),
+        spread(("hybrid", with_heads(HARD, 8, 1), {"block_q": 4, "pack_gqa": 8, "column_queries": 1}, False)),
+        ("hybrid", with_heads(FAR, 64, 1), {"block_q": 1, "pack_gqa": 64, "column_queries": 1}, False),
     ],
     ids=str,
 )
-def test_gradients_of_packed_heads(interpreter, tried, values, is_split):
-    interpreter(_run_gradient_packed, tried.with_dtype("fp32"), values, is_split)
+def test_gradients_of_packed_heads(interpreter, name, tried, values, is_split):
+    interpreter(_run_gradient_packed, name, tried.with_dtype("fp32"), values, is_split)
 
 
 @pytest.mark.parametrize("heads", [(0, 1), (1, 2)], ids=["packed", "apart"])
@@ -754,9 +765,18 @@ def test_captured_tensors_and_their_gradients(interpreter, modifier, name, dtype
     interpreter(_run_live, name, GROUPED.with_dtype(dtype), modifier)
 
 
-@pytest.mark.parametrize("modifier", ["by-places", "by-edges"])
-def test_captured_tensors_of_packed_heads_and_their_gradients(interpreter, modifier):
-    interpreter(_run_live, "block_sparse", GROUPED.with_dtype("fp32"), modifier, {"block_q": 8, "pack_gqa": 2})
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("block_sparse", {"block_q": 8, "pack_gqa": 2}),
+        ("hybrid", {"block_q": 16, "pack_gqa": 2}),
+        ("hybrid", {"block_q": 8, "pack_gqa": 2, "column_queries": 1}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("modifier", [spread("by-places"), "by-edges"])
+def test_captured_tensors_of_packed_heads_and_their_gradients(interpreter, modifier, name, values):
+    interpreter(_run_live, name, GROUPED.with_dtype("fp32"), modifier, values)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
