@@ -14,6 +14,7 @@ from sparsec.errors import MaskError, UnsupportedError
 from sparsec.planner.plans import Plan
 from sparsec.planner.search import again
 from sparsec.planner.words import duration
+from sparsec.planner.works import IDENTITY
 
 # Lengths between which the crossover is looked for: below, nothing takes long; above, planning would.
 SHORTEST, _LONGEST = 64, 16_384
@@ -48,6 +49,9 @@ def dense_crossover(made: Plan) -> float | None:
     longest = min(_LONGEST, made.problem.q_len)
     if made.problem.q_len != made.problem.kv_len or longest < SHORTEST or not _is_open(made):
         return None
+    if all(step.launch.work.ordering is IDENTITY for step in made.steps):
+        # Where no other order of tokens pays, none is looked for at other lengths: a graph's takes long to find.
+        made = replace(made, asked=replace(made.asked, reorder="off"))
 
     @cache
     def ratio(length: int) -> float | None:
