@@ -11,7 +11,7 @@ from cases import HARD, Case, case, every_constructor
 from sparsec import masks as m
 from sparsec.analysis import analyse
 from sparsec.backends.base import DTYPES, Problem
-from sparsec.cost import Estimate, cost_model, dense_estimate, estimate
+from sparsec.cost import Estimate, cost_model, dense_estimate, estimate, model_digest
 from sparsec.device import detect_cpu, devices
 from sparsec.device import device as named_device
 from sparsec.layout import block_tiles, gathered_tiles
@@ -142,3 +142,10 @@ def test_what_most_of_the_time_goes_to():
     assert Estimate(10.0, 1.0, 8.0, 1.0, 1.0, 1.0).limiter == "uneven work"
     assert Estimate(10.0, 1.0, 0.0, 8.0, 1.0, 1.0).limiter == "moving q, k, v and out"
     assert Estimate(10.0, 1.0, 0.0, 1.0, 8.0, 1.0).limiter == "starting the kernel"
+
+
+def test_a_calibration_is_of_the_model_of_its_own_kind_of_device():
+    """What is learnt of GPUs sets no CPU's calibration aside."""
+    h100 = named_device("nvidia-h100")
+    assert model_digest(detect_cpu().key) == model_digest("cpu-x86-64-avx2-8c") != model_digest(h100.key)
+    assert model_digest(h100.key) == model_digest("amd-gfx942-304cu-hbm192g")

@@ -28,7 +28,7 @@ STALE = replace(KEY, source="0123456789abcdef")
 NEWER = json.dumps(record(SMALL).to_json() | {"schema": 2, "surprise": []})
 
 # Of today's cost model and of another, the last one of today's not the last of all.
-CALIBRATIONS = [(model_digest(), 2.0), (model_digest(), 3.0), ("another model", 4.0)]
+CALIBRATIONS = [(model_digest(KEY.device), 2.0), (model_digest(KEY.device), 3.0), ("another model", 4.0)]
 
 
 @pytest.fixture
@@ -149,7 +149,9 @@ def test_prune_keeps_the_last_calibration_of_todays_cost_model(own):
     assert in_json("prune")[0]["dropped"] == {"stale": 2}
     assert [dict(each.values)["launch_us"] for each in RecordBase([], own.own_folder).calibrations(KEY.device)] == [3.0]
     # Processors of one key that are other designs keep one each.
-    own.extend(Calibration(KEY.device, model_digest(), (("launch_us", us),), model="amd-26-2") for us in (4.0, 5.0))
+    own.extend(
+        Calibration(KEY.device, model_digest(KEY.device), (("launch_us", us),), model="amd-26-2") for us in (4.0, 5.0)
+    )
     assert in_json("prune")[0]["dropped"] == {"stale": 1}
     kept = RecordBase([], own.own_folder).calibrations(KEY.device)
     assert [(each.model, dict(each.values)["launch_us"]) for each in kept] == [("", 3.0), ("amd-26-2", 5.0)]

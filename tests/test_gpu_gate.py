@@ -507,7 +507,7 @@ def test_what_a_gpu_was_measured_to_do_moves_its_plans(tmp_path):
 
     def planned(**values):
         base = RecordBase([], tmp_path / str(len(list(tmp_path.iterdir()))))
-        base.append(Calibration(here.key, model_digest(), tuple(values.items()), "none", here.label))
+        base.append(Calibration(here.key, model_digest(here.key), tuple(values.items()), "none", here.label))
         return sparsec.plan(mask, problem, here, backend="triton", records=base)
 
     usual = planned(rows_bf16=1.0, tiles_bf16=1.0)

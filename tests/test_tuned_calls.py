@@ -183,20 +183,20 @@ def test_a_calibration_is_used_when_it_is_of_this_cost_model_and_can_be_believed
     )
     no_records.append(Calibration(cpu.key, "of another model", values))
     assert plan(MASK, problem, cpu).device == cpu
-    no_records.append(Calibration(cpu.key, model_digest(), values))
+    no_records.append(Calibration(cpu.key, model_digest(cpu.key), values))
     made = plan(MASK, problem, cpu, template="block_sparse")
     assert (made.device.memory_bandwidth, made.device.key) == (cpu.memory_bandwidth * 1.5, cpu.key)
     assert made.device.vector_flops == cpu.vector_flops
     # The factor is that of all tiles' work.
     assert made.estimate.compute_us == pytest.approx(1.7 * plain.estimate.compute_us, rel=1e-5)
     # Another processor of the same instruction sets and cores may be twice as fast.
-    no_records.append(Calibration(cpu.key, model_digest(), (("launch_us", cpu.launch_us * 2),), model="amd-0-0"))
+    no_records.append(Calibration(cpu.key, model_digest(cpu.key), (("launch_us", cpu.launch_us * 2),), model="amd-0-0"))
     assert plan(MASK, problem, cpu).device == made.device
-    own = Calibration(cpu.key, model_digest(), (("launch_us", cpu.launch_us * 2),), model=cpu.model)
+    own = Calibration(cpu.key, model_digest(cpu.key), (("launch_us", cpu.launch_us * 2),), model=cpu.model)
     no_records.append(own)
     assert plan(MASK, problem, cpu).device.launch_us == cpu.launch_us * 2
     # The latest counts.
-    no_records.append(Calibration(cpu.key, model_digest(), (("memory_bandwidth", cpu.memory_bandwidth * 1.25),)))
+    no_records.append(Calibration(cpu.key, model_digest(cpu.key), (("memory_bandwidth", cpu.memory_bandwidth * 1.25),)))
     assert plan(MASK, problem, cpu).device.memory_bandwidth == cpu.memory_bandwidth * 1.25
 
 

@@ -131,7 +131,7 @@ def test_where_the_default_failed_what_ran_serves_even_alone():
 def test_estimates_of_a_space_are_all_of_one_calibration(no_records):
     plain = one_kernel()
     values = tuple((f"{kind}_fp32", 1.7) for kind in ("tiles", "rows"))
-    no_records.append(Calibration(plain.task.device.key, model_digest(), values))
+    no_records.append(Calibration(plain.task.device.key, model_digest(plain.task.device.key), values))
     tried = one_kernel()
     other = next(choice for choice in tried.choices() if choice not in (tried.default, plain.default))
     us = tried.group(other).estimate.compute_us

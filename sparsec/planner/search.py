@@ -158,7 +158,7 @@ def _calibrated(found: Device, records: RecordBase | None) -> Device:
     known = [
         each
         for each in base.calibrations(found.key)
-        if each.source == model_digest() and each.model in ("", found.model)
+        if each.source == model_digest(found.key) and each.model in ("", found.model)
     ]
     return calibrated(found, dict(known[-1].values)) if known and not found.factors else found
 

@@ -88,7 +88,7 @@ def _entry(path: Path, line: JsonLine) -> Entry:
         return entry("garbage", str(error))
     if not device:
         return entry("garbage", f"device {named!r} is no device key")
-    if isinstance(record, Calibration) and record.source != model_digest():
+    if isinstance(record, Calibration) and record.source != model_digest(record.device):
         return entry("stale", "the cost model is another now", record)
     if isinstance(record, TuningRecord):
         each = templates().get(record.key.template)
@@ -241,7 +241,7 @@ def worth_shipping(base: RecordBase, device: str) -> list[TuningRecord | Calibra
     for every mask, once for each configuration; and the last calibration by today's cost model of each model of the
     device.
     """
-    calibrations = {each.model: each for each in base.calibrations(device) if each.source == model_digest()}
+    calibrations = {each.model: each for each in base.calibrations(device) if each.source == model_digest(device)}
     chosen: list[TuningRecord | Calibration] = [*calibrations.values()]
     seen: set[object] = set()
     for case in base.cases(device):

@@ -72,7 +72,12 @@ def calibrate(device: Device, where: str, tell: Callable[[str], None] = lambda w
     if not values:
         raise SparsecError(f"nothing of {device.name} could be measured; see `sparsec doctor`")
     return Calibration(
-        device.key, model_digest(), tuple(values.items()), _toolchain(device), device.label, model=device.model
+        device.key,
+        model_digest(device.key),
+        tuple(values.items()),
+        _toolchain(device),
+        device.label,
+        model=device.model,
     )
 
 
