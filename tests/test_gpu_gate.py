@@ -170,9 +170,9 @@ if len(sys.argv) > 2:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     print(os.getpid(), child.pid, flush=True)
     gpu_gate._LOOK_S = 0.05
-    gpu_gate.end_with(os.getppid())
+    gpu_gate.end_with(int(sys.argv[3]))
 else:
-    subprocess.Popen([sys.executable, __file__, sys.argv[1], "worker"], start_new_session=True)
+    subprocess.Popen([sys.executable, __file__, sys.argv[1], "worker", str(os.getpid())], start_new_session=True)
     time.sleep(60)
 """
 

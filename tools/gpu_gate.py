@@ -243,7 +243,8 @@ def _interrupted(number: int, frame: object) -> NoReturn:
 def work_until(record: Record, parts: tuple[str, ...], until: float, run_id: str) -> None:
     """Has workers do what there is time for, each after the one that was lost before."""
     while time.time() < until:
-        command = [sys.executable, __file__, "work", run_id, str(until), "--results", str(record.path.parent)]
+        told = ("work", run_id, str(until), str(os.getpid()), "--results", str(record.path.parent))
+        command = [sys.executable, __file__, *told]
         # A session of its own, so that what it has started ends with it.
         worker = subprocess.Popen([*command, *(f"--part={name}" for name in parts)], cwd=ROOT, start_new_session=True)
         try:
@@ -315,11 +316,12 @@ def lost_peers(result: Result | None) -> dict[str, str]:
 @main.command(hidden=True)
 @click.argument("run_id")
 @click.argument("until", type=float)
+@click.argument("watcher", type=int)
 @click.option("--part", "parts", multiple=True, type=click.Choice([*PARTS]))
 @results_option
-def work(run_id: str, until: float, parts: tuple[str, ...], results: Path) -> None:
+def work(run_id: str, until: float, watcher: int, parts: tuple[str, ...], results: Path) -> None:
     """Does the work of `run`, which watches it."""
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(watcher,), daemon=True).start()
     device = detect_gpu()
     record = Record(device, results)
     for number, name in enumerate(parts):
@@ -329,7 +331,7 @@ def work(run_id: str, until: float, parts: tuple[str, ...], results: Path) -> No
 
 
 def end_with(parent: int) -> None:
-    """Ends this process and all that it has started as soon as its parent is gone."""
+    """Ends this process and all that it has started as soon as its parent is gone, or where it is gone already."""
     while os.getppid() == parent:
         time.sleep(_LOOK_S)
     os.killpg(0, signal.SIGKILL)
