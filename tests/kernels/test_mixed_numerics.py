@@ -102,7 +102,7 @@ def _passes(made: Plan) -> list[tuple[list[str], list[str]]]:
 
 
 def _run_alone(name: str, tried: Case) -> None:
-    with _served():
+    with _served(_is_of_cuda):
         made = _planned(tried, name)
         assert _passes(made) == [([f"{name} on cuda"], [f"{name} on triton"])]
         _check(tried, made)
