@@ -149,7 +149,7 @@ def planning_options(command: _Command) -> _Command:
             default="cpu",
             callback=known_devices,
             metavar="NAME",
-            help="One of `sparsec devices`, or `all`; this machine by default.",
+            help="One of `sparsec devices`, or in `explain` `all`; this machine by default.",
         ),
         click.option("--template", callback=known_template, metavar="NAME", help="Consider only this template."),
         click.option("--backend", callback=known_backend, metavar="NAME", help="Consider only this back end."),
