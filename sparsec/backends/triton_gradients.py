@@ -151,7 +151,8 @@ def transposed_work(launch: Launch) -> Work:
 
 
 def _prepare(launch: Launch) -> Call:
-    problem, q_len = launch.problem, launch.work.bound.q_len
+    # Of every token: the launch's own rows may be a few that lie among all of them.
+    problem, q_len = launch.problem, launch.problem.q_len
     return Call(
         name="prepare",
         programs=-(-q_len // _PREPARED_ROWS),

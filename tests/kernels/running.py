@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING
@@ -142,6 +143,15 @@ def check(case: Case, out: torch.Tensor, lse: torch.Tensor | None = None) -> Non
             check_close(out[b, h], expected, allowed, f"output of head {h}, batch element {b}")
             if lse is not None:
                 check_close(lse[b, h], expected_lse, allowed_lse, f"log-sum-exp of head {h}, batch element {b}")
+
+
+def start_interpreter() -> None:
+    """Of a process that runs kernels in Triton's interpreter: memory that nobody has written is full of NaN there."""
+    import torch
+
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
 
 
 def check_close(got: torch.Tensor, expected: np.ndarray, allowed: float, what: str) -> None:

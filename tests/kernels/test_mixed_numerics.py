@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import running
 import test_backward
-import torch
 from cases import Case, case, scattered
 from cuda_emulation import Emulation
 
@@ -43,11 +42,7 @@ MIXED = m.dilated(90, 8) | m.random_edges(2, 0)
 
 @pytest.fixture(scope="module")
 def interpreter():
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            # The process is started here.
-            executor.submit(torch.set_num_threads, 1).result()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), running.start_interpreter) as executor:
         yield lambda job, *arguments: executor.submit(job, *arguments).result()
 
 

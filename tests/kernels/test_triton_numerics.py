@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -48,13 +47,8 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def interpreter():
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _interpret) as executor:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), running.start_interpreter) as executor:
         yield lambda job, *arguments: executor.submit(job, *arguments).result()
-
-
-def _interpret() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
 
 
 def _config(name: str, **values: int) -> Config:
