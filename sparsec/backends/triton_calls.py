@@ -105,7 +105,10 @@ def shape_of(launch: Launch) -> Shape:
     lasting = int(rows >= GROUP_ROWS and warps >= 4 and bool({"wgmma", "tcgen05"} & set(device.features)))
 
     def needed() -> int:
-        return shared_bytes(device, rows, step, dims, max(stages - 1 + lasting, least_buffers), itemsize)
+        buffers = max(stages - 1 + lasting, least_buffers)
+        return shared_bytes(
+            device, rows, step, dims, buffers, itemsize, has_singles=_has_singles(launch.template, config)
+        )
 
     while needed() > shared_limit(config, device) and (step > 16 or stages > 1):
         # Two tiles in flight hide most of what can be hidden; smaller steps than that cost less.
@@ -117,22 +120,35 @@ def shape_of(launch: Launch) -> Shape:
 
 
 def shared_bytes(
-    device: Device, rows: int, step_kv: int, dims: tuple[int, int, int, int], buffers: int, itemsize: int
+    device: Device,
+    rows: int,
+    step_kv: int,
+    dims: tuple[int, int, int, int],
+    buffers: int,
+    itemsize: int,
+    *,
+    has_singles: bool = False,
 ) -> int:
     """Shared memory of a tile kernel, at most.
 
     NVIDIA: the queries stay there, K and V have as many buffers as are told, and weights pass through; in fp32, V and
-    chunks of the others pass through. AMD: the queries pass through before the first tile. The tests hold this against
-    what Triton allocates.
+    chunks of the others pass through. AMD: the queries pass through before the first tile, and so do the sums of single
+    edges, on their way from the threads that hold a row to matrix units. The tests hold this against what Triton
+    allocates.
     """
     queries = rows * dims[1] * itemsize
     tiles = buffers * step_kv * (dims[1] + dims[3]) * itemsize
     passing = rows * (step_kv + 8) * 4 + 2048
     if device.kind == "amd":
-        return max(queries, tiles + passing)
+        return max(queries, tiles + passing, rows * dims[3] * 4 if has_singles else 0)
     if itemsize == 4:
         return step_kv * dims[3] * itemsize + passing + 16384
     return queries + tiles + passing
+
+
+def _has_singles(template: Template, config: Config) -> bool:
+    """Whether tiles may have single edges beside them."""
+    return template.layout == "hybrid" and config["column_queries"] > 1
 
 
 def shared_limit(config: Config, device: Device) -> int:
@@ -163,7 +179,9 @@ def too_large(template: Template, config: Config, problem: Problem, device: Devi
                 "rows that matrix units take"
             )
         staying = config.get("persistent", 0)
-        least, limit = shared_bytes(device, rows, 16, dims, 1, problem.itemsize), shared_limit(config, device)
+        has_singles = _has_singles(template, config)
+        least = shared_bytes(device, rows, 16, dims, 1, problem.itemsize, has_singles=has_singles)
+        limit = shared_limit(config, device)
         if least > limit:
             return (
                 f"{config} needs at least {least / 1024:.0f} KiB of shared memory, "
